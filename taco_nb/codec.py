@@ -1,0 +1,245 @@
+"""Image and caption <-> bytes: the `.taco` file.
+
+    offset  size  what
+    0       4     magic, "TACO"
+    4       1     version of this layout, 1
+    5       4     fingerprint of the decoder's weights: the first bytes of a SHA-256
+    9       2-8   width, then height, in pixels, each a LEB128 number
+            1-4   length of z's string, a LEB128 number
+            4     CRC-32 of width, height and the decoded latents
+            ...   z's string, then y's string, rANS streams
+            4     CRC-32 of everything before it
+
+The last checksum tells a damaged file from a whole one before anything is decoded. The fingerprint tells wrong weights.
+The checksum of the latents tells whether this machine computed the very numbers that the encoder's did, on which every
+learned entropy model depends. A decoded picture is therefore the right one, or there is none. 22 bytes for a Kodak image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from taco_nb import checkpoint
+from taco_nb.data.images import to_image, to_rgb, to_tensor
+from taco_nb.errors import DamagedFileError, DriftError, SettingError, WrongWeightsError
+from taco_nb.model import TACO, Latents
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from taco_nb.text import TextTower
+
+MAGIC = b"TACO"
+VERSION = 1
+MAX_PIXELS = 1 << 26
+"""The largest image, in pixels, that is encoded or that a header may announce (8192 x 8192)."""
+MULTIPLE = 64
+"""Of which the network needs height and width to be multiples."""
+
+
+class Header(NamedTuple):
+    """What a `.taco` file says before its strings."""
+
+    fingerprint: bytes
+    width: int
+    height: int
+    latents_crc: int
+
+
+class Codec:
+    """A trained network, the text tower its encoder reads captions through, and the file format around both.
+
+    `text_encoder` and `text_tokens` are an `Experiment`'s; the tower is loaded when a caption is first encoded, since a
+    decoder never needs it. `about` is what is known of the weights, for labels beside results.
+    """
+
+    def __init__(
+        self,
+        net: TACO,
+        text_encoder: str = "ViT-B-32-quickgelu/openai",
+        text_tokens: int = 38,
+        *,
+        name: str = "",
+        about: dict[str, Any] | None = None,
+    ):
+        self.net = net.eval().to(memory_format=torch.channels_last)
+        self.text_encoder, self.text_tokens = text_encoder, text_tokens
+        self.name, self.about = name, about or {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.medians().device
+
+    @cached_property
+    def tower(self) -> TextTower:
+        """The frozen text tower. Raises `MissingWeightsError` where its weights are not to be had."""
+        from taco_nb.text import text_tower
+
+        tower = text_tower(self.text_encoder, length=self.text_tokens, device=str(self.device))
+        if tower.dim != self.net.config.text_dim:
+            raise SettingError(
+                f"{self.text_encoder} gives {tower.dim} numbers per token, but these weights want "
+                f"{self.net.config.text_dim}."
+            )
+        return tower
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """Four bytes that name the weights a decoder uses; the encoder's may differ without harm."""
+        digest = hashlib.sha256()
+        for key, value in sorted(self.net.state_dict().items()):
+            if not key.startswith(("g_a.", "h_a.")) and value.is_floating_point():
+                digest.update(key.encode())
+                digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return digest.digest()[:4]
+
+    def encode(self, image: Any, caption: str) -> bytes:
+        """The bytes of a `.taco` file.
+
+        `image`: a path, a PIL image, a uint8 or uint16 array, or a float tensor in [0, 1], as `taco_nb.data.to_rgb`
+        takes them; any size from 1x1 to `MAX_PIXELS`. Transparency is laid over white, EXIF rotation applied. Raises
+        `DataError` for an image that cannot be read, `SettingError` for a caption that is not text.
+        """
+        if not isinstance(caption, str):
+            raise SettingError(f"A caption is text, but this one is {caption!r}. An image without one takes ''.")
+        picture = to_rgb(image)
+        if picture.width * picture.height > MAX_PIXELS:
+            raise SettingError(
+                f"{picture.width}x{picture.height} is more than the {MAX_PIXELS} pixels a file may have."
+            )
+        x = pad(to_tensor(picture)[None].to(self.device))
+        with torch.inference_mode():
+            y = self.net.g_a(x.contiguous(memory_format=torch.channels_last), self.tower([caption]))
+        coded = self.net.encode_latents(y)
+        size = _leb128(picture.width) + _leb128(picture.height)
+        head = MAGIC + bytes([VERSION]) + self.fingerprint + size + _leb128(len(coded.z_string))
+        body = head + _latents_crc(size, coded.latents).to_bytes(4, "little") + coded.z_string + coded.y_string
+        return body + zlib.crc32(body).to_bytes(4, "little")
+
+    def decode(self, data: bytes | str | os.PathLike) -> Image.Image:
+        """The picture in a `.taco` file, given its bytes or its path; no caption needed.
+
+        Raises `DamagedFileError`, `WrongWeightsError` or `DriftError` (all `BitstreamError`), and nothing else for any
+        bytes whatever: there is no wrong picture.
+        """
+        return to_image(self.decode_tensor(data))
+
+    @torch.inference_mode()
+    def decode_tensor(self, data: bytes | str | os.PathLike) -> Tensor:
+        """As `decode`, but x_hat itself: float32 (3, height, width), neither clamped nor rounded."""
+        header, z_string, y_string = read_header(data)
+        if header.fingerprint != self.fingerprint:
+            raise WrongWeightsError(
+                f"This file was written with the weights {header.fingerprint.hex()}, but this codec"
+                f"{f' ({self.name})' if self.name else ''} has {self.fingerprint.hex()}. Load the codec that wrote it."
+            )
+        shape = (-(-header.height // MULTIPLE), -(-header.width // MULTIPLE))
+        drift = DriftError(
+            "The file is whole and the weights are right, but the decoded latents are not those that were encoded. This "
+            "machine's arithmetic differs from the encoder's (another processor, device, thread count or PyTorch), or "
+            "the file was forged. Decode it where it was encoded."
+        )
+        try:
+            y_hat, latents = self.net.decode_latents(y_string, z_string, shape)
+        except DamagedFileError as error:
+            raise drift from error
+        if _latents_crc(_leb128(header.width) + _leb128(header.height), latents) != header.latents_crc:
+            raise drift
+        x_hat = self.net.g_s(y_hat.contiguous(memory_format=torch.channels_last))
+        return x_hat[0, :, : header.height, : header.width].contiguous()
+
+
+def read_header(data: bytes | str | os.PathLike) -> tuple[Header, bytes, bytes]:
+    """Header, z's string and y's string of a `.taco` file. Raises `DamagedFileError` for anything that is not one."""
+    if isinstance(data, (str, os.PathLike)):
+        try:
+            with open(data, "rb") as file:
+                data = file.read()
+        except OSError as error:
+            raise DamagedFileError(f"{data} cannot be read: {error.strerror}.") from None
+    if not data.startswith(MAGIC):
+        raise DamagedFileError("This is not a .taco file, or its first bytes are damaged.")
+    if len(data) < 20 or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise DamagedFileError(
+            f"These {len(data)} bytes were truncated or altered: the checksum at their end is wrong."
+        )
+    if data[4] != VERSION:
+        raise DamagedFileError(f"This file has version {data[4]} of the format; this program reads version {VERSION}.")
+    try:
+        width, at = _read_leb128(data, 9)
+        height, at = _read_leb128(data, at)
+        z_length, at = _read_leb128(data, at)
+    except IndexError:
+        raise DamagedFileError("The header is cut short: damaged or forged.") from None
+    if not width or not height or width * height > MAX_PIXELS:
+        raise DamagedFileError(f"The header announces {width}x{height} pixels; 1 to {MAX_PIXELS} are possible.")
+    strings = data[at + 4 : -4]
+    if at + 8 > len(data) or z_length > len(strings):
+        raise DamagedFileError("The header announces more bytes than there are: damaged or forged.")
+    header = Header(data[5:9], width, height, int.from_bytes(data[at : at + 4], "little"))
+    return header, strings[:z_length], strings[z_length:]
+
+
+def pad(x: Tensor) -> Tensor:
+    """Zeros to the right and below, up to the next multiples of 64, as the reference pads: (..., H, W)."""
+    return F.pad(x, (0, -x.shape[-1] % MULTIPLE, 0, -x.shape[-2] % MULTIPLE))
+
+
+def load(
+    source: str | os.PathLike = "demo",
+    *,
+    device: str = "cpu",
+    data_dir: str | os.PathLike | None = None,
+    text_encoder: str | None = None,
+) -> Codec:
+    """A codec ready to use, from a bundled codec's name, a run's folder, or a checkpoint file, the authors' included.
+
+    `text_encoder` is needed only for a checkpoint that does not name its own; the authors' read CLIP ViT-B/32. Raises
+    `CheckpointError` for weights that are missing, damaged or not TACO's.
+    """
+    net, about = checkpoint.load_net(checkpoint.find(source, data_dir))
+    experiment = about.get("experiment", {})
+    return Codec(
+        net.to(device),
+        text_encoder or experiment.get("text_encoder", "ViT-B-32-quickgelu/openai"),
+        experiment.get("text_tokens", 38),
+        name=about.get("name", str(source)),
+        about=about,
+    )
+
+
+def _latents_crc(size: bytes, latents: Latents) -> int:
+    """CRC-32 of an image's size and its symbols, as little-endian int32, z's before y's."""
+    crc = zlib.crc32(size)
+    for symbols in (latents.z, latents.y):
+        crc = zlib.crc32(symbols.numpy().astype("<i4", copy=False), crc)
+    return crc
+
+
+def _leb128(number: int) -> bytes:
+    """Seven bits to a byte, the lowest first, the top bit set on all but the last."""
+    parts = []
+    while number > 127:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*parts, number])
+
+
+def _read_leb128(data: bytes, at: int) -> tuple[int, int]:
+    """The number at `at`, of at most four bytes, and where the next one starts. Raises `IndexError` past the end."""
+    number = 0
+    for shift in range(0, 28, 7):
+        byte = data[at]
+        at += 1
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number, at
+    raise IndexError

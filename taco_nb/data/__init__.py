@@ -1,0 +1,103 @@
+"""Data sets by name, each image with its captions, and the pairs to train on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+from taco_nb.data.captioned import CaptionedFolder, CaptionedImages, Sample, check_count
+from taco_nb.data.coco import Coco, TrainPairs
+from taco_nb.errors import DataError, SettingError
+from taco_nb.files import data_root
+
+__all__ = ["CaptionedFolder", "CaptionedImages", "Coco", "Sample", "TrainPairs", "datasets", "training_pairs"]
+
+
+class _Known(NamedTuple):
+    """A data set that has a name: its folder in the data folder, what that must hold, and how it is read."""
+
+    folder: str
+    holds: str
+    read: Callable[[Path], CaptionedImages]
+
+
+_SAMPLE_TRAIN = _Known(
+    "sample",
+    "images/*.png and annotations/captions_train.json",
+    lambda root: Coco(root, "train", name="sample-train"),
+)
+_EVALUATION = {
+    "sample": _Known(
+        "sample",
+        "images/*.png and annotations/captions_val.json",
+        lambda root: Coco(root, "val", name="sample"),
+    ),
+    "sample-train": _SAMPLE_TRAIN,
+    "kodak": _Known(
+        "kodak",
+        "kodim01.png to kodim24.png and captions_ofa.json",
+        lambda root: CaptionedFolder(root, root / "captions_ofa.json", name="kodak"),
+    ),
+    "clic": _Known(
+        "clic",
+        "the 428 PNG images of CLIC 2020's test set and captions_ofa.json",
+        lambda root: CaptionedFolder(root, root / "captions_ofa.json", name="clic"),
+    ),
+    "coco": _Known(
+        "coco",
+        "val2014/*.jpg and dataset_coco.json",
+        lambda root: Coco(root, "restval", karpathy=True, name="coco").centre_crop(256),
+    ),
+}
+_TRAINING = {
+    "sample": _SAMPLE_TRAIN,
+    "coco": _Known(
+        "coco",
+        "train2014/*.jpg and annotations/captions_train2014.json",
+        lambda root: Coco(root, "train", name="coco-train"),
+    ),
+}
+
+
+def datasets(*names: str, data_dir: str | os.PathLike | None = None, limit: int | None = None) -> list[CaptionedImages]:
+    """The data sets that a codec is evaluated on, in the order asked for; images are opened only when they are used.
+
+    Names: "sample" (the bundled validation images) and "sample-train", "kodak" (24 images) and "clic" (CLIC 2020 test)
+    with TACO's OFA captions, "coco" (Karpathy's restval, centre crop 256). They lie in `data_root(data_dir)`.
+    `limit` keeps the first images of each. Raises `SettingError` for an unknown name or limit < 1, `DataError` where a
+    data set is absent or inconsistent.
+    """
+    if limit is not None:
+        check_count(limit, "limit")
+    found = [_open(_EVALUATION, name, data_dir) for name in names]
+    return found if limit is None else [dataset.head(limit) for dataset in found]
+
+
+def training_pairs(
+    name: str | os.PathLike, crop: int, data_dir: str | os.PathLike | None = None, seed: int = 0
+) -> TrainPairs:
+    """The (crop, caption) pairs of "sample", of "coco" (train2014), or of a folder with a captions.json in it.
+
+    Raises as `datasets` and `TrainPairs` do.
+    """
+    if str(name) not in _TRAINING and Path(name).is_dir():
+        return TrainPairs(CaptionedFolder(name, Path(name, "captions.json")), crop, seed)
+    return TrainPairs(_open(_TRAINING, name, data_dir), crop, seed)
+
+
+def _open(known: dict[str, _Known], name: str | os.PathLike, data_dir: str | os.PathLike | None) -> CaptionedImages:
+    if str(name) not in known:
+        close = get_close_matches(str(name), known, n=1, cutoff=0)[0]
+        or_own = ", or a folder with a captions.json" if known is _TRAINING else ""
+        raise SettingError(
+            f"There is no data set {str(name)!r}; known: {', '.join(known)}{or_own}. Is {close!r} meant?"
+        )
+    folder, holds, read = known[str(name)]
+    root = data_root(data_dir) / folder
+    try:
+        return read(root)
+    except DataError as error:
+        raise DataError(f"The data set {name} cannot be read: {error} {root} must hold {holds}.") from error

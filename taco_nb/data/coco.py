@@ -1,0 +1,170 @@
+"""MS-COCO's captions files, Karpathy's splits of them, and the crops that TACO trains on."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from reprlib import repr as shorten
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from taco_nb.data.captioned import CaptionedImages, Entry, check_count, check_names, few, image_files, read_json
+from taco_nb.data.images import to_tensor
+from taco_nb.errors import DataError, SettingError
+
+SPLITS = ("train", "val")
+KARPATHY_SPLITS = ("train", "restval", "val", "test")
+
+
+class Coco(CaptionedImages):
+    """A split of MS-COCO 2014 (Chen et al. 2015, arXiv:1504.00325), or of images described in its format.
+
+    split "train" or "val" reads `annotations/captions_{split}2014.json` with images in `{split}2014/`, or, where there
+    is no such file, `annotations/captions_{split}.json` with images in `images/`. With karpathy=True split is "train",
+    "restval", "val" or "test" as `dataset_coco.json` has it (Karpathy & Fei-Fei 2015, arXiv:1412.2306); TACO is
+    evaluated on "restval". Captions keep their order in the file.
+    Raises `SettingError` for another split, `DataError` (with file and id) for missing files and images, malformed
+    content, missing or repeated ids, and images without captions.
+    """
+
+    def __init__(self, root: str | os.PathLike, split: str, karpathy: bool = False, name: str | None = None):
+        splits = KARPATHY_SPLITS if karpathy else SPLITS
+        if split not in splits:
+            raise SettingError(f"MS-COCO has no split {split!r} here: choose one of {', '.join(splits)}.")
+        read = _karpathy if karpathy else _annotations
+        super().__init__(name or f"coco-{split}", read(Path(root), split))
+
+
+class TrainPairs(Dataset):
+    """TACO's training set: every (image, caption) pair is a sample, cropped at random, neither resized nor flipped.
+
+    pairs[i] is (x, caption) with x float32 of shape (3, crop, crop) in [0, 1]. Images with a side < crop are left out;
+    `skipped` says how many. Where the crop lies depends on (seed, epoch, i) alone, so that neither the number of
+    workers nor a resume changes what is trained on.
+    Raises `SettingError` for crop < 1 or seed < 0, `DataError` if no image is large enough or one cannot be read.
+    """
+
+    def __init__(self, dataset: CaptionedImages, crop: int = 256, seed: int = 0):
+        check_count(crop, "crop")
+        if type(seed) is not int or seed < 0:
+            raise SettingError(f"seed must be a whole number of at least 0, not {seed!r}.")
+        large = [i for i in range(len(dataset)) if dataset.short_side(i) >= crop]
+        if not large:
+            raise DataError(f"No image of {dataset.name} has both sides >= {crop}: train on a smaller crop.")
+        self.dataset, self.crop, self.seed = dataset, crop, seed
+        self.skipped = len(dataset) - len(large)
+        self._pairs = [(i, caption) for i in large for caption in dataset.captions(i)]
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move all crops; call it before the epoch's iteration begins."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, str]:
+        i = range(len(self))[i]  # a negative index is the same sample and so has the same crop
+        k, caption = self._pairs[i]
+        name, image, _ = self.dataset[k]
+        if min(image.size) < self.crop:
+            raise DataError(f"{name} in {self.dataset.name} is {image.width}x{image.height}, less than annotated.")
+        position = np.random.default_rng((self.seed, int(self._epoch), i))
+        left = int(position.integers(image.width - self.crop, endpoint=True))
+        top = int(position.integers(image.height - self.crop, endpoint=True))
+        return to_tensor(image.crop((left, top, left + self.crop, top + self.crop))), caption
+
+
+class _Listed(NamedTuple):
+    """An image as a captions file lists it, before anything on disk was looked at."""
+
+    id: int
+    name: str
+    folder: Path
+    captions: tuple[str, ...]
+    short_side: int | None
+
+
+def _annotations(root: Path, split: str) -> list[Entry]:
+    source, folder = root / "annotations" / f"captions_{split}2014.json", root / f"{split}2014"
+    if not source.exists():
+        source, folder = root / "annotations" / f"captions_{split}.json", root / "images"
+    content = read_json(source)
+    captions, ids = defaultdict(list), []
+    for where, annotation in _records(content, "annotations", source):
+        ids.append(_get(annotation, "id", int, where))
+        captions[_get(annotation, "image_id", int, where)].append(_get(annotation, "caption", str, where))
+    if twice := _repeated(ids):
+        raise DataError(f"{source} has annotation ids more than once: {twice}.")
+    listed = []
+    for where, image in _records(content, "images", source):
+        key, name = _get(image, "id", int, where), _get(image, "file_name", str, where)
+        listed.append(_Listed(key, name, folder, tuple(captions.pop(key, ())), _short_side(image)))
+    entries = _entries(listed, root, source)
+    if captions:
+        raise DataError(f"{source} has captions for image ids that it does not list: {few(map(str, captions))}.")
+    return entries
+
+
+def _karpathy(root: Path, split: str) -> list[Entry]:
+    source = root / "dataset_coco.json"
+    sides: dict[str, int | None] = {}  # Karpathy's file has no sizes; COCO's own, where they are, spare opening images
+    for part in SPLITS:
+        annotations = root / "annotations" / f"captions_{part}2014.json"
+        if annotations.exists():
+            for where, image in _records(read_json(annotations), "images", annotations):
+                sides[_get(image, "file_name", str, where)] = _short_side(image)
+    listed = []
+    for where, image in _records(read_json(source), "images", source):
+        if _get(image, "split", str, where) == split:
+            key, name = _get(image, "cocoid", int, where), _get(image, "filename", str, where)
+            folder = _get(image, "filepath", str, where)
+            if folder not in ("train2014", "val2014"):
+                raise DataError(f"{where} (id {key}): filepath must be train2014 or val2014, not {folder!r}.")
+            captions = tuple(_get(sentence, "raw", str, at) for at, sentence in _records(image, "sentences", where))
+            listed.append(_Listed(key, name, root / folder, captions, sides.get(name)))
+    return _entries(listed, root, source)
+
+
+def _entries(listed: list[_Listed], root: Path, source: Path) -> list[Entry]:
+    if not listed:
+        raise DataError(f"{source} lists no image of this split.")
+    if twice := _repeated(image.id for image in listed):
+        raise DataError(f"{source} has image ids more than once: {twice}.")
+    if twice := _repeated(image.name for image in listed):
+        raise DataError(f"{source} has file names more than once: {twice}.")
+    check_names((image.name for image in listed), root, source)
+    if bare := [f"{image.name} (id {image.id})" for image in listed if not image.captions]:
+        raise DataError(f"Missing captions: {source} has none for {few(bare)}.")
+    on_disk = {folder: image_files(folder) for folder in {image.folder for image in listed}}
+    if missing := [f"{image.name} (id {image.id})" for image in listed if image.name not in on_disk[image.folder]]:
+        folders = " and ".join(sorted(map(str, on_disk)))
+        raise DataError(f"{source} lists images that are not in {folders}: {few(missing)}.")
+    return [Entry(image.name, on_disk[image.folder][image.name], image.captions, image.short_side) for image in listed]
+
+
+def _records(parent: Any, key: str, where: Any) -> Iterator[tuple[str, Any]]:
+    """The members of the list parent[key], each with the words that say where it stands."""
+    for n, record in enumerate(_get(parent, key, list, where)):
+        yield f"{where}, {key}[{n}]", record
+
+
+def _get(record: Any, key: str, kind: type, where: Any) -> Any:
+    value = record.get(key) if isinstance(record, dict) else None
+    if type(value) is not kind:  # isinstance would let true and false pass as ids
+        raise DataError(f"{where} must have {key!r} of type {kind.__name__}, but is {shorten(record)}.")
+    return value
+
+
+def _short_side(image: dict) -> int | None:
+    sides = image.get("width"), image.get("height")
+    return min(sides) if all(type(side) is int for side in sides) else None
+
+
+def _repeated(values: Iterable) -> str:
+    return few(str(value) for value, count in Counter(values).items() if count > 1)

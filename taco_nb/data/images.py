@@ -1,0 +1,121 @@
+"""Whatever a user calls an image, turned into the 8-bit RGB picture that is compressed, and that into a tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from taco_nb.errors import DataError
+
+
+def to_rgb(image: str | os.PathLike | Image.Image | np.ndarray | torch.Tensor) -> Image.Image:
+    """The picture as a viewer shows it, so that every input is compressed and measured as the same kind of thing.
+
+    Takes a path, a Pillow image of any mode, a uint8 or uint16 array of shape (H, W), (H, W, 1), (H, W, 3) or
+    (H, W, 4), or a float tensor of shape (3, H, W) or (1, 3, H, W) in [0, 1]. Gives a new RGB image of 8 bits
+    without metadata. EXIF's orientation is applied, transparency is composited over white, colour profiles are ignored,
+    of several frames the first is taken. 16-bit values v (Pillow's modes I;16 and I) become round(v / 257), floats
+    (mode F as well) round(255 v). Of a 16-bit *colour* file Pillow itself reads the upper eight bits only.
+    Raises `DataError`, with the file's name where there is one, if this is no image, is damaged or empty, has more
+    pixels than Pillow's limit against decompression bombs, or has another shape, type or range than said here.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        with _reading(os.fspath(image)), Image.open(image) as opened:
+            return _flatten(opened)
+    if isinstance(image, Image.Image):
+        with _reading(getattr(image, "filename", "") or f"The image (Pillow, mode {image.mode})"):
+            return _flatten(image)
+    if isinstance(image, np.ndarray):
+        return _flatten(_from_array(image))
+    if isinstance(image, torch.Tensor):
+        if image.is_floating_point() and image.numel() and not (image.min() >= 0 and image.max() <= 1):
+            raise DataError("The image tensor holds NaN or values outside [0, 1]: divide by 255 or clamp it first.")
+        return to_image(image)
+    raise DataError(f"{type(image).__name__} is not an image: give a path, a Pillow image, an array or a tensor.")
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """The model's view of an 8-bit RGB image: float32 of shape (3, H, W) in [0, 1]; `to_image` undoes it exactly.
+
+    Raises `DataError` for any other mode; `to_rgb` turns every mode into RGB.
+    """
+    if image.mode != "RGB":
+        raise DataError(f"The image has mode {image.mode}, not RGB: pass it through to_rgb first.")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+
+
+def to_image(x: torch.Tensor) -> Image.Image:
+    """A reconstruction as the 8-bit RGB image that a user gets: clamped to [0, 1] and rounded to 255ths.
+
+    x: floats of shape (3, H, W) or (1, 3, H, W). Raises `DataError` for other shapes and types, no pixels, or NaN.
+    """
+    if not x.is_floating_point() or tuple(x.shape[:-2]) not in ((3,), (1, 3)) or x.numel() == 0:
+        raise DataError(
+            f"A {x.dtype} tensor of shape {tuple(x.shape)} is not an image: it must be floats of shape (3, H, W) or "
+            "(1, 3, H, W) with at least one pixel."
+        )
+    if x.isnan().any():
+        raise DataError("The image tensor holds NaN.")
+    pixels = x.detach().reshape(x.shape[-3:]).float().clamp(0, 1).mul(255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def short_side(path: str | os.PathLike) -> int:
+    """Pixels on the shorter side of an image file, read from its header only. Raises `DataError` as `to_rgb` does."""
+    with _reading(os.fspath(path)), Image.open(path) as opened:
+        return min(opened.size)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(f"There is no image file {name}.") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly anything, SyntaxError included
+        reason = str(error).rstrip(".")
+        raise DataError(f"{name} cannot be read as an image: {reason}. Replace it or leave it out.") from error
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise DataError(f"it is {image.width}x{image.height} and has no pixels")
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] == "I":
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise DataError("its integers are not all in 0..65535")
+        transparent = values == image.info.get("transparency", -1)
+        image = Image.fromarray(np.where(transparent, np.uint8(255), _to_8_bits(values)))
+    elif image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise DataError("its floats are not all in [0, 1]")
+        image = Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    elif image.has_transparency_data:
+        opaque = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), opaque)
+    rgb = image.convert("RGB")
+    rgb.info.clear()  # Pillow writes a profile or EXIF found here into files, whose size we measure
+    return rgb
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    wide = array.dtype.type is np.uint16
+    colours = array.shape[2] if array.ndim == 3 else 1
+    if array.ndim not in (2, 3) or colours not in (1, 3, 4) or array.size == 0 or not (wide or array.dtype == np.uint8):
+        raise DataError(
+            f"A {array.dtype} array of shape {array.shape} is not an image: it must be uint8 or uint16 with at least "
+            "one pixel, of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)."
+        )
+    array = _to_8_bits(array) if wide else array
+    return Image.fromarray(array[..., 0] if array.ndim == 3 and colours == 1 else array)
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 257 = 65535 / 255; + 128 rounds to the nearest

@@ -1,0 +1,187 @@
+"""An `Experiment` is everything that decides a result, in one place; an ablation is one line that replaces a field.
+
+exp = baseline("sample", lmbda=0.004, epochs=2)
+exp = exp.replace(captions="context")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from taco_nb.errors import SettingError
+from taco_nb.files import data_root
+
+PAPER_SIZES = {
+    "N": 192, "M": 320, "groups": (16, 16, 32, 64, 192), "text_dim": 512, "heads": 8, "context_widths": (224, 128),
+}  # fmt: skip
+DEMO_SIZES = {
+    "N": 48, "M": 96, "groups": (8, 8, 16, 16, 48), "text_dim": 64, "heads": 8, "context_widths": (64, 48),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Model, text, data, training and seed of one run; the defaults are the published baseline's.
+
+    Raises `SettingError`, naming the field, for a value of the wrong type or out of range.
+    """
+
+    profile: str = "paper"
+    """Where the settings come from: "paper" or "sample"."""
+    sizes: dict[str, Any] = dataclasses.field(default_factory=PAPER_SIZES.copy)
+    """The fields of `taco_nb.model.ModelConfig`."""
+    init: str = ""
+    """Weights to start from: a bundled codec's name, a run's folder or a checkpoint file; "" for random ones."""
+
+    text_encoder: str = "ViT-B-32-quickgelu/openai"
+    """An open_clip text tower as "model/pretrained", or "untrained-64"."""
+    text_tokens: int = 38
+    """Positions of the text tower that the adapter sees, 2 to 77, padding included."""
+
+    train_data: str = "coco"
+    """"coco", "sample", or a folder of images with its `captions.json`."""
+    crop: int = 256
+    """Side of the random training crops in pixels, a multiple of 64."""
+
+    lmbda: float = 0.0004
+    """Weight of the distortion: loss = lmbda * 255^2 * MSE + bpp + k_P * LPIPS + k_J * J."""
+    k_P: float = 3.5
+    """Weight of LPIPS (AlexNet, fed [0, 1] as the reference does); 0 leaves it out, and needs no weights of it."""
+    k_J: float = 0.0025
+    """Weight of the joint image-text loss J; 0 leaves it out, and needs no CLIP."""
+
+    epochs: int = 50
+    batch_size: int = 8
+    learning_rate: float = 1e-4
+    aux_learning_rate: float = 1e-3
+    """Of the optimizer of z's quantiles alone."""
+    gradient_clip: float = 1.0
+    """Largest allowed norm of the gradient."""
+    precision: str = "float32"
+    """"float32", or "bfloat16" for the transforms under autocast; the entropy model is always float32."""
+    seed: int = 100
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, wanted = getattr(self, field.name), field.type
+            if wanted == "float" and isinstance(value, int) and not isinstance(value, bool):
+                object.__setattr__(self, field.name, float(value))
+            elif not _is(value, wanted):
+                raise SettingError(f"{field.name} must be {_WORDS[wanted]}, but is {value!r}.")
+        object.__setattr__(self, "sizes", {k: _tuple(v) for k, v in self.sizes.items()})
+        for name in ("lmbda", "learning_rate", "aux_learning_rate", "gradient_clip"):
+            self._check(name, 0 < getattr(self, name) < math.inf, "above 0")
+        for name in ("k_P", "k_J"):
+            self._check(name, 0 <= getattr(self, name) < math.inf, "0 or above")
+        for name in ("epochs", "batch_size"):
+            self._check(name, getattr(self, name) >= 1, "1 or above")
+        self._check("seed", self.seed >= 0, "0 or above")
+        self._check("text_tokens", 2 <= self.text_tokens <= 77, "from 2 to 77, CLIP's limit")
+        self._check("crop", self.crop >= 64 and self.crop % 64 == 0, "a multiple of 64")
+        self._check("profile", self.profile in ("paper", "sample"), '"paper" or "sample"')
+        self._check("precision", self.precision in ("float32", "bfloat16"), '"float32" or "bfloat16"')
+
+    def _check(self, name: str, right: bool, wanted: str) -> None:
+        if not right:
+            raise SettingError(f"{name} must be {wanted}, but is {getattr(self, name)!r}.")
+
+    def replace(self, **changes: Any) -> Experiment:
+        """A copy with some fields changed; raises `SettingError` for a field that does not exist."""
+        check_names(changes, [field.name for field in dataclasses.fields(self)], "an Experiment has no setting")
+        return dataclasses.replace(self, **changes)
+
+    def diff(self, other: Experiment) -> dict[str, tuple[Any, Any]]:
+        """The fields in which the two differ: {name: (here, there)}."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Experiment:
+        """The inverse of `to_json`; raises `SettingError` for text that is no experiment."""
+        try:
+            fields = json.loads(text)
+        except ValueError as error:
+            raise SettingError(f"This is not an experiment's JSON: {error}.") from None
+        if not isinstance(fields, dict):
+            raise SettingError("This is not an experiment's JSON: it holds no object.")
+        return cls().replace(**fields)
+
+
+def baseline(profile: str = "auto", *, data_dir: str | None = None, **changes: Any) -> Experiment:
+    """The baseline that all ablations are compared with, in the given profile, with some settings changed.
+
+    "paper" is TACO as published: MS-COCO, CLIP ViT-B/32, the paper-size model. "sample" is the same code on the bundled
+    pictures: a small model that starts from the bundled codec, an untrained text tower, and a loss without LPIPS and J,
+    whose networks are downloads. "auto" chooses; see `choose_profile`.
+    """
+    profile, _ = choose_profile(profile, data_dir)
+    if profile == "paper":
+        return Experiment().replace(**changes)
+    sample = Experiment(
+        profile="sample", sizes=DEMO_SIZES, init="demo", text_encoder="untrained-64", train_data="sample", crop=128,
+        lmbda=0.0067, k_P=0.0, k_J=0.0, epochs=2, batch_size=4,
+    )  # fmt: skip
+    return sample.replace(**changes)
+
+
+def choose_profile(profile: str = "auto", data_dir: str | None = None) -> tuple[str, str]:
+    """The profile to use, and a sentence that says why and how to get the other.
+
+    "auto" is "paper" where a CUDA device and a prepared `coco` in the data folder are both there, else "sample".
+    """
+    if profile in ("paper", "sample"):
+        return profile, f'Profile "{profile}", as asked for.'
+    if profile != "auto":
+        raise SettingError(f'profile must be "auto", "paper" or "sample", but is {profile!r}.')
+    import torch
+
+    coco = data_root(data_dir) / "coco"
+    missing = [] if torch.cuda.is_available() else ["no CUDA device"]
+    missing += [] if (coco / "annotations").is_dir() else [f"no MS-COCO in {_shown(coco)}"]
+    if missing:
+        return "sample", (
+            f'Profile "sample", because there is {" and ".join(missing)}: the bundled pictures and a small model. '
+            'profile="paper" asks for the full experiment.'
+        )
+    return "paper", (
+        'Profile "paper", because a CUDA device and MS-COCO are both here. '
+        'profile="sample" runs in minutes on the bundled pictures.'
+    )
+
+
+def check_names(given: Any, known: list[str], complaint: str) -> None:
+    """Raise `SettingError` for the first of the given names that is not known, and name the closest that is."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
+            raise SettingError(f"{complaint} {name!r}.{hint}")
+
+
+_WORDS = {"str": "text", "int": "a whole number", "float": "a number", "dict[str, Any]": "a dictionary"}
+
+
+def _is(value: Any, wanted: str) -> bool:
+    types = {"str": str, "int": int, "float": float, "dict[str, Any]": dict}
+    return isinstance(value, types[wanted]) and not isinstance(value, bool)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be said: relative to the working directory where it lies below it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,91 @@
+"""Perception: LPIPS, in the convention of its library and in the one that TACO published."""
+
+from __future__ import annotations
+
+import math
+import socket
+import warnings
+from http.client import HTTPException
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from taco_nb.errors import MissingWeightsError, SettingError
+
+ALEXNET_FILE, ALEXNET_BYTES = "alexnet-owt-7be5be79.pth", 244_408_911
+ALEXNET_COMMAND = "python -c \"import torchvision; torchvision.models.alexnet(weights='IMAGENET1K_V1')\""
+MIN_SIDE = 31  # below this AlexNet's second pooling has nothing left to pool
+
+
+class Lpips:
+    """LPIPS with an AlexNet backbone, frozen: the distance of two pictures' deep features (Zhang et al., CVPR 2018).
+
+    The library expects pixels in [-1,1]. TACO's training and evaluation hand it pixels in [0,1] as they are, so the
+    values the paper and the report print are another, smaller quantity. Both are kept, under names that differ:
+    `lpips` follows the library (`convention="pm1"`), `lpips_01` follows TACO (`convention="01"`).
+
+    `model` is an `lpips.LPIPS` to use in place of the pretrained one. Without it the backbone comes from torchvision's
+    own download; raises `MissingWeightsError` where it is neither on the machine nor to be fetched.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu", model: nn.Module | None = None):
+        self.device = torch.device(device)
+        self.model = (_pretrained() if model is None else model).to(self.device).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, x_hat: Tensor) -> dict[str, float]:
+        """`{"lpips": …, "lpips_01": …}` of two float pictures (3,H,W) in [0,1]; 0 is identical, higher is farther.
+
+        Both are NaN for a picture with a side under 31 pixels, of which AlexNet's poolings leave nothing.
+        Raises `SettingError` for other or unequal shapes.
+        """
+        if x.ndim != 3:
+            raise SettingError(f"LPIPS takes one picture (3,H,W), not {tuple(x.shape)}; for a batch call `distance`.")
+        x, x_hat = x[None].to(self.device), x_hat[None].to(self.device)
+        if x.shape == x_hat.shape and min(x.shape[-2:]) < MIN_SIDE:
+            return {"lpips": math.nan, "lpips_01": math.nan}
+        return {
+            "lpips": self.distance(x_hat, x, convention="pm1").item(),
+            "lpips_01": self.distance(x_hat, x, convention="01").item(),
+        }
+
+    def distance(self, x_hat: Tensor, x: Tensor, convention: str = "01") -> Tensor:
+        """LPIPS per picture, (B,), of float batches (B,3,H,W) in [0,1], differentiable in `x_hat`: a term of a loss.
+
+        `convention` is "01" (TACO's, the default, as its loss uses it) or "pm1" (the library's); see the class. Both
+        tensors are on `self.device`. Raises `SettingError` for another convention, unequal shapes, or sides under 31.
+        """
+        if convention not in ("01", "pm1"):
+            raise SettingError(f'There is no LPIPS convention {convention!r}; choose "01" or "pm1".')
+        if x.shape != x_hat.shape or x.ndim != 4 or x.shape[1] != 3 or min(x.shape[-2:]) < MIN_SIDE:
+            raise SettingError(
+                f"LPIPS needs two batches of one shape (B,3,H,W) with sides of at least {MIN_SIDE} pixels, "
+                f"not {tuple(x.shape)} and {tuple(x_hat.shape)}."
+            )
+        return self.model(x_hat, x, normalize=convention == "pm1").flatten()
+
+
+def _pretrained() -> nn.Module:
+    """The calibrated `lpips.LPIPS(net="alex")`; torchvision fetches its backbone unless torch's cache has it."""
+    import lpips
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE
+    wanted = f"LPIPS needs AlexNet's weights, {ALEXNET_FILE} ({ALEXNET_BYTES:,} bytes)"
+    if path.exists() and path.stat().st_size != ALEXNET_BYTES:
+        raise MissingWeightsError(
+            f"{wanted}, but {path} has {path.stat().st_size:,} bytes. Delete it and run: {ALEXNET_COMMAND}"
+        )
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # torch.hub sets none, and would wait for ever behind a firewall that drops packets
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # lpips 0.1.4 calls torchvision by arguments that are deprecated
+            return lpips.LPIPS(net="alex", verbose=False)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise MissingWeightsError(
+            f"{wanted}: not found at {path}, and the download failed ({error}). "
+            f"With a network, run: {ALEXNET_COMMAND} (or copy the file there from a machine that has it)."
+        ) from error
+    finally:
+        socket.setdefaulttimeout(patience)

@@ -1,0 +1,136 @@
+"""ELIC's entropy model: uneven channel groups, a checkerboard in each (He et al., CVPR 2022, Sections 3.2 and 3.3).
+
+    anchors (A) are coded first, given the hyper latents and the groups before;      . A . A
+    then the others (.), given also a 5x5 look at the anchors around them.           A . A .
+                                                                                     . A . A
+                                                                                     A . A .
+
+The order of coding is written down once, in `SpaceChannelModel.walk`; the forward pass, compression and decompression
+differ only in what they do at each of its steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from torch import Tensor, nn
+
+from taco_nb.model.layers import conv, relu_stack
+
+SCALE_TABLE = torch.linspace(torch.tensor(0.11).log(), torch.tensor(256.0).log(), 64).exp().tolist()
+
+
+def squeeze(x: Tensor, anchor: bool) -> Tensor:
+    """The anchors, or the others, of (B, C, H, W) side by side: (B, C, H, W/2), H and W even."""
+    B, C, H, W = x.shape
+    cells = x.reshape(B, C, H // 2, 2, W // 2, 2)
+    first = 1 if anchor else 0  # the column of a cell of 2x2 that the even row contributes
+    return torch.stack((cells[:, :, :, 0, :, first], cells[:, :, :, 1, :, 1 - first]), dim=3).reshape(B, C, H, W // 2)
+
+
+def unsqueeze(anchors: Tensor, others: Tensor) -> Tensor:
+    """The inverse of `squeeze`: two halves (B, C, H, W/2) back on their checkerboard (B, C, H, W)."""
+    B, C, H, W = anchors.shape
+    a, o = (t.reshape(B, C, H // 2, 2, W) for t in (anchors, others))
+    even = torch.stack((o[:, :, :, 0], a[:, :, :, 0]), dim=-1)
+    odd = torch.stack((a[:, :, :, 1], o[:, :, :, 1]), dim=-1)
+    return torch.stack((even, odd), dim=3).reshape(B, C, H, 2 * W)
+
+
+class ChannelContext(nn.Module):
+    """What the groups already coded, (B, sum of their channels, h, w), say of the next: (B, 2c, h, w)."""
+
+    def __init__(self, before: int, c: int, widths: tuple[int, int]):
+        super().__init__()
+        # spelled as in the reference's state dicts
+        self.fushion = relu_stack(
+            conv(before, widths[0], 5, 1), conv(widths[0], widths[1], 5, 1), conv(widths[1], 2 * c, 5, 1)
+        )
+
+    def forward(self, y_hat: Tensor) -> Tensor:
+        return self.fushion(y_hat)
+
+
+class EntropyParameters(nn.Module):
+    """All that is known of a half group, concatenated over channels -> its scales and means, (B, 2c, h, w/2)."""
+
+    def __init__(self, in_channels: int, c: int):
+        super().__init__()
+        out = 2 * c
+        self.fusion = relu_stack(
+            conv(in_channels, out * 5 // 3, 1, 1), conv(out * 5 // 3, out * 4 // 3, 1, 1), conv(out * 4 // 3, out, 1, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fusion(x)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of the ten steps of the walk: half of the channels `channels` of y."""
+
+    channels: slice
+    anchor: bool
+
+
+class SpaceChannelModel(nn.Module):
+    """The probability model of y and z; `groups` are the channel counts of y's groups, summing to M.
+
+    `context_widths` are the two inner widths of the channel context networks (224 and 128 in the reference).
+    """
+
+    def __init__(self, N: int, M: int, groups: tuple[int, ...], context_widths: tuple[int, int]):
+        super().__init__()
+        self.groups = groups
+        before = [sum(groups[:k]) for k in range(len(groups))]
+        self.local_context = nn.ModuleList([conv(c, 2 * c, 5, 1) for c in groups])
+        self.channel_context = nn.ModuleDict(
+            {str(k): ChannelContext(before[k], c, context_widths) for k, c in enumerate(groups) if k}
+        )
+        known = [2 * M + (2 * c if k else 0) for k, c in enumerate(groups)]
+        self.entropy_parameters_anchor = nn.ModuleList([EntropyParameters(n, c) for n, c in zip(known, groups)])
+        self.entropy_parameters_nonanchor = nn.ModuleList(
+            [EntropyParameters(n + 2 * c, c) for n, c in zip(known, groups)]
+        )
+        self.entropy_bottleneck = EntropyBottleneck(N)
+        self.gaussian_conditional = GaussianConditional(SCALE_TABLE)
+
+    def walk(self, hyper: Tensor, visit: Callable[[Step, Tensor, Tensor], Tensor]) -> Tensor:
+        """Visit the ten half groups of y in coding order, and return the y_hat that the visits have made.
+
+        `hyper` is h_s's output, (B, 2M, h, w). `visit(step, scales, means)` gets the Gaussian parameters of a half
+        group, (B, c, h, w/2) each, and returns that half of y_hat: the context of everything that comes after it.
+        """
+        half_hyper = {anchor: squeeze(hyper, anchor) for anchor in (True, False)}
+        y_hat: list[Tensor] = []
+        for k, channels in enumerate(self._channels()):
+            context = [self.channel_context[str(k)](torch.cat(y_hat, 1))] if k else []
+            known = {anchor: [*(squeeze(t, anchor) for t in context), half_hyper[anchor]] for anchor in (True, False)}
+
+            scales, means = self.entropy_parameters_anchor[k](torch.cat(known[True], 1)).chunk(2, 1)
+            anchors = visit(Step(channels, True), scales, means)
+
+            local = squeeze(self.local_context[k](unsqueeze(anchors, torch.zeros_like(anchors))), False)
+            scales, means = self.entropy_parameters_nonanchor[k](torch.cat([local, *known[False]], 1)).chunk(2, 1)
+            others = visit(Step(channels, False), scales, means)
+
+            y_hat.append(unsqueeze(anchors, others))
+        return torch.cat(y_hat, 1)
+
+    def _channels(self) -> Iterator[slice]:
+        start = 0
+        for c in self.groups:
+            yield slice(start, start + c)
+            start += c
+
+    def medians(self) -> Tensor:
+        """Around which z is rounded, (1, N, 1, 1)."""
+        return self.entropy_bottleneck.quantiles[:, 0, 1].reshape(1, -1, 1, 1)
+
+
+def ste_round(x: Tensor) -> Tensor:
+    """Rounding whose gradient is the identity (the straight-through estimator)."""
+    return x + (x.round() - x).detach()

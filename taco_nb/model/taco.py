@@ -1,0 +1,270 @@
+"""TACO (Lee et al., ICML 2024, arXiv:2403.02944): ELIC whose encoder reads the caption."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from taco_nb.errors import CheckpointError, DamagedFileError, SettingError
+from taco_nb.model import rans
+from taco_nb.model.entropy import SpaceChannelModel, Step, squeeze, ste_round, unsqueeze
+from taco_nb.model.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
+
+_RENAMED = {f"entropy_bottleneck._{old}": f"entropy_bottleneck.{new}."
+            for old, new in (("matrix", "matrices"), ("bias", "biases"), ("factor", "factors"))}  # fmt: skip
+_TABLES = ("_offset", "_quantized_cdf", "_cdf_length")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes of a TACO; the defaults are the paper's. Raises `SettingError` for sizes that do not fit together."""
+
+    N: int = 192
+    M: int = 320
+    groups: tuple[int, ...] = (16, 16, 32, 64, 192)
+    text_dim: int = 512
+    heads: int = 8
+    context_widths: tuple[int, int] = (224, 128)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "groups", tuple(self.groups))
+        object.__setattr__(self, "context_widths", tuple(self.context_widths))
+        sizes = (self.N, self.M, self.text_dim, self.heads, *self.groups, *self.context_widths)
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise SettingError(f"Every size of a model is a positive whole number, but this one has {self}.")
+        if sum(self.groups) != self.M:
+            raise SettingError(f"groups={self.groups} add up to {sum(self.groups)}, but must add up to M={self.M}.")
+        if len(self.context_widths) != 2:
+            raise SettingError(f"context_widths are two numbers, not {self.context_widths}.")
+        for name in ("N", "text_dim"):
+            if getattr(self, name) % self.heads:
+                raise SettingError(f"{name}={getattr(self, name)} is not a multiple of heads={self.heads}.")
+
+    @classmethod
+    def of_state_dict(cls, state_dict: Mapping[str, Tensor], heads: int = 8) -> ModelConfig:
+        """The sizes that a state dict's shapes imply; heads, which leave no trace in them, are the paper's 8."""
+        shape = {key.removeprefix("module."): tuple(value.shape) for key, value in state_dict.items()}
+        try:
+            groups = []
+            while f"local_context.{len(groups)}.weight" in shape:
+                groups.append(shape[f"local_context.{len(groups)}.weight"][1])
+            return cls(
+                N=shape["g_a.analysis_transform.0.weight"][0],
+                M=shape["g_a.analysis_transform.16.weight"][0],
+                groups=tuple(groups),
+                text_dim=shape["g_a.analysis_transform.8.text_feature_dim_proj.weight"][1],
+                heads=heads,
+                context_widths=tuple(shape[f"channel_context.1.fushion.{i}.weight"][0] for i in (0, 2)),
+            )
+        except KeyError as missing:
+            raise CheckpointError(f"This state dict is not TACO's: it has no {missing}.") from None
+
+
+class Latents(NamedTuple):
+    """What the entropy coder carries, int32: `y` (M*h*w,) in coding order and `z` (N*h/4*w/4,)."""
+
+    y: Tensor
+    z: Tensor
+
+
+class Encoded(NamedTuple):
+    """One image, coded: its two rANS streams and the symbols inside them."""
+
+    y_string: bytes
+    z_string: bytes
+    latents: Latents
+
+
+@dataclass
+class _Tables:
+    y: rans.CodingTables
+    z: rans.CodingTables
+    z_indexes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+
+class TACO(SpaceChannelModel):
+    """The codec's network: transforms around the entropy model, under the reference's parameter names.
+
+    Inputs are images x (B, 3, H, W) in [0, 1], H and W multiples of 64, and text (B, T, text_dim).
+    """
+
+    def __init__(self, config: ModelConfig = ModelConfig()):
+        super().__init__(config.N, config.M, config.groups, config.context_widths)
+        self.config = config
+        self.g_a = AnalysisTransform(config.N, config.M, config.text_dim, config.heads)
+        self.g_s = SynthesisTransform(config.N, config.M)
+        self.h_a = HyperAnalysis(config.N, config.M)
+        self.h_s = HyperSynthesis(config.N, config.M)
+        self._tables: _Tables | None = None
+
+    def forward(self, x: Tensor, text: Tensor) -> dict[str, Any]:
+        """Reconstruct x and estimate its bits; differentiable.
+
+        Returns {"x_hat": (B, 3, H, W), unclamped, "likelihoods": {"y": (B, M, h, w), "z": (B, N, h/4, w/4)}}. In
+        training mode the likelihoods are those of y and z with uniform noise (Balle et al. 2018), while y_hat is rounded
+        with a straight-through gradient; in evaluation mode both are those of the rounded values.
+        """
+        y = self.g_a(x, text).float()
+        with torch.autocast(x.device.type, enabled=False):  # probabilities need more than bfloat16's eight bits
+            y_hat, likelihoods = self._estimate(y)
+        return {"x_hat": self.g_s(y_hat).float(), "likelihoods": likelihoods}
+
+    def _estimate(self, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """y_hat and the likelihoods of y and z, without coding them."""
+        z = self.h_a(y)
+        _, z_likelihoods = self.entropy_bottleneck(z)
+        z_hat = ste_round(z - self.medians()) + self.medians()
+        halves = {anchor: squeeze(y, anchor) for anchor in (True, False)}
+        likelihoods: dict[bool, list[Tensor]] = {True: [], False: []}
+
+        def estimate(step: Step, scales: Tensor, means: Tensor) -> Tensor:
+            values = halves[step.anchor][:, step.channels]
+            likelihoods[step.anchor].append(self.gaussian_conditional(values, scales, means)[1])
+            return ste_round(values - means) + means
+
+        y_hat = self.walk(self.h_s(z_hat), estimate)
+        y_likelihoods = unsqueeze(torch.cat(likelihoods[True], 1), torch.cat(likelihoods[False], 1))
+        return y_hat, {"y": y_likelihoods, "z": z_likelihoods}
+
+    def aux_loss(self) -> Tensor:
+        """The loss of z's quantiles, which only the auxiliary optimizer minimises."""
+        return self.entropy_bottleneck.loss()
+
+    @torch.inference_mode()
+    def compress(self, x: Tensor, text: Tensor) -> dict[str, Any]:
+        """Code every image of the batch, by CompressAI's convention: {"strings": [[y...], [z...]], "shape": z's (h, w)}."""
+        coded = [self.encode_latents(y) for y in self.g_a(x, text).split(1)]
+        shape = (x.shape[2] // 64, x.shape[3] // 64)
+        return {"strings": [[c.y_string for c in coded], [c.z_string for c in coded]], "shape": shape}
+
+    @torch.inference_mode()
+    def decompress(self, strings: list[list[bytes]], shape: tuple[int, int]) -> dict[str, Tensor]:
+        """The inverse of `compress`: {"x_hat": (B, 3, H, W), clamped to [0, 1]}.
+
+        Raises `DamagedFileError` where a stream ends too early; a stream altered otherwise decodes to other latents.
+        """
+        y_hat = [self.decode_latents(y, z, shape)[0] for y, z in zip(*strings, strict=True)]
+        return {"x_hat": self.g_s(torch.cat(y_hat)).clamp_(0, 1)}
+
+    @torch.inference_mode()
+    def encode_latents(self, y: Tensor) -> Encoded:
+        """Code the y of one image, (1, M, h, w).
+
+        Images are coded one by one even in a batch: the parameters of the entropy model must come out the same to the
+        last bit at the decoder, and a convolution over a batch need not equal the one over a single image.
+        """
+        if not torch.isfinite(y).all():
+            raise ValueError("The encoder produced values that are not finite numbers: the weights are broken.")
+        tables, medians = self.tables(), self.medians()
+        z_symbols = (self.h_a(y) - medians).round().int()
+        halves = {anchor: squeeze(y, anchor) for anchor in (True, False)}
+        symbols: list[Tensor] = []
+        indexes: list[Tensor] = []
+
+        def quantize(step: Step, scales: Tensor, means: Tensor) -> Tensor:
+            rounded = (halves[step.anchor][:, step.channels] - means).round()
+            symbols.append(rounded.int().flatten())
+            indexes.append(self.gaussian_conditional.build_indexes(scales).flatten())
+            return rounded + means
+
+        self.walk(self.h_s(z_symbols + medians), quantize)
+        latents = Latents(torch.cat(symbols).cpu(), z_symbols.flatten().cpu())
+        y_string = rans.encode(latents.y, torch.cat(indexes).cpu(), tables.y)
+        z_string = rans.encode(latents.z, self._z_indexes(tuple(z_symbols.shape[2:])), tables.z)
+        return Encoded(y_string, z_string, latents)
+
+    @torch.inference_mode()
+    def decode_latents(self, y_string: bytes, z_string: bytes, shape: tuple[int, int]) -> tuple[Tensor, Latents]:
+        """y_hat (1, M, h, w) and the symbols it was made from; `shape` is that of z. Any bytes are safe to give."""
+        tables, device = self.tables(), self.medians().device
+        if shape[0] * shape[1] * float(tables.z.least_bits.sum()) > 8 * len(z_string) + 64:
+            raise DamagedFileError(
+                f"{len(z_string)} bytes cannot hold the latents of so large an image: forged header."
+            )
+        z_indexes = self._z_indexes(shape)
+        z_symbols = rans.Decoder(z_string, tables.z, z_indexes.numel()).read(z_indexes)
+        decoder = rans.Decoder(y_string, tables.y, 16 * self.config.M * shape[0] * shape[1])
+        y_symbols: list[Tensor] = []
+
+        def read(step: Step, scales: Tensor, means: Tensor) -> Tensor:
+            indexes = self.gaussian_conditional.build_indexes(scales).cpu()
+            y_symbols.append(decoder.read(indexes.flatten()))
+            return y_symbols[-1].to(device).reshape(means.shape) + means
+
+        z_hat = z_symbols.to(device).reshape(1, -1, *shape) + self.medians()
+        y_hat = self.walk(self.h_s(z_hat), read)
+        if not torch.isfinite(y_hat).all():
+            raise DamagedFileError("The compressed latents decode to values that are not finite: damaged or forged.")
+        return y_hat, Latents(torch.cat(y_symbols), z_symbols)
+
+    def tables(self) -> _Tables:
+        """The coder's tables, made from the weights if they are not there yet (by `update`)."""
+        if self._tables is None:
+            if not self.entropy_bottleneck.offset.numel() or not self.gaussian_conditional.offset.numel():
+                self.update()
+            self._tables = _Tables(
+                rans.CodingTables(self.gaussian_conditional), rans.CodingTables(self.entropy_bottleneck)
+            )
+        return self._tables
+
+    def _z_indexes(self, shape: tuple[int, int]) -> Tensor:
+        """The distribution of z's symbols is that of their channel."""
+        cache = self.tables().z_indexes
+        if shape not in cache:
+            cache.clear()
+            cache[shape] = torch.arange(self.config.N, dtype=torch.int32).repeat_interleave(shape[0] * shape[1])
+        return cache[shape]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Make the coder's tables from the weights as they are now."""
+        self.gaussian_conditional.update()
+        self.entropy_bottleneck.update(force=True)
+        self._tables = None
+
+    def train(self, mode: bool = True) -> TACO:
+        """As `nn.Module.train`; entering training drops the coder's tables, which the next step would make stale."""
+        if mode:
+            for model in (self.entropy_bottleneck, self.gaussian_conditional):
+                for name in _TABLES:
+                    setattr(model, name, torch.empty(0, dtype=torch.int32, device=self.medians().device))
+            self._tables = None
+        return super().train(mode)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights under the reference's names: `module.` prefixes and CompressAI's older names are understood.
+
+        The coder's tables are taken as they are, so that files stay decodable; where they are missing or empty they are
+        made anew when first needed. Raises `CheckpointError` naming the keys that are missing, unknown or misshapen.
+        """
+        state = {_modern(key): value for key, value in state_dict.items()}
+        for name in ("entropy_bottleneck", "gaussian_conditional"):
+            for table in (f"{name}.{table}" for table in _TABLES):
+                if strict or table in state:
+                    value = state.setdefault(table, torch.empty(0, dtype=torch.int32))
+                    setattr(
+                        getattr(self, name),
+                        table.rpartition(".")[2],
+                        torch.empty_like(value, device=self.medians().device),
+                    )
+        if not state.get("gaussian_conditional.scale_table", torch.empty(1)).numel():
+            del state["gaussian_conditional.scale_table"]  # empty in checkpoints saved before the tables were made
+        state.setdefault("gaussian_conditional.scale_table", self.gaussian_conditional.scale_table)
+        self._tables = None
+        try:
+            return super().load_state_dict(state, strict=strict, assign=assign)
+        except RuntimeError as error:
+            raise CheckpointError(f"These weights do not fit a TACO of {self.config}. {error}") from None
+
+
+def _modern(key: str) -> str:
+    """The key under which today's CompressAI keeps what a checkpoint calls `key`."""
+    key = key.removeprefix("module.")
+    for old, new in _RENAMED.items():
+        if key.startswith(old) and key[len(old) :].isdigit():
+            return new + key[len(old) :]
+    return key

@@ -1,0 +1,294 @@
+"""The frozen CLIP text tower whose hidden states condition TACO (Lee et al., ICML 2024), on open_clip's modules.
+
+The sequence of a caption is start-of-text, its words, end-of-text, then padding up to `length` positions:
+
+    position   0      1    2    3     4      5      6    ...
+    id         49406  a    red  barn  49407  49407  49407
+    mask       True   True True True  True   False  False      True = a real token
+
+Attention is causal, and padding is hidden from every position. The states of the padded positions are returned all the
+same, since TACO's adapter attends to them too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from taco_nb.errors import CheckpointError, MissingWeightsError, SettingError
+
+if TYPE_CHECKING:
+    from open_clip import SimpleTokenizer
+
+CLIP_LENGTH = 77  # positions that CLIP was trained with
+UNTRAINED_SEED = 100
+
+
+class TextTower:
+    """A frozen CLIP text transformer: captions in, one hidden state per position out, as TACO conditions on them.
+
+    The states are those after the final LayerNorm, before any projection: `last_hidden_state` of transformers'
+    `CLIPTextModel` given the attention mask. Deliberately no `nn.Module`, so that a tower never slips into the
+    checkpoint or the optimizer of the codec beside it.
+
+    Args:
+        module: an open_clip `CLIP` or `TextTransformer`; only its text half is used. Frozen in place.
+        name: what to call it where it is shown.
+        length: positions per caption, 2 up to the tower's own limit (77 for CLIP). Longer captions are cut, keeping
+            the end-of-text token last.
+        trained: False for random weights; `repr` then says so.
+
+    Attributes:
+        dim: width of a hidden state.
+
+    Raises:
+        SettingError: `length` is no such number.
+    """
+
+    def __init__(self, module: nn.Module, name: str, length: int, trained: bool) -> None:
+        _check_length(length, name, longest=len(module.positional_embedding))
+        self.module = module.requires_grad_(False).eval()
+        self.name = name
+        self.length = length
+        self.trained = trained
+        self.dim: int = module.token_embedding.embedding_dim
+
+    def __repr__(self) -> str:
+        weights = "trained" if self.trained else "untrained, fixed random weights"
+        return f"TextTower({self.name}: {weights}, {self.length} positions of {self.dim})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie, and so where hidden states are computed and returned."""
+        return self.module.token_embedding.weight.device
+
+    def tokenize(self, captions: str | Iterable[str]) -> tuple[Tensor, Tensor]:
+        """Cut captions into CLIP's byte pairs, padded with the end-of-text id as the reference's tokenizer pads.
+
+        The text is cleaned as OpenAI cleaned CLIP's training captions: ftfy (so curly quotes become straight, ligatures
+        and full-width letters plain, control characters vanish), HTML entities resolved, lower case. transformers'
+        `CLIPTokenizer` leaves the first two out; on captions without such characters both give the same ids.
+
+        Args:
+            captions: several captions, or a single string, which counts as one caption.
+
+        Returns:
+            ids (B, length) int64 and mask (B, length) bool, True at start-of-text, words and end-of-text; on the CPU.
+
+        Raises:
+            SettingError: there is no caption, or one is not a string.
+        """
+        captions = _check_captions(captions)
+        tokenizer = _tokenizer()
+        ids = torch.full((len(captions), self.length), tokenizer.eot_token_id)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, caption in enumerate(captions):
+            sequence = [tokenizer.sot_token_id, *tokenizer.encode(caption)[: self.length - 2]]
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            mask[row, : len(sequence) + 1] = True
+        return ids, mask
+
+    @torch.no_grad()
+    def __call__(self, captions: str | Iterable[str]) -> Tensor:
+        """Encode captions, each independently of the others in the batch.
+
+        Returns:
+            Hidden states (B, length, dim), float32, on the tower's device.
+
+        Raises:
+            SettingError: there is no caption, or one is not a string.
+        """
+        ids, mask = (tensor.to(self.device) for tensor in self.tokenize(captions))
+        # Training runs under bfloat16 autocast; the conditioning must not depend on who asks for it.
+        with torch.autocast(self.device.type, enabled=False):
+            x = self.module.token_embedding(ids) + self.module.positional_embedding[: self.length]
+            return self.module.ln_final(self.module.transformer(x, attn_mask=self._attention_mask(mask)))
+
+    def _attention_mask(self, mask: Tensor) -> Tensor:
+        """0 where a position (row) may attend to another (column), -inf elsewhere: (B * heads, length, length)."""
+        visible = mask[:, None, :] & torch.ones(self.length, self.length, dtype=torch.bool, device=mask.device).tril()
+        additive = torch.zeros(visible.shape, device=mask.device).masked_fill(~visible, float("-inf"))
+        return additive.repeat_interleave(self.module.transformer.resblocks[0].attn.num_heads, dim=0)
+
+
+def text_tower(name: str, length: int = 38, device: str | torch.device = "cpu") -> TextTower:
+    """A frozen text tower by name. Weights are loaded once per process, and shared by towers of different `length`.
+
+    Args:
+        name: "model/pretrained" as open_clip lists them, "ViT-B-32-quickgelu/openai" being the reference's; the part
+            after the slash may also be a file of weights. Or "untrained-64": a small tower of that width (a multiple
+            of 16 up to 1024) with CLIP's tokenizer and random weights that are the same on every machine.
+        length: positions per caption; TACO uses 38, CLIP knows 77.
+        device: where to encode.
+
+    Raises:
+        SettingError: an unknown name, a model that reads text otherwise than CLIP, a bad `length` or `device`.
+        MissingWeightsError: the weights are neither on this machine nor to be had.
+        CheckpointError: the file of weights is damaged or belongs to another model.
+    """
+    if not isinstance(name, str):
+        raise SettingError(f"The name of a text tower is a string such as 'ViT-B-32-quickgelu/openai', not {name!r}.")
+    if untrained := re.fullmatch(r"untrained-([0-9]+)", name):
+        _check_length(length, name, longest=CLIP_LENGTH)
+        module = _untrained_module(int(untrained[1]), _check_device(device))
+    else:
+        _check_length(length, name, longest=_check_name(name).get("context_length", CLIP_LENGTH))
+        module = _trained_module(name, _check_device(device))
+    return TextTower(module, name, length, trained=not untrained)
+
+
+@lru_cache(maxsize=4)
+def _trained_module(name: str, device: str) -> nn.Module:
+    import open_clip
+
+    model, pretrained = name.split("/", 1)
+    tag = open_clip.get_pretrained_cfg(model, pretrained)
+    path = _weights_file(tag, name) if tag else Path(pretrained).expanduser()
+    # Some configurations have the other GELU than the weights were trained with: ViT-B-32/openai is one.
+    overrides = {"quick_gelu": tag.get("quick_gelu", False)} if tag else {}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            clip = open_clip.create_model(model, pretrained=str(path), **overrides)
+    except Exception as error:  # torch, pickle and safetensors each have errors of their own for a bad file
+        raise CheckpointError(
+            f"The weights {path} cannot be loaded into {model}: the file is damaged or belongs to another model. "
+            "Delete it and fetch it again, or name the model that it was made for."
+        ) from error
+    text = getattr(clip, "text", clip)
+    if text is clip:
+        del clip.visual
+    return text.to(device)
+
+
+def _weights_file(tag: dict[str, Any], name: str) -> str:
+    """The file of a pretrained tag, from the Hugging Face cache or through open_clip's own download."""
+    import huggingface_hub
+    import open_clip
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    repository, file = os.path.split(tag["hf_hub"])
+    files = [str(Path(file).with_suffix(".safetensors")), file] if file else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
+    for file in files:
+        if isinstance(cached := huggingface_hub.try_to_load_from_cache(repository, file), str):
+            return cached
+    try:
+        huggingface_hub.file_exists(repository, files[0])  # fails at once, where the download retries for a minute
+        return open_clip.download_pretrained(tag)
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        command = f"python -c \"from taco_nb.text import text_tower; text_tower('{name}')\""
+        raise MissingWeightsError(
+            f"The weights of the text tower {name} are not on this machine and could not be fetched ({reason}): "
+            f"{files[0]} of {repository} on the Hugging Face Hub, about {_megabytes(name):,} MB, which this command "
+            f"fetches once there is a connection: {command}"
+        ) from None
+
+
+def _megabytes(name: str) -> int:
+    """Size of a whole CLIP model in float32, as its weights are published, without building it."""
+    import open_clip
+
+    config = open_clip.get_model_config(name.split("/")[0])
+    config.pop("custom_text", None)
+    with torch.device("meta"):
+        return round(sum(weight.numel() for weight in open_clip.CustomTextCLIP(**config).parameters()) * 4e-6)
+
+
+@lru_cache(maxsize=4)
+def _untrained_module(width: int, device: str) -> nn.Module:
+    from open_clip.transformer import QuickGELU, TextTransformer
+
+    if width % 16 or not 16 <= width <= 1024:
+        raise SettingError(f"untrained-{width}: the width must be a multiple of 16, from 16 to 1024.")
+    with torch.random.fork_rng(devices=[]):  # open_clip initialises from the global generator
+        module = TextTransformer(width=width, heads=width // 16, layers=2, output_dim=None, act_layer=QuickGELU)
+    generator = torch.Generator().manual_seed(UNTRAINED_SEED)
+    # Words weigh more than positions, and every layer adds about as much as it is given: states tell captions apart.
+    std = {"token_embedding.weight": 1.0, "positional_embedding": 0.25}
+    with torch.no_grad():
+        for name, weight in sorted(module.named_parameters()):
+            if weight.ndim > 1:
+                # Uniform: a normal draw goes through log and cos, which round differently from machine to machine.
+                noise = torch.rand(weight.shape, generator=generator) - 0.5
+                weight.copy_(noise * (12**0.5 * std.get(name, weight.shape[1] ** -0.5)))
+            elif name.endswith("bias"):
+                weight.zero_()
+    return module.to(device)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer() -> SimpleTokenizer:
+    from open_clip import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+def _check_name(name: str) -> dict[str, Any]:
+    """The text configuration of "model/pretrained"."""
+    import open_clip
+
+    model, slash, pretrained = name.partition("/")
+    if not slash:
+        raise SettingError(
+            f"{name!r} is no text tower: write model/pretrained, such as 'ViT-B-32-quickgelu/openai', "
+            "or 'untrained-64' for random weights."
+        )
+    if model not in open_clip.list_models():
+        raise SettingError(f"open_clip has no model {model!r} ({name!r}).{_close(model, open_clip.list_models())}")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if not open_clip.get_pretrained_cfg(model, pretrained) and not Path(pretrained).expanduser().is_file():
+        raise SettingError(
+            f"{pretrained!r} is neither a pretrained tag of {model} nor a file of weights.{_close(pretrained, tags)}"
+        )
+    text = open_clip.get_model_config(model)["text_cfg"]
+    if text.get("hf_tokenizer_name") or text.get("no_causal_mask") or text.get("embed_cls"):
+        raise SettingError(
+            f"{model} reads text otherwise than CLIP (another tokenizer, attention that is not causal, or an added "
+            "class token), which this tower does not. Choose a CLIP model, such as 'ViT-B-32-quickgelu/openai'."
+        )
+    return text
+
+
+def _close(word: str, known: list[str]) -> str:
+    """A hint at the known names that resemble `word`, all of them where none does but they are few."""
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=4, cutoff=0.5) or (by_lower if len(known) <= 20 else [])
+    return f" Did you mean {', '.join(by_lower[name] for name in close)}?" if close else ""
+
+
+def _check_length(length: int, name: str, longest: int) -> None:
+    if not isinstance(length, int) or isinstance(length, bool) or not 2 <= length <= longest:
+        raise SettingError(
+            f"length={length!r}: {name} takes a whole number of positions from 2 (start and end of text) to {longest}."
+        )
+
+
+def _check_device(device: str | torch.device) -> str:
+    try:
+        return str(torch.empty(0, device=device).device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise SettingError(f"device={device!r} cannot be used here ({reason}). Choose 'cpu' or 'cuda'.") from None
+
+
+def _check_captions(captions: str | Iterable[str]) -> list[str]:
+    if isinstance(captions, str):
+        return [captions]
+    try:
+        captions = list(captions)
+    except TypeError:
+        raise SettingError(f"Captions are a list of strings, not {captions!r}.") from None
+    if not captions:
+        raise SettingError("There is no caption to encode: give at least one; the empty string is a caption too.")
+    for index, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise SettingError(f"Caption {index} must be a string, but is {caption!r} ({type(caption).__name__}).")
+    return captions

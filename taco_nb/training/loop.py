@@ -1,0 +1,305 @@
+"""The training loop. It reads from top to bottom; accelerate carries it to other devices.
+
+A run is a folder: `experiment.json`, `state.pt` (all that is needed to go on), `log.csv`, and in the end
+`weights.safetensors`. Every number that a step draws depends on the seed and on the step's number alone, so a run that
+was killed and started again ends, on a CPU, with the very bits of one that was not.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from taco_nb import checkpoint
+from taco_nb.codec import Codec, load
+from taco_nb.data import training_pairs
+from taco_nb.errors import CheckpointError, SettingError
+from taco_nb.experiment import Experiment
+from taco_nb.files import atomic_write
+from taco_nb.model import TACO, ModelConfig
+from taco_nb.text import text_tower
+from taco_nb.training.loss import JointLoss, TacoLoss
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DECAYS = (45 / 50, 48 / 50)
+"""Where the learning rate falls to a tenth, as shares of the run: the reference's epochs 45 and 48 of 50."""
+LOG_STEPS = 20
+_EXPERIMENT, _STATE, _LOG = "experiment.json", "state.pt", "log.csv"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `fit` leaves behind: a folder, and how to read it."""
+
+    dir: Path
+    experiment: Experiment
+    steps: int
+    """Steps taken so far."""
+    total_steps: int
+
+    @property
+    def finished(self) -> bool:
+        return self.steps == self.total_steps
+
+    @property
+    def codec(self) -> Codec:
+        """The trained codec, from the run's weights."""
+        return load(self.dir)
+
+    @property
+    def log(self) -> pd.DataFrame:
+        """The means of the loss's terms over every 20 steps, with step, epoch, learning rate and seconds."""
+        import pandas as pd
+
+        return pd.read_csv(self.dir / _LOG)
+
+
+def fit(
+    exp: Experiment,
+    out_dir: str | os.PathLike,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    device: str = "auto",
+    max_hours: float | None = None,
+    save_minutes: float = 5.0,
+    num_workers: int = 0,
+) -> Run:
+    """Train as `exp` says, into the folder `out_dir`; resume what was begun there; return at once what is finished.
+
+    `device` is "auto" (a GPU where there is one), "cpu" or "cuda". After `max_hours` of this call the run is saved
+    between two steps and returned unfinished; the same call goes on with it. The state is saved every `save_minutes`.
+    Raises `SettingError` if the folder holds another experiment's run, or if the loss stops being a finite number.
+    """
+    started = time.monotonic()
+    folder = Path(out_dir)
+    _claim(folder, exp)
+    with torch.random.fork_rng():  # the caller's random numbers are the caller's
+        return _Trainer(exp, folder, data_dir, device, num_workers).run(started, max_hours, save_minutes)
+
+
+class _Trainer:
+    def __init__(
+        self,
+        exp: Experiment,
+        folder: Path,
+        data_dir: str | os.PathLike | None,
+        device: str,
+        num_workers: int,
+    ):
+        self.exp, self.folder = exp, folder
+        self.accelerator = _accelerator(device, exp.precision)
+        self.pairs = training_pairs(exp.train_data, exp.crop, data_dir, exp.seed)
+        self.batches = Batches(len(self.pairs), exp.batch_size, exp.seed)
+        self.total = exp.epochs * len(self.batches)
+
+        net = initial_net(exp, data_dir).to(self.accelerator.device, memory_format=torch.channels_last).train()
+        quantiles = [p for name, p in net.named_parameters() if name.endswith(".quantiles")]
+        others = [p for name, p in net.named_parameters() if not name.endswith(".quantiles")]
+        loader = DataLoader(
+            self.pairs,
+            batch_sampler=self.batches,
+            num_workers=num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator(),  # of its own, so that starting an epoch draws nothing from the loop's
+        )
+        self.net, self.optimizer, self.aux_optimizer, self.loader = self.accelerator.prepare(
+            net,
+            torch.optim.Adam(others, exp.learning_rate),
+            torch.optim.Adam(quantiles, exp.aux_learning_rate),
+            loader,
+        )
+        self.tower = text_tower(exp.text_encoder, length=exp.text_tokens, device=str(self.accelerator.device))
+        if self.tower.dim != net.config.text_dim:
+            raise SettingError(
+                f"{exp.text_encoder} is {self.tower.dim} wide, but sizes say text_dim={net.config.text_dim}."
+            )
+        self.loss = make_loss(exp, self.accelerator.device)
+        self.step, self.rows, self.sums, self.seconds = 0, [], Counter(), 0.0
+
+    def run(self, started: float, max_hours: float | None, save_minutes: float) -> Run:
+        from tqdm.auto import tqdm
+
+        self._restore()
+        saved = clock = time.monotonic()
+        bar = tqdm(total=self.total, initial=self.step, desc=f"training {self.folder.name}", unit="step")
+        for x, captions in self._batches_to_come():
+            self._train_step(x, captions)
+            bar.update()
+            now = time.monotonic()
+            self.seconds, clock = self.seconds + now - clock, now
+            if self.step % LOG_STEPS == 0 or self.step == self.total:
+                row = self._log()
+                bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", "bpp", "mse")})
+            if now - saved >= 60 * save_minutes and self.step < self.total:
+                self._save()
+                saved = time.monotonic()
+            if max_hours is not None and now - started >= 3600 * max_hours:
+                break
+        bar.close()
+        self._save()
+        self._export()
+        self.accelerator.free_memory()
+        return Run(self.folder, self.exp, self.step, self.total)
+
+    def _batches_to_come(self) -> Iterator[tuple[torch.Tensor, list[str]]]:
+        while self.step < self.total:
+            self.batches.epoch, self.batches.skip = divmod(self.step, len(self.batches))
+            self.pairs.set_epoch(self.batches.epoch)
+            yield from self.loader
+
+    def _train_step(self, x: torch.Tensor, captions: list[str]) -> None:
+        torch.manual_seed((self.exp.seed << 32) + self.step)  # the noise that stands for rounding
+        rate = self.exp.learning_rate * 0.1 ** sum(self.step >= share * self.total for share in DECAYS)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        out = self.net(x.contiguous(memory_format=torch.channels_last), self.tower(captions))
+        terms = self.loss(out, x, captions)
+        self.accelerator.backward(terms["loss"])
+        self.accelerator.clip_grad_norm_(self.net.parameters(), self.exp.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+        aux_loss = self.accelerator.unwrap_model(self.net).aux_loss()
+        self.accelerator.backward(aux_loss)
+        self.aux_optimizer.step()
+        self.aux_optimizer.zero_grad()
+        self.step += 1
+        self.sums.update({name: term.detach() for name, term in {**terms, "aux": aux_loss}.items()} | {"steps": 1})
+        self.learning_rate = rate
+
+    def _log(self) -> dict[str, float]:
+        count = self.sums.pop("steps")
+        means = {name: float(total) / count for name, total in self.sums.items()}
+        self.sums.clear()
+        if not all(value == value and abs(value) != float("inf") for value in means.values()):
+            raise SettingError(
+                f"The loss is no finite number any more at step {self.step}: {means}. Lower learning_rate; the state "
+                f"saved before is kept in {self.folder}."
+            )
+        epoch = self.step / len(self.batches)
+        row = {"step": self.step, "epoch": epoch, **means, "lr": self.learning_rate, "seconds": self.seconds}
+        self.rows.append(row)
+        return row
+
+    def _save(self) -> None:
+        state = {
+            "net": self.accelerator.unwrap_model(self.net).state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "aux_optimizer": self.aux_optimizer.state_dict(),
+            "step": self.step,
+            "rows": self.rows,
+            "sums": dict(self.sums),
+            "seconds": self.seconds,
+        }
+        with atomic_write(self.folder / _STATE) as file:
+            torch.save(state, file)
+        import pandas as pd
+
+        with atomic_write(self.folder / _LOG, "w") as file:
+            pd.DataFrame(self.rows).to_csv(file, index=False)
+
+    def _restore(self) -> None:
+        path = self.folder / _STATE
+        if not path.is_file():
+            return
+        try:
+            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{path} cannot be read ({error}). Delete it to start this run again.") from None
+        self.accelerator.unwrap_model(self.net).load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.aux_optimizer.load_state_dict(state["aux_optimizer"])
+        self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
+        self.sums = Counter(state["sums"])
+
+    def _export(self) -> None:
+        net = self.accelerator.unwrap_model(self.net).eval()
+        about = {
+            "name": self.folder.name,
+            "experiment": self.exp.__dict__,
+            "steps": self.step,
+            "total_steps": self.total,
+            "hours": self.seconds / 3600,
+            "device": str(self.accelerator.device),
+        }
+        checkpoint.save_weights(self.folder / checkpoint.WEIGHTS, net, about)
+
+
+class Batches(Sampler):
+    """The index batches of one epoch, in an order that depends on (seed, epoch) alone, the first `skip` left out."""
+
+    def __init__(self, count: int, batch_size: int, seed: int):
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.epoch = self.skip = 0
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return -(-self.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        order = torch.randperm(self.count, generator=generator)
+        yield from (batch.tolist() for batch in order.split(self.batch_size)[self.skip :])
+
+
+def initial_net(exp: Experiment, data_dir: str | os.PathLike | None = None) -> TACO:
+    """The network that `exp` starts from: random weights drawn from its seed, or those of `exp.init`."""
+    torch.manual_seed(exp.seed)
+    net = TACO(ModelConfig(**exp.sizes))
+    if exp.init:
+        path = checkpoint.find(exp.init, data_dir)
+        state, _ = checkpoint.read_weights(path)
+        try:
+            net.load_state_dict(state)
+        except CheckpointError as error:
+            raise CheckpointError(f"init={exp.init!r}: {error}") from None
+    return net
+
+
+def make_loss(exp: Experiment, device: torch.device) -> TacoLoss:
+    """The loss of `exp`, with the frozen networks that its terms need. Raises `MissingWeightsError`."""
+    lpips = joint = None
+    if exp.k_P:
+        from taco_nb.metrics.perception import Lpips
+
+        lpips = Lpips(device=device).distance
+    if exp.k_J:
+        from taco_nb.text import clip_model
+
+        joint = JointLoss(*clip_model(exp.text_encoder, device=str(device)))
+    return TacoLoss(exp.lmbda, exp.k_P, exp.k_J, lpips, joint)
+
+
+def _accelerator(device: str, precision: str) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise SettingError(f'device must be "auto", "cpu" or "cuda", but is {device!r}.')
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SettingError('device="cuda", but PyTorch sees no CUDA device here. Use device="auto" or "cpu".')
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process may train several experiments
+    return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if precision == "bfloat16" else "no")
+
+
+def _claim(folder: Path, exp: Experiment) -> None:
+    """Make the folder this experiment's, or raise `SettingError` if it is another's."""
+    path = folder / _EXPERIMENT
+    if path.is_file():
+        there = Experiment.from_json(path.read_text())
+        if differences := exp.diff(there):
+            said = "; ".join(f"{name} is {was!r} there, {now!r} here" for name, (now, was) in differences.items())
+            raise SettingError(f"{folder} holds the run of another experiment ({said}). Give another out_dir.")
+        return
+    with atomic_write(path, "w") as file:
+        file.write(exp.to_json())

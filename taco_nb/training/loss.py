@@ -1,0 +1,100 @@
+"""The loss of TACO (Lee et al., ICML 2024, Section 3.2), each term by its name.
+
+loss = lmbda * 255^2 * MSE + bpp + k_P * LPIPS + k_J * J
+J    = symmetric cross-entropy between the batch's captions and reconstructions, in CLIP's joint space
+       + 40 * |embeddings of x_hat - embeddings of x|, one Frobenius norm over the whole batch
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from taco_nb.errors import SettingError
+
+LOGIT_SCALE = math.exp(2.6592)  # at which CLIP's training starts, and where TACO leaves it
+IMAGE_WEIGHT = 40.0
+CLIP_SIDE = 224
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class TacoLoss:
+    """The weighted sum above. `lpips` and `joint` may be None where their weights k_P and k_J are zero.
+
+    `lpips(x_hat, x) -> (B,)` is fed [0, 1] tensors, unclamped, as the reference does. Raises `SettingError` for a
+    positive weight without its term.
+    """
+
+    def __init__(
+        self,
+        lmbda: float,
+        k_P: float = 0.0,
+        k_J: float = 0.0,
+        lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+        joint: JointLoss | None = None,
+    ):
+        if (k_P and lpips is None) or (k_J and joint is None):
+            raise SettingError(f"k_P={k_P} needs LPIPS and k_J={k_J} needs CLIP, but one of them was not given.")
+        self.lmbda, self.k_P, self.k_J = lmbda, k_P, k_J
+        self.lpips, self.joint = lpips, joint
+
+    def __call__(self, out: dict[str, Any], x: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
+        """The terms and their sum for a network's output `out`: {"loss", "bpp", "mse"[, "lpips"][, "joint"]}."""
+        terms = {"bpp": bits_per_pixel(out), "mse": F.mse_loss(out["x_hat"], x)}
+        loss = self.lmbda * 255**2 * terms["mse"] + terms["bpp"]
+        if self.k_P:
+            terms["lpips"] = self.lpips(out["x_hat"], x).mean()
+            loss = loss + self.k_P * terms["lpips"]
+        if self.k_J:
+            terms["joint"] = self.joint(out["x_hat"], x, captions)
+            loss = loss + self.k_J * terms["joint"]
+        return {"loss": loss, **terms}
+
+
+def bits_per_pixel(out: dict[str, Any]) -> Tensor:
+    """The entropy of all latents in bits, over the number of pixels."""
+    B, _, H, W = out["x_hat"].shape
+    return sum(-likelihoods.log2().sum() for likelihoods in out["likelihoods"].values()) / (B * H * W)
+
+
+class JointLoss:
+    """TACO's J, on a frozen open_clip model and its tokenizer.
+
+    The reconstructions are pulled to their captions, and to their originals, in CLIP's space of unit vectors.
+    """
+
+    def __init__(self, clip: nn.Module, tokenizer: Callable[[Sequence[str]], Tensor]):
+        self.clip = clip.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+
+    def __call__(self, x_hat: Tensor, x: Tensor, captions: Sequence[str]) -> Tensor:
+        """J of a batch (B, 3, H, W), B captions: a scalar, differentiable in x_hat only."""
+        with torch.no_grad():
+            original = self._embed(x)
+            text = F.normalize(self.clip.encode_text(self.tokenizer(list(captions)).to(x.device)), dim=-1)
+        image = self._embed(x_hat)
+        logits = LOGIT_SCALE * text @ image.T
+        partner = torch.arange(len(x), device=x.device)
+        agreement = (F.cross_entropy(logits, partner) + F.cross_entropy(logits.T, partner)) / 2
+        return agreement + IMAGE_WEIGHT * torch.linalg.matrix_norm(image - original)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        return F.normalize(self.clip.encode_image(clip_input(x)), dim=-1)
+
+
+def clip_input(x: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] as CLIP sees them: short side 224, centre crop, CLIP's mean and deviation."""
+    H, W = x.shape[2:]
+    scale = CLIP_SIDE / min(H, W)
+    size = [max(CLIP_SIDE, int(side * scale)) for side in (H, W)]
+    x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+    top, left = (round((side - CLIP_SIDE) / 2) for side in size)
+    x = x[:, :, top : top + CLIP_SIDE, left : left + CLIP_SIDE]
+    mean, std = (x.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return (x - mean) / std
