@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms import CenterCrop
 
 from taco_nb.data import CaptionedFolder, Coco, TrainPairs, datasets, training_pairs
 from taco_nb.data.images import to_tensor
@@ -179,7 +180,10 @@ def test_views(tmp_path):
     assert dataset.head(1).names == ("a.JPG",) and dataset.head(9).names == dataset.names and len(dataset) == 3
     view = dataset.centre_crop(25)
     assert (view.names, view.skipped, dataset.skipped) == (("a.JPG", "b.png"), 1, 0)
-    assert np.array_equal(np.asarray(view[1].image), np.asarray(dataset[1].image)[2:27, 7:32])
+    assert np.array_equal(np.asarray(view[1].image), np.asarray(dataset[1].image)[2:27, 8:33])
+    for size in ((25, 26), (26, 27), (27, 28), (28, 25)):
+        image = Image.fromarray(picture(tmp_path / "c.png", size))
+        assert same(dataset.centre_crop(25)[2].image, CenterCrop(25)(image))
     assert view.head(1)[0].image.size == (25, 25) and view.head(1).skipped == 1
     for bad in (0, -1, 2.5, "3"):
         with pytest.raises(SettingError):
@@ -296,6 +300,13 @@ def test_bad_karpathy_files_are_named(tmp_path, fields, complaint):
     assert str(path) in str(raised.value)
 
 
+def test_absent_annotations_are_named(tmp_path):
+    with pytest.raises(DataError, match="captions_val2014.json nor .*captions_val.json"):
+        Coco(tmp_path, "val")
+    with pytest.raises(DataError, match="dataset_coco.json"):
+        Coco(tmp_path, "val", karpathy=True)
+
+
 def test_unknown_splits_name_the_known(tmp_path):
     with pytest.raises(SettingError, match="restval.*train, val"):
         Coco(tmp_path, "restval")
@@ -406,7 +417,7 @@ def test_coco_evaluation_is_karpathys_restval_in_centre_crops(minicoco):
     assert all(dataset.captions(i) == restval[name] for i, name in enumerate(dataset.names))
     width, height = sizes[dataset.names[0]]
     whole = Image.open(minicoco / "coco" / "val2014" / dataset.names[0]).convert("RGB")
-    left, top = (width - 256) // 2, (height - 256) // 2
+    left, top = round((width - 256) / 2), round((height - 256) / 2)
     assert same(dataset[0].image, whole.crop((left, top, left + 256, top + 256)))
     assert all(sample.image.size == (256, 256) for sample in islice(dataset, 8))
 

@@ -86,7 +86,7 @@ class CaptionedImages(Dataset):
         """A view of the central side x side pixels of each image, TACO's evaluation protocol for MS-COCO.
 
         Smaller images are left out, and the view's `skipped` says how many: padding them would measure the padding, and
-        training leaves them out as well. Of an odd margin the smaller half is cut off on the left and top.
+        training leaves them out as well. An odd margin is split as torchvision's CenterCrop does, to an even offset.
         Raises `SettingError` unless side >= 1, `DataError` if no image is large enough.
         """
         check_count(side, "The side of the centre crop")
@@ -204,7 +204,7 @@ def few(names: Iterable[str]) -> str:
 
 
 def _centre(image: Image.Image, side: int, path: Path) -> Image.Image:
-    left, top = (image.width - side) // 2, (image.height - side) // 2
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
     if left < 0 or top < 0:
         raise DataError(f"{path} is {image.width}x{image.height}: smaller than {side}, and than its annotation says.")
     return image.crop((left, top, left + side, top + side))

@@ -93,7 +93,10 @@ class _Listed(NamedTuple):
 def _annotations(root: Path, split: str) -> list[Entry]:
     source, folder = root / "annotations" / f"captions_{split}2014.json", root / f"{split}2014"
     if not source.exists():
-        source, folder = root / "annotations" / f"captions_{split}.json", root / "images"
+        plain = root / "annotations" / f"captions_{split}.json"
+        if not plain.exists():
+            raise DataError(f"There is neither {source} nor {plain}.")
+        source, folder = plain, root / "images"
     content = read_json(source)
     captions, ids = defaultdict(list), []
     for where, annotation in _records(content, "annotations", source):
@@ -113,12 +116,7 @@ def _annotations(root: Path, split: str) -> list[Entry]:
 
 def _karpathy(root: Path, split: str) -> list[Entry]:
     source = root / "dataset_coco.json"
-    sides: dict[str, int | None] = {}  # Karpathy's file has no sizes; COCO's own, where they are, spare opening images
-    for part in SPLITS:
-        annotations = root / "annotations" / f"captions_{part}2014.json"
-        if annotations.exists():
-            for where, image in _records(read_json(annotations), "images", annotations):
-                sides[_get(image, "file_name", str, where)] = _short_side(image)
+    sides: dict[str, dict[str, int | None]] = {}
     listed = []
     for where, image in _records(read_json(source), "images", source):
         if _get(image, "split", str, where) == split:
@@ -127,8 +125,18 @@ def _karpathy(root: Path, split: str) -> list[Entry]:
             if folder not in ("train2014", "val2014"):
                 raise DataError(f"{where} (id {key}): filepath must be train2014 or val2014, not {folder!r}.")
             captions = tuple(_get(sentence, "raw", str, at) for at, sentence in _records(image, "sentences", where))
-            listed.append(_Listed(key, name, root / folder, captions, sides.get(name)))
+            if folder not in sides:
+                sides[folder] = _annotated_sides(root / "annotations" / f"captions_{folder}.json")
+            listed.append(_Listed(key, name, root / folder, captions, sides[folder].get(name)))
     return _entries(listed, root, source)
+
+
+def _annotated_sides(source: Path) -> dict[str, int | None]:
+    """Short sides by file name: Karpathy's file has none, and COCO's own, where it is, spares opening every image."""
+    if not source.exists():
+        return {}
+    images = _records(read_json(source), "images", source)
+    return {_get(image, "file_name", str, where): _short_side(image) for where, image in images}
 
 
 def _entries(listed: list[_Listed], root: Path, source: Path) -> list[Entry]:

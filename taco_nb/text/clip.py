@@ -187,13 +187,13 @@ def _weights_file(tag: dict[str, Any], name: str) -> str:
         command = f"python -c \"from taco_nb.text import text_tower; text_tower('{name}')\""
         raise MissingWeightsError(
             f"The weights of the text tower {name} are not on this machine and could not be fetched ({reason}): "
-            f"{files[0]} of {repository} on the Hugging Face Hub, about {_megabytes(name):,} MB, which this command "
-            f"fetches once there is a connection: {command}"
+            f"{files[0]} of {repository} on the Hugging Face Hub, {_megabytes(name):,} MB in float32, which this "
+            f"command fetches once there is a connection: {command}"
         ) from None
 
 
 def _megabytes(name: str) -> int:
-    """Size of a whole CLIP model in float32, as its weights are published, without building it."""
+    """Size in float32 of a whole CLIP model, as its weights come with the image half, without building it."""
     import open_clip
 
     config = open_clip.get_model_config(name.split("/")[0])

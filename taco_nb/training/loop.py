@@ -154,7 +154,7 @@ class _Trainer:
     def _batches_to_come(self) -> Iterator[tuple[torch.Tensor, list[str]]]:
         while self.step < self.total:
             self.batches.epoch, self.batches.skip = divmod(self.step, len(self.batches))
-            self.pairs.set_epoch(self.batches.epoch)
+            self.loader.set_epoch(self.batches.epoch)  # accelerate hands it on to the pairs, and would undo their own
             yield from self.loader
 
     def _train_step(self, x: torch.Tensor, captions: list[str]) -> None:

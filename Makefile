@@ -1,0 +1,34 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+OUT := out
+
+# The exact versions of constraints.txt were tested on x86-64 Linux with Python 3.11; elsewhere pyproject's ranges hold.
+TESTED := $(shell $(PYTHON) -c 'import platform as p, sys; print(int(p.machine() == "x86_64" and p.system() == "Linux" and sys.version_info[:2] == (3, 11)))' 2>/dev/null)
+CONSTRAINTS := $(if $(filter 1,$(TESTED)),--constraint constraints.txt)
+
+.PHONY: demo test lab clean
+
+demo: $(INSTALLED)
+	@for notebook in notebooks/*.ipynb; do \
+		echo "== $$notebook"; \
+		$(BIN)/papermill $$notebook $(OUT)/$$(basename $$notebook) -p profile sample -p out_dir $(OUT)/runs || exit 1; \
+	done
+	@echo "The executed notebooks are in $(OUT)/. Open them with: make lab"
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab
+
+clean:
+	rm -rf $(VENV) $(OUT) build *.egg-info
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 12) or sys.exit("Python 3.10 to 3.12 is needed, but $(PYTHON) is %d.%d. Say which: make demo PYTHON=python3.11" % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]' $(CONSTRAINTS)
+	@touch $@

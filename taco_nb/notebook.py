@@ -1,0 +1,114 @@
+"""The first cell of every notebook: parameters checked before anything is computed."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from taco_nb.errors import DataError, SettingError
+from taco_nb.experiment import Experiment, baseline, choose_profile
+
+_IPYTHON = {"In", "Out", "get_ipython", "exit", "quit", "open"}
+_TYPES = {
+    "str": (str, "text"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a notebook was asked to do. None leaves a setting to the profile."""
+
+    profile: str = "auto"
+    data_dir: str | None = None
+    out_dir: str = "runs"
+    checkpoint: str | None = None
+    lmbda: float | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    seed: int | None = None
+    device: str = "auto"
+    precision: str | None = None
+    eval_limit: int | None = None
+    max_hours: float | None = None
+
+    @property
+    def runs(self) -> Path:
+        """Where runs are kept, absolute, so that no later change of directory moves it."""
+        return Path(self.out_dir).expanduser().resolve()
+
+    @property
+    def torch_device(self) -> str:
+        import torch
+
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+
+    def experiment(self) -> Experiment:
+        """The profile's baseline with the settings that were given. Raises `SettingError` for one out of range."""
+        names = ("lmbda", "epochs", "batch_size", "learning_rate", "seed", "precision")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return baseline(self.profile, data_dir=self.data_dir, **given)
+
+    def datasets(self) -> list:
+        """The evaluation sets of the profile that are on this machine; those that are not are named in a line each."""
+        from taco_nb.data import datasets
+
+        if self.profile == "sample":
+            return datasets("sample", data_dir=self.data_dir, limit=self.eval_limit)
+        found = []
+        for name in ("kodak", "clic", "coco"):
+            try:
+                found += datasets(name, data_dir=self.data_dir, limit=self.eval_limit)
+            except DataError as error:
+                print(f"Not evaluated: {error}")
+        if not found:
+            raise DataError("None of the evaluation sets kodak, clic and coco is in the data folder.")
+        return found
+
+
+def check_parameters(namespace: Mapping[str, Any]) -> Parameters:
+    """The notebook's parameters, from its `globals()`, with the profile chosen and a sentence printed that says why.
+
+    Raises `SettingError`, with one sentence, for a name that is not a parameter (papermill would pass it silently), for
+    a value of the wrong type, and for a value out of range.
+    """
+    known = {field.name: field for field in fields(Parameters)}
+    given = {
+        name: value
+        for name, value in namespace.items()
+        if not name.startswith("_") and name not in _IPYTHON and not isinstance(value, (types.ModuleType, type))
+        and not callable(value)
+    }  # fmt: skip
+    for name, value in given.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"The parameters are {', '.join(known)}."
+            raise SettingError(f"This notebook has no parameter {name!r}. {hint}")
+        _check_type(name, value, known[name].type)
+    parameters = Parameters(**given)
+    profile, sentence = choose_profile(parameters.profile, parameters.data_dir)
+    for name, least in (("eval_limit", 1), ("max_hours", 0)):
+        value = getattr(parameters, name)
+        if value is not None and value < least:
+            raise SettingError(f"{name} must be {least} or above, but is {value!r}.")
+    if parameters.device not in ("auto", "cpu", "cuda"):
+        raise SettingError(f'device must be "auto", "cpu" or "cuda", but is {parameters.device!r}.')
+    parameters = Parameters(**{**given, "profile": profile})
+    parameters.experiment()
+    print(sentence)
+    return parameters
+
+
+def _check_type(name: str, value: Any, wanted: str) -> None:
+    kind, _, optional = wanted.partition(" | ")
+    types_, words = _TYPES[kind]
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, types_):
+        raise SettingError(f"{name} must be {words}{' or None' if optional else ''}, but is {value!r}.")

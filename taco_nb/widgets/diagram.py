@@ -1,0 +1,113 @@
+"""The encoder, drawn from the network itself: every box is a layer that ran, with the shape that came out of it."""
+
+from __future__ import annotations
+
+import html
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from taco_nb.model.adapter import Extractor, Injector
+from taco_nb.model.layers import ResidualBottleneck
+
+if TYPE_CHECKING:
+    from IPython.display import SVG
+
+    from taco_nb.model import TACO
+
+_WIDTH, _HEIGHT, _STEP, _COLUMNS = 118, 46, 146, 7
+_COLOURS = {
+    "conv": "#cfe3f5",
+    "residual": "#e9eef3",
+    "attention": "#e2d9f3",
+    "Injector": "#fbd9b5",
+    "Extractor": "#c9ead8",
+}
+
+
+def encoder_diagram(net: TACO, side: int = 256, tokens: int = 38) -> SVG:
+    """g_a as an SVG, left to right and row by row, text arrows into the adapter's layers.
+
+    The network is run once on an empty image of `side` x `side` pixels, and the boxes say what came out: channels,
+    height and width, and the number of parameters. The attention's sizes are those of that run.
+    """
+    from IPython.display import SVG
+
+    return SVG(_svg(_layers(net, side, tokens)))
+
+
+@torch.inference_mode()
+def _layers(net: TACO, side: int, tokens: int) -> list[dict[str, Any]]:
+    """Name, output and parameters of each of g_a's layers, runs of residual blocks taken together."""
+    layers: list[dict[str, Any]] = []
+
+    def note(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        parameters = sum(p.numel() for p in module.parameters())
+        if isinstance(module, ResidualBottleneck) and layers and layers[-1]["kind"] == "residual":
+            layers[-1]["parameters"] += parameters
+            layers[-1]["count"] += 1
+            return
+        layer = {"kind": _kind(module), "parameters": parameters, "count": 1, "shape": tuple(output.shape[1:])}
+        if isinstance(module, (Injector, Extractor)):
+            pixels = inputs[0].shape[2] * inputs[0].shape[3]
+            queries, keys = (pixels, tokens) if isinstance(module, Injector) else (tokens, pixels)
+            layer["attention"] = f"{queries} x {keys} attention"
+        layers.append(layer)
+
+    hooks = [layer.register_forward_hook(note) for layer in net.g_a.analysis_transform]
+    device = net.medians().device
+    net.g_a(torch.zeros(1, 3, side, side, device=device), torch.zeros(1, tokens, net.config.text_dim, device=device))
+    for hook in hooks:
+        hook.remove()
+    return [{"kind": "image", "parameters": 0, "count": 1, "shape": (3, side, side)}, *layers]
+
+
+def _kind(module: torch.nn.Module) -> str:
+    if isinstance(module, (Injector, Extractor)):
+        return type(module).__name__
+    if isinstance(module, torch.nn.Conv2d):
+        return "conv"
+    return "residual" if isinstance(module, ResidualBottleneck) else "attention"
+
+
+def _svg(layers: list[dict[str, Any]]) -> str:
+    rows = -(-len(layers) // _COLUMNS)
+    parts = []
+    for i, layer in enumerate(layers):
+        x, y = 20 + i % _COLUMNS * _STEP, 60 + i // _COLUMNS * 130
+        adapter = layer["kind"] in ("Injector", "Extractor")
+        count = f"{layer['count']} x " if layer["count"] > 1 else ""
+        lines = [count + layer["kind"], " x ".join(map(str, layer["shape"]))]
+        if layer["parameters"]:
+            lines.append(f"{layer['parameters']:,} parameters")
+        colour = _COLOURS.get(layer["kind"], "#ffffff")
+        parts.append(
+            f'<rect x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT + 14}" rx="6" fill="{colour}" stroke="#456"/>'
+        )
+        for j, line in enumerate(lines):
+            weight = ' font-weight="bold"' if j == 0 else ""
+            parts.append(f'<text x="{x + _WIDTH / 2}" y="{y + 18 + 16 * j}"{weight}>{html.escape(line)}</text>')
+        if i % _COLUMNS < _COLUMNS - 1 and i + 1 < len(layers):
+            parts.append(_arrow(x + _WIDTH, y + 30, x + _STEP - 3, y + 30))
+        if adapter:
+            up = layer["kind"] == "Extractor"
+            ends = (y - 4, y - 30) if up else (y - 30, y - 4)
+            parts.append(_arrow(x + _WIDTH / 2, ends[0], x + _WIDTH / 2, ends[1], "#b04a00"))
+            what = "new text" if up else "text"
+            parts.append(f'<text x="{x + _WIDTH / 2}" y="{y - 35}" fill="#b04a00">{what}</text>')
+            parts.append(f'<text x="{x + _WIDTH / 2}" y="{y + 76}" fill="#555">{layer["attention"]}</text>')
+    size = f"0 0 {_COLUMNS * _STEP + 10} {rows * 130 + 30}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" width="100%" font-family="sans-serif" font-size="11" '
+        'text-anchor="middle" role="img" aria-label="The layers of the encoder g_a, with the text adapter">'
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M0 0 8 4 0 8z" fill="#456"/></marker></defs><rect width="100%" height="100%" fill="white"/>'
+        + "".join(parts)
+        + "</svg>"
+    )
+
+
+def _arrow(x1: float, y1: float, x2: float, y2: float, colour: str = "#456") -> str:
+    return (
+        f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{colour}" stroke-width="1.5" marker-end="url(#tip)"/>'
+    )
