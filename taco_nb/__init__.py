@@ -16,7 +16,7 @@ _HOMES = {
     "Experiment": "experiment",
     "baseline": "experiment",
     "fit": "training",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "datasets": "data",
 }
 __all__ = list(_HOMES)

@@ -74,14 +74,14 @@ class Experiment:
                 object.__setattr__(self, field.name, float(value))
             elif not _is(value, wanted):
                 raise SettingError(f"{field.name} must be {_WORDS[wanted]}, but is {value!r}.")
-        object.__setattr__(self, "sizes", {k: _tuple(v) for k, v in self.sizes.items()})
+        self._check_sizes()
         for name in ("lmbda", "learning_rate", "aux_learning_rate", "gradient_clip"):
             self._check(name, 0 < getattr(self, name) < math.inf, "above 0")
         for name in ("k_P", "k_J"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 or above")
         for name in ("epochs", "batch_size"):
             self._check(name, getattr(self, name) >= 1, "1 or above")
-        self._check("seed", self.seed >= 0, "0 or above")
+        self._check("seed", 0 <= self.seed < 1 << 32, "from 0 to 2^32 - 1")
         self._check("text_tokens", 2 <= self.text_tokens <= 77, "from 2 to 77, CLIP's limit")
         self._check("crop", self.crop >= 64 and self.crop % 64 == 0, "a multiple of 64")
         self._check("profile", self.profile in ("paper", "sample"), '"paper" or "sample"')
@@ -90,6 +90,14 @@ class Experiment:
     def _check(self, name: str, right: bool, wanted: str) -> None:
         if not right:
             raise SettingError(f"{name} must be {wanted}, but is {getattr(self, name)!r}.")
+
+    def _check_sizes(self) -> None:
+        """Make lists tuples, and check names and types; what fits together is `ModelConfig`'s to say."""
+        check_names(self.sizes, list(PAPER_SIZES), "sizes have no")
+        object.__setattr__(self, "sizes", {k: tuple(v) if isinstance(v, list) else v for k, v in self.sizes.items()})
+        for name, value in self.sizes.items():
+            if type(value) is not type(PAPER_SIZES[name]):
+                raise SettingError(f"sizes: {name} must be like {PAPER_SIZES[name]!r}, but is {value!r}.")
 
     def replace(self, **changes: Any) -> Experiment:
         """A copy with some fields changed; raises `SettingError` for a field that does not exist."""
@@ -173,10 +181,6 @@ _WORDS = {"str": "text", "int": "a whole number", "float": "a number", "dict[str
 def _is(value: Any, wanted: str) -> bool:
     types = {"str": str, "int": int, "float": float, "dict[str, Any]": dict}
     return isinstance(value, types[wanted]) and not isinstance(value, bool)
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _shown(path: Path) -> str:

@@ -7,6 +7,7 @@ was killed and started again ends, on a CPU, with the very bits of one that was 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
@@ -82,9 +83,13 @@ def fit(
     """
     started = time.monotonic()
     folder = Path(out_dir)
-    _claim(folder, exp)
+    if run := _finished(folder, exp):
+        return run
     with torch.random.fork_rng():  # the caller's random numbers are the caller's
-        return _Trainer(exp, folder, data_dir, device, num_workers).run(started, max_hours, save_minutes)
+        trainer = _Trainer(exp, folder, data_dir, device, num_workers)
+        with atomic_write(folder / _EXPERIMENT, "w") as file:  # only now: what cannot be trained claims no folder
+            file.write(exp.to_json())
+        return trainer.run(started, max_hours, save_minutes)
 
 
 class _Trainer:
@@ -178,25 +183,33 @@ class _Trainer:
         self.learning_rate = rate
 
     def _log(self) -> dict[str, float]:
+        self._check_finite()
         count = self.sums.pop("steps")
         means = {name: float(total) / count for name, total in self.sums.items()}
         self.sums.clear()
-        if not all(value == value and abs(value) != float("inf") for value in means.values()):
-            raise SettingError(
-                f"The loss is no finite number any more at step {self.step}: {means}. Lower learning_rate; the state "
-                f"saved before is kept in {self.folder}."
-            )
         epoch = self.step / len(self.batches)
         row = {"step": self.step, "epoch": epoch, **means, "lr": self.learning_rate, "seconds": self.seconds}
         self.rows.append(row)
         return row
 
+    def _check_finite(self) -> None:
+        """Keep a run that has diverged out of the log, and from being saved over the state it had before."""
+        sums = {name: float(total) for name, total in self.sums.items()}
+        if not all(map(math.isfinite, sums.values())) or not all(p.isfinite().all() for p in self.net.parameters()):
+            raise SettingError(
+                f"The loss or the weights are no finite numbers any more at step {self.step} (sums since the last row "
+                f"of the log: {sums}). Lower learning_rate and give another out_dir; what was saved before is kept in "
+                f"{self.folder}."
+            )
+
     def _save(self) -> None:
+        self._check_finite()
         state = {
             "net": self.accelerator.unwrap_model(self.net).state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "aux_optimizer": self.aux_optimizer.state_dict(),
             "step": self.step,
+            "total": self.total,
             "rows": self.rows,
             "sums": dict(self.sums),
             "seconds": self.seconds,
@@ -205,8 +218,9 @@ class _Trainer:
             torch.save(state, file)
         import pandas as pd
 
+        columns = ["step", "epoch", *self.loss.names, "aux", "lr", "seconds"]
         with atomic_write(self.folder / _LOG, "w") as file:
-            pd.DataFrame(self.rows).to_csv(file, index=False)
+            pd.DataFrame(self.rows, columns=columns).to_csv(file, index=False)
 
     def _restore(self) -> None:
         path = self.folder / _STATE
@@ -214,13 +228,19 @@ class _Trainer:
             return
         try:
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"{path} cannot be read ({error}). Delete it to start this run again.") from None
-        self.accelerator.unwrap_model(self.net).load_state_dict(state["net"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.aux_optimizer.load_state_dict(state["aux_optimizer"])
-        self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
-        self.sums = Counter(state["sums"])
+            self.accelerator.unwrap_model(self.net).load_state_dict(state["net"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.aux_optimizer.load_state_dict(state["aux_optimizer"])
+            self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
+            self.sums, total = Counter(state["sums"]), state["total"]
+        except Exception as error:  # torch and pickle each have errors of their own for a damaged file
+            reason = str(error).split("\n")[0]
+            raise CheckpointError(f"{path} cannot be read ({reason}). Delete it to start this run again.") from error
+        if total != self.total:
+            raise SettingError(
+                f"The run in {self.folder} was begun with {total} steps, but would now have {self.total}: its training "
+                f"data ({self.exp.train_data}) has changed. Restore the data, or give another out_dir."
+            )
 
     def _export(self) -> None:
         net = self.accelerator.unwrap_model(self.net).eval()
@@ -292,14 +312,22 @@ def _accelerator(device: str, precision: str) -> Any:
     return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if precision == "bfloat16" else "no")
 
 
-def _claim(folder: Path, exp: Experiment) -> None:
-    """Make the folder this experiment's, or raise `SettingError` if it is another's."""
-    path = folder / _EXPERIMENT
-    if path.is_file():
-        there = Experiment.from_json(path.read_text())
-        if differences := exp.diff(there):
-            said = "; ".join(f"{name} is {was!r} there, {now!r} here" for name, (now, was) in differences.items())
-            raise SettingError(f"{folder} holds the run of another experiment ({said}). Give another out_dir.")
-        return
-    with atomic_write(path, "w") as file:
-        file.write(exp.to_json())
+def _finished(folder: Path, exp: Experiment) -> Run | None:
+    """The run of `exp` in the folder, if nothing is left to do. Raises `SettingError` if it is another experiment's."""
+    if folder.exists() and not folder.is_dir():
+        raise SettingError(f"out_dir={str(folder)!r} is a file. Give a folder, or the name of one that is to be made.")
+    claim, weights = folder / _EXPERIMENT, folder / checkpoint.WEIGHTS
+    if not claim.is_file():
+        return None
+    try:
+        there = Experiment.from_json(claim.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingError(f"{claim} does not say whose run this is: {error} Give another out_dir.") from None
+    if differences := there.diff(exp):
+        said = "; ".join(f"{name} is {was!r} there, {now!r} here" for name, (was, now) in differences.items())
+        raise SettingError(f"{folder} holds the run of another experiment ({said}). Give another out_dir.")
+    if weights.is_file():
+        _, about = checkpoint.read_weights(weights)
+        if about.get("steps", 0) == about.get("total_steps", 1):
+            return Run(folder, exp, about["steps"], about["total_steps"])
+    return None

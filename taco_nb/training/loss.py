@@ -44,6 +44,11 @@ class TacoLoss:
         self.lmbda, self.k_P, self.k_J = lmbda, k_P, k_J
         self.lpips, self.joint = lpips, joint
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the terms, their sum first."""
+        return ["loss", "bpp", "mse", *["lpips"] * bool(self.k_P), *["joint"] * bool(self.k_J)]
+
     def __call__(self, out: dict[str, Any], x: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
         """The terms and their sum for a network's output `out`: {"loss", "bpp", "mse"[, "lpips"][, "joint"]}."""
         terms = {"bpp": bits_per_pixel(out), "mse": F.mse_loss(out["x_hat"], x)}
@@ -90,9 +95,7 @@ class JointLoss:
 
 def clip_input(x: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] as CLIP sees them: short side 224, centre crop, CLIP's mean and deviation."""
-    H, W = x.shape[2:]
-    scale = CLIP_SIDE / min(H, W)
-    size = [max(CLIP_SIDE, int(side * scale)) for side in (H, W)]
+    size = [CLIP_SIDE * side // min(x.shape[2:]) for side in x.shape[2:]]
     x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
     top, left = (round((side - CLIP_SIDE) / 2) for side in size)
     x = x[:, :, top : top + CLIP_SIDE, left : left + CLIP_SIDE]

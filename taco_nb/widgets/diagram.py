@@ -72,7 +72,7 @@ def _kind(module: torch.nn.Module) -> str:
 
 def _svg(layers: list[dict[str, Any]]) -> str:
     rows = -(-len(layers) // _COLUMNS)
-    parts = []
+    parts, refreshed = [], False
     for i, layer in enumerate(layers):
         x, y = 20 + i % _COLUMNS * _STEP, 60 + i // _COLUMNS * 130
         adapter = layer["kind"] in ("Injector", "Extractor")
@@ -93,7 +93,8 @@ def _svg(layers: list[dict[str, Any]]) -> str:
             up = layer["kind"] == "Extractor"
             ends = (y - 4, y - 30) if up else (y - 30, y - 4)
             parts.append(_arrow(x + _WIDTH / 2, ends[0], x + _WIDTH / 2, ends[1], "#b04a00"))
-            what = "new text" if up else "text"
+            refreshed = refreshed or up
+            what = "new text" if refreshed else "text"
             parts.append(f'<text x="{x + _WIDTH / 2}" y="{y - 35}" fill="#b04a00">{what}</text>')
             parts.append(f'<text x="{x + _WIDTH / 2}" y="{y + 76}" fill="#555">{layer["attention"]}</text>')
     size = f"0 0 {_COLUMNS * _STEP + 10} {rows * 130 + 30}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from taco_nb.evaluate import means
+from taco_nb.evaluation import means
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,7 @@ def rate_distortion(
 ) -> Figure:
     """Quality over bits per pixel, a curve per codec through its means; a menu chooses the metric.
 
-    `results` come from `taco_nb.evaluate`, and are averaged over the images of each data set; `published` gives curves
+    `results` come from `taco_nb.evaluation`, and are averaged over the images of each data set; `published` gives curves
     from the literature as {name: {"bpp": [...], "psnr": [...]}}, drawn thin and dashed.
     """
     import pandas as pd

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,7 @@ def evaluate_peers(
 
     qualities = list(qualities)
     rows = [
-        _peer_row(dataset, sample, result)
+        {**_peer_row(dataset, sample, result), "quality": result.quality}
         for dataset, sample in _samples(sets, "encoding with other codecs")
         for peer in (available_peers() if peers is None else peers)
         for result in peer_curve(sample.image, peer, qualities)
@@ -108,7 +109,8 @@ def evaluate_matched(results: pd.DataFrame, sets: Sequence[CaptionedImages]) -> 
     for dataset, sample in _samples(sets, "matching other codecs"):
         for peer in available_peers():
             result = match_bpp(sample.image, peer, int(budget[dataset.name, sample.name]))
-            rows.append({**_peer_row(dataset, sample, result), "above_target": result.above_target})
+            choice = {"chosen_quality": result.quality, "above_target": result.above_target}
+            rows.append({**_peer_row(dataset, sample, result), **choice})
     return pd.DataFrame(rows)
 
 
@@ -120,8 +122,9 @@ def means(results: pd.DataFrame) -> pd.DataFrame:
     return table.assign(images=results.groupby(keys, sort=False, dropna=False).size()).reset_index()
 
 
+@cache
 def find_lpips() -> Lpips | None:
-    """LPIPS where its weights are on the machine or can be fetched; else None, after one line that says what to do."""
+    """LPIPS where its weights are on the machine or can be fetched; else None, after one line that says what to do, once."""
     try:
         return Lpips()
     except MissingWeightsError as error:
@@ -173,7 +176,6 @@ def _peer_row(dataset: CaptionedImages, sample: Sample, result: PeerResult) -> d
         "codec": result.format,
         "dataset": dataset.name,
         **_rate(sample, len(result.data)),
-        "quality": result.quality,
         **distortion(to_tensor(sample.image), to_tensor(result.image)),
     }
 

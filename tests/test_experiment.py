@@ -1,0 +1,213 @@
+"""Experiments: what they refuse, how they are told apart, and which baseline this machine gets."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from taco_nb.errors import DataError, SettingError
+from taco_nb.experiment import DEMO_SIZES, PAPER_SIZES, Experiment, baseline, choose_profile
+from taco_nb.files import REPOSITORY
+from taco_nb.model import ModelConfig
+
+needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with CUDA the answer is another")
+
+
+def test_the_defaults_are_the_published_baseline():
+    exp = Experiment()
+    assert (exp.lmbda, exp.k_P, exp.k_J) == (0.0004, 3.5, 0.0025)
+    assert (exp.epochs, exp.batch_size, exp.crop, exp.seed) == (50, 8, 256, 100)
+    assert (exp.learning_rate, exp.aux_learning_rate, exp.gradient_clip) == (1e-4, 1e-3, 1.0)
+    assert (exp.text_encoder, exp.text_tokens) == ("ViT-B-32-quickgelu/openai", 38)
+    assert (exp.train_data, exp.init, exp.precision) == ("coco", "", "float32")
+    assert ModelConfig(**exp.sizes) == ModelConfig()
+    assert ModelConfig() == ModelConfig(192, 320, (16, 16, 32, 64, 192), 512, 8, (224, 128))
+    assert baseline("paper") == exp
+
+
+def test_the_sample_baseline_needs_no_download():
+    exp = baseline("sample")
+    assert (exp.profile, exp.init, exp.train_data) == ("sample", "demo", "sample")
+    assert exp.text_encoder == f"untrained-{ModelConfig(**exp.sizes).text_dim}"
+    assert exp.k_P == exp.k_J == 0
+
+
+def test_json_round_trip():
+    for exp in (
+        Experiment(),
+        baseline("sample", lmbda=1 / 3, epochs=7, init="runs/café", seed=(1 << 32) - 1),
+        Experiment(learning_rate=5e-324, k_P=1e308),
+    ):
+        again = Experiment.from_json(exp.to_json())
+        assert again == exp and not again.diff(exp)
+        assert again.sizes["groups"] == exp.sizes["groups"] and isinstance(again.sizes["groups"], tuple)
+
+
+def test_json_of_an_older_version_gets_the_defaults_of_fields_it_lacks():
+    assert Experiment.from_json('{"epochs": 3}') == Experiment(epochs=3)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null", '{"epochs": 3'])
+def test_text_that_is_no_experiment(text):
+    with pytest.raises(SettingError, match="not an experiment's JSON"):
+        Experiment.from_json(text)
+
+
+def test_json_is_checked_like_every_other_input():
+    with pytest.raises(SettingError, match="'epoch'.*'epochs'"):
+        Experiment.from_json('{"epoch": 3}')
+    with pytest.raises(SettingError, match="lmbda must be above 0"):
+        Experiment.from_json('{"lmbda": NaN}')
+
+
+@pytest.mark.parametrize(
+    "misspelt, meant",
+    [("lambda", "lmbda"), ("epoch", "epochs"), ("k_p", "k_P"), ("learning_rat", "learning_rate"), ("Seed", "seed")],
+)
+def test_a_misspelt_setting_is_refused_with_the_right_one(misspelt, meant):
+    for make in (Experiment().replace, lambda **changes: baseline("sample", **changes)):
+        with pytest.raises(SettingError, match=f"'{misspelt}'.*'{meant}'"):
+            make(**{misspelt: 1})
+
+
+def test_a_setting_like_no_other_is_refused_with_all_of_them():
+    with pytest.raises(SettingError) as error:
+        Experiment().replace(xyzzy=1)
+    assert all(field.name in str(error.value) for field in dataclasses.fields(Experiment))
+
+
+FIELDS = {
+    "str": ["profile", "init", "text_encoder", "train_data", "precision"],
+    "int": ["text_tokens", "crop", "epochs", "batch_size", "seed"],
+    "float": ["lmbda", "k_P", "k_J", "learning_rate", "aux_learning_rate", "gradient_clip"],
+    "dict": ["sizes"],
+}
+WRONG = {
+    "str": [None, 3, True, ["coco"], b"coco"],
+    "int": [None, "64", 64.0, True, [64]],
+    "float": [None, "0.1", True, False, [0.1], 1j],
+    "dict": [None, "N=192", [("N", 192)], 192],
+}
+
+
+def test_every_field_is_covered_below():
+    assert sorted(sum(FIELDS.values(), [])) == sorted(field.name for field in dataclasses.fields(Experiment))
+
+
+@pytest.mark.parametrize("name, wrong", [(n, w) for kind, names in FIELDS.items() for n in names for w in WRONG[kind]])
+def test_values_of_the_wrong_type_name_their_field(name, wrong):
+    with pytest.raises(SettingError, match=rf"^{name} must be "):
+        Experiment().replace(**{name: wrong})
+
+
+NOT_ABOVE_0 = [0, -1, float("nan"), float("inf")]
+OUT_OF_RANGE = {
+    "lmbda": NOT_ABOVE_0,
+    "learning_rate": NOT_ABOVE_0,
+    "aux_learning_rate": NOT_ABOVE_0,
+    "gradient_clip": NOT_ABOVE_0,
+    "k_P": [-1e-9, float("nan"), float("inf")],
+    "k_J": [-1, float("nan"), float("-inf")],
+    "epochs": [0, -5],
+    "batch_size": [0, -1],
+    "seed": [-1, 1 << 32],
+    "text_tokens": [1, 78],
+    "crop": [0, 63, 100, -64],
+    "profile": ["auto", "Paper", ""],
+    "precision": ["float16", "bf16", ""],
+}
+
+
+@pytest.mark.parametrize("name, wrong", [(n, w) for n, values in OUT_OF_RANGE.items() for w in values])
+def test_values_out_of_range_name_their_field(name, wrong):
+    with pytest.raises(SettingError, match=rf"^{name} must be .*, but is "):
+        Experiment().replace(**{name: wrong})
+
+
+def test_the_ends_of_the_ranges_are_allowed():
+    Experiment(k_P=0, k_J=0, epochs=1, batch_size=1, seed=0, text_tokens=2, crop=64)
+    Experiment(text_tokens=77, seed=(1 << 32) - 1, crop=1024)
+
+
+def test_whole_numbers_pass_for_numbers():
+    exp = Experiment(k_P=3, lmbda=1)
+    assert type(exp.k_P) is type(exp.lmbda) is float
+    assert exp == Experiment(k_P=3.0, lmbda=1.0)
+    assert exp.to_json() == Experiment(k_P=3.0, lmbda=1.0).to_json()
+
+
+def test_sizes_take_lists_and_check_names_and_types():
+    exp = Experiment(sizes={**PAPER_SIZES, "groups": [16, 16, 32, 64, 192], "context_widths": [224, 128]})
+    assert exp == Experiment()
+    with pytest.raises(SettingError, match="sizes.*'n'.*'N'"):
+        exp.replace(sizes={"n": 64})
+    for wrong in ({"N": "64"}, {"N": 64.0}, {"N": True}, {"groups": 5}, {"context_widths": None}):
+        with pytest.raises(SettingError, match=f"^sizes: {next(iter(wrong))} must be"):
+            exp.replace(sizes=wrong)
+
+
+def test_an_experiment_is_frozen_and_shares_no_state():
+    exp = baseline("sample")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        exp.lmbda = 1.0
+    changed = exp.replace(lmbda=1.0)
+    assert (changed.lmbda, exp.lmbda) == (1.0, baseline("sample").lmbda)
+    exp.sizes["N"] = 8  # a dict stays a dict; but it is nobody else's
+    assert changed.sizes["N"] == baseline("sample").sizes["N"] == DEMO_SIZES["N"] == 48
+
+
+def test_diff_is_what_was_replaced():
+    exp = Experiment()
+    assert exp.diff(exp.replace(lmbda=0.0004)) == {}
+    assert exp.diff(exp.replace(lmbda=0.0016, init="demo")) == {"lmbda": (0.0004, 0.0016), "init": ("", "demo")}
+    smaller = exp.replace(sizes={**PAPER_SIZES, "N": 64})
+    assert exp.diff(smaller) == {"sizes": (exp.sizes, smaller.sizes)}
+    assert smaller.diff(exp) == {"sizes": (smaller.sizes, exp.sizes)}
+
+
+@pytest.mark.parametrize("profile", ["paper", "sample"])
+def test_a_profile_asked_for_is_given(profile):
+    assert choose_profile(profile) == (profile, f'Profile "{profile}", as asked for.')
+    assert baseline(profile).profile == profile
+
+
+@needs_no_cuda
+def test_auto_says_what_is_missing_and_how_to_get_the_other(tmp_path):
+    profile, why = choose_profile("auto", tmp_path)
+    assert profile == "sample"
+    assert "no CUDA device and no MS-COCO in" in why and str(tmp_path / "coco") in why and 'profile="paper"' in why
+
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    profile, why = choose_profile("auto", tmp_path)
+    assert profile == "sample" and "no CUDA device" in why and "MS-COCO" not in why
+    assert baseline(data_dir=tmp_path) == baseline("sample")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_auto_is_paper_where_cuda_and_coco_are(tmp_path):
+    assert choose_profile("auto", tmp_path)[0] == "sample"
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    profile, why = choose_profile("auto", tmp_path)
+    assert profile == "paper" and 'profile="sample"' in why
+    assert baseline(data_dir=tmp_path) == Experiment()
+
+
+def test_the_data_folder_is_named_as_it_is_seen_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.resolve())
+    (tmp_path / "data").mkdir()
+    assert "no MS-COCO in data/coco:" in choose_profile("auto", "data")[1].replace("\\", "/")
+    with pytest.raises(DataError, match="missing"):
+        choose_profile("auto", tmp_path / "missing")
+
+
+@pytest.mark.parametrize("profile", ["", "Auto", "demo", None, 3])
+def test_an_unknown_profile(profile):
+    with pytest.raises(SettingError, match='"auto", "paper" or "sample"'):
+        choose_profile(profile)
+
+
+def test_settings_are_at_hand_without_waiting_for_torch():
+    code = "import sys, taco_nb; taco_nb.baseline('paper'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
