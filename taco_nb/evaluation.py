@@ -116,6 +116,7 @@ def evaluate_matched(results: pd.DataFrame, sets: Sequence[CaptionedImages]) -> 
 
 def means(results: pd.DataFrame) -> pd.DataFrame:
     """The mean of every measured column over the images of each data set, per codec (and quality, for peers)."""
+    results = results.reset_index(drop=True)  # frames put together keep their row numbers, which would be ambiguous
     keys = [key for key in ("codec", "dataset", "quality") if key in results]
     numbers = results.drop(columns=[*keys, "width", "height"]).select_dtypes("number")
     table = results[keys].join(numbers).groupby(keys, sort=False, dropna=False).mean()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -109,6 +110,17 @@ class Experiment:
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
+    @property
+    def key(self) -> str:
+        """Eight hexadecimal digits that change with any setting: the name of a run's folder."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
+
+    def __str__(self) -> str:
+        """A line per setting."""
+        settings = dataclasses.asdict(self)
+        width = max(map(len, settings))
+        return "\n".join(f"{name:{width}} = {value!r}" for name, value in settings.items())
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
 
@@ -136,7 +148,7 @@ def baseline(profile: str = "auto", *, data_dir: str | None = None, **changes: A
         return Experiment().replace(**changes)
     sample = Experiment(
         profile="sample", sizes=DEMO_SIZES, init="demo", text_encoder="untrained-64", train_data="sample", crop=128,
-        lmbda=0.0067, k_P=0.0, k_J=0.0, epochs=2, batch_size=4,
+        lmbda=0.0067, k_P=0.0, k_J=0.0, epochs=5, batch_size=4,
     )  # fmt: skip
     return sample.replace(**changes)
 

@@ -101,8 +101,16 @@ def check_parameters(namespace: Mapping[str, Any]) -> Parameters:
         raise SettingError(f'device must be "auto", "cpu" or "cuda", but is {parameters.device!r}.')
     parameters = Parameters(**{**given, "profile": profile})
     parameters.experiment()
+    _embed_plotly()
     print(sentence)
     return parameters
+
+
+def _embed_plotly() -> None:
+    """Let figures carry plotly's script with them, so that an executed notebook shows them without a network."""
+    import plotly.io
+
+    plotly.io.renderers.default = "plotly_mimetype+notebook"
 
 
 def _check_type(name: str, value: Any, wanted: str) -> None:

@@ -141,7 +141,7 @@ def test_whole_numbers_pass_for_numbers():
 def test_sizes_take_lists_and_check_names_and_types():
     exp = Experiment(sizes={**PAPER_SIZES, "groups": [16, 16, 32, 64, 192], "context_widths": [224, 128]})
     assert exp == Experiment()
-    with pytest.raises(SettingError, match="sizes.*'n'.*'N'"):
+    with pytest.raises(SettingError, match="^sizes have no 'n'.*N, M, groups"):
         exp.replace(sizes={"n": 64})
     for wrong in ({"N": "64"}, {"N": 64.0}, {"N": True}, {"groups": 5}, {"context_widths": None}):
         with pytest.raises(SettingError, match=f"^sizes: {next(iter(wrong))} must be"):

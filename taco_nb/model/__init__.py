@@ -1,5 +1,11 @@
 """The network: images and text features in, latents, likelihoods and bit strings out. Nothing here reads a file."""
 
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # compressai imports much that is deprecated, none of it used here
+    import compressai  # noqa: F401
+
 from taco_nb.model.taco import TACO, Encoded, Latents, ModelConfig
 
 __all__ = ["TACO", "Encoded", "Latents", "ModelConfig"]

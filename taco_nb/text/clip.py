@@ -15,8 +15,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Callable, Iterable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,19 +134,47 @@ def text_tower(name: str, length: int = 38, device: str | torch.device = "cpu") 
         MissingWeightsError: the weights are neither on this machine nor to be had.
         CheckpointError: the file of weights is damaged or belongs to another model.
     """
-    if not isinstance(name, str):
-        raise SettingError(f"The name of a text tower is a string such as 'ViT-B-32-quickgelu/openai', not {name!r}.")
-    if untrained := re.fullmatch(r"untrained-([0-9]+)", name):
+    width = _untrained_width(name)
+    if width is not None:
         _check_length(length, name, longest=CLIP_LENGTH)
-        module = _untrained_module(int(untrained[1]), _check_device(device))
+        module = _untrained_module(width, _check_device(device))
     else:
         _check_length(length, name, longest=_check_name(name).get("context_length", CLIP_LENGTH))
-        module = _trained_module(name, _check_device(device))
-    return TextTower(module, name, length, trained=not untrained)
+        module = _text_half(name, _check_device(device))
+    return TextTower(module, name, length, trained=width is None)
+
+
+def clip_model(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
+    """A CLIP with both its halves, and its tokenizer, for losses in its joint space of text and images.
+
+    `name` is "model/pretrained" as for `text_tower`. The tokenizer gives what open_clip's `encode_text` takes: ids
+    (B, 77), padded with 0. The model is loaded once per process: who trains it, trains everybody's.
+    Raises as `text_tower` does, and `SettingError` for "untrained-64": distances between random vectors mean nothing.
+    """
+    if _untrained_width(name) is not None:
+        raise SettingError(
+            f"{name!r} has no image half, and a loss in an untrained space would mean nothing. Choose a CLIP model, such "
+            "as 'ViT-B-32-quickgelu/openai', or leave that loss out (k_J=0)."
+        )
+    length = _check_name(name).get("context_length", CLIP_LENGTH)
+    return _both_halves(name, _check_device(device)), partial(_tokenizer(), context_length=length)
 
 
 @lru_cache(maxsize=4)
-def _trained_module(name: str, device: str) -> nn.Module:
+def _text_half(name: str, device: str) -> nn.Module:
+    clip = _load_clip(name)
+    text = getattr(clip, "text", clip)
+    if text is clip:
+        del clip.visual
+    return text.to(device)
+
+
+@lru_cache(maxsize=1)
+def _both_halves(name: str, device: str) -> nn.Module:
+    return _load_clip(name).eval().to(device)
+
+
+def _load_clip(name: str) -> nn.Module:
     import open_clip
 
     model, pretrained = name.split("/", 1)
@@ -156,16 +184,12 @@ def _trained_module(name: str, device: str) -> nn.Module:
     overrides = {"quick_gelu": tag.get("quick_gelu", False)} if tag else {}
     try:
         with torch.random.fork_rng(devices=[]):
-            clip = open_clip.create_model(model, pretrained=str(path), **overrides)
+            return open_clip.create_model(model, pretrained=str(path), **overrides)
     except Exception as error:  # torch, pickle and safetensors each have errors of their own for a bad file
         raise CheckpointError(
             f"The weights {path} cannot be loaded into {model}: the file is damaged or belongs to another model. "
             "Delete it and fetch it again, or name the model that it was made for."
         ) from error
-    text = getattr(clip, "text", clip)
-    if text is clip:
-        del clip.visual
-    return text.to(device)
 
 
 def _weights_file(tag: dict[str, Any], name: str) -> str:
@@ -186,7 +210,7 @@ def _weights_file(tag: dict[str, Any], name: str) -> str:
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         command = f"python -c \"from taco_nb.text import text_tower; text_tower('{name}')\""
         raise MissingWeightsError(
-            f"The weights of the text tower {name} are not on this machine and could not be fetched ({reason}): "
+            f"The weights of the CLIP model {name} are not on this machine and could not be fetched ({reason}): "
             f"{files[0]} of {repository} on the Hugging Face Hub, {_megabytes(name):,} MB in float32, which this "
             f"command fetches once there is a connection: {command}"
         ) from None
@@ -229,6 +253,14 @@ def _tokenizer() -> SimpleTokenizer:
     from open_clip import SimpleTokenizer
 
     return SimpleTokenizer()
+
+
+def _untrained_width(name: str) -> int | None:
+    """The width in "untrained-64", None for every other name."""
+    if not isinstance(name, str):
+        raise SettingError(f"The name of a text tower is a string such as 'ViT-B-32-quickgelu/openai', not {name!r}.")
+    untrained = re.fullmatch(r"untrained-([0-9]+)", name)
+    return int(untrained[1]) if untrained else None
 
 
 def _check_name(name: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 DECAYS = (45 / 50, 48 / 50)
 """Where the learning rate falls to a tenth, as shares of the run: the reference's epochs 45 and 48 of 50."""
 LOG_STEPS = 20
+"""A row of the log is the mean over so many steps, or over a 40th of a short run."""
 _EXPERIMENT, _STATE, _LOG = "experiment.json", "state.pt", "log.csv"
 
 
@@ -59,7 +60,7 @@ class Run:
 
     @property
     def log(self) -> pd.DataFrame:
-        """The means of the loss's terms over every 20 steps, with step, epoch, learning rate and seconds."""
+        """The means of the loss's terms over every few steps, with step, epoch, learning rate and seconds."""
         import pandas as pd
 
         return pd.read_csv(self.dir / _LOG)
@@ -106,6 +107,7 @@ class _Trainer:
         self.pairs = training_pairs(exp.train_data, exp.crop, data_dir, exp.seed)
         self.batches = Batches(len(self.pairs), exp.batch_size, exp.seed)
         self.total = exp.epochs * len(self.batches)
+        self.log_steps = max(1, min(LOG_STEPS, self.total // 40))
 
         net = initial_net(exp, data_dir).to(self.accelerator.device, memory_format=torch.channels_last).train()
         quantiles = [p for name, p in net.named_parameters() if name.endswith(".quantiles")]
@@ -142,7 +144,7 @@ class _Trainer:
             bar.update()
             now = time.monotonic()
             self.seconds, clock = self.seconds + now - clock, now
-            if self.step % LOG_STEPS == 0 or self.step == self.total:
+            if self.step % self.log_steps == 0 or self.step == self.total:
                 row = self._log()
                 bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", "bpp", "mse")})
             if now - saved >= 60 * save_minutes and self.step < self.total:

@@ -71,10 +71,16 @@ def bits_per_pixel(out: dict[str, Any]) -> Tensor:
 class JointLoss:
     """TACO's J, on a frozen open_clip model and its tokenizer.
 
-    The reconstructions are pulled to their captions, and to their originals, in CLIP's space of unit vectors.
+    The reconstructions are pulled to their captions, and to their originals, in CLIP's space of unit vectors. The model
+    is frozen in place. Raises `SettingError` unless it takes pictures of 224x224.
     """
 
     def __init__(self, clip: nn.Module, tokenizer: Callable[[Sequence[str]], Tensor]):
+        if clip.visual.image_size not in (CLIP_SIDE, (CLIP_SIDE, CLIP_SIDE)):
+            raise SettingError(
+                f"J shows CLIP pictures of {CLIP_SIDE}x{CLIP_SIDE}, but this CLIP takes {clip.visual.image_size}. Choose "
+                "another text_encoder, such as 'ViT-B-32-quickgelu/openai', or k_J=0."
+            )
         self.clip = clip.eval().requires_grad_(False)
         self.tokenizer = tokenizer
 

@@ -73,10 +73,10 @@ def rate_distortion(
     ]
     figure.update_layout(
         **_LAYOUT,
-        title=title,
-        xaxis_title="bits per pixel, from file sizes",
+        title={"text": title, "x": 0.5},
+        xaxis={"title": "bits per pixel, from file sizes", "type": "log", "dtick": "D2"},
         yaxis_title=METRICS[metrics[0]],
-        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.12, "yanchor": "bottom"}],
+        updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}],
     )
     return figure
 
