@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from taco_nb.errors import CheckpointError
+from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.files import atomic_write, data_root, sha256
 from taco_nb.model import TACO, ModelConfig
+from taco_nb.model.taco import modern_key
 
 WEIGHTS = "weights.safetensors"
 _FORMAT = "taco_nb weights 1"
 _GAUSSIAN_TABLES = ("_offset", "_quantized_cdf", "_cdf_length")
+_NUMPY_SCALARS = [np.core.multiarray.scalar, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType]
+"""What training loops put into checkpoints beside tensors, such as the best PSNR so far; unpickling them runs no code."""
 
 
 def save_weights(path: str | os.PathLike, net: TACO, about: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
@@ -35,8 +39,10 @@ def save_weights(path: str | os.PathLike, net: TACO, about: dict[str, Any], dtyp
         for key, value in net.state_dict().items()
         if key not in {f"gaussian_conditional.{table}" for table in _GAUSSIAN_TABLES}
     }
-    state = {key: value.contiguous() for key, value in state.items()}
-    metadata = {"format": _FORMAT, "heads": str(net.config.heads), "about": json.dumps(about)}
+    state = {
+        key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()
+    }  # none may be shared
+    metadata = {"format": _FORMAT, "config": json.dumps(asdict(net.config)), "about": json.dumps(about)}
     with atomic_write(path) as file:
         file.write(save(state, metadata))
 
@@ -52,12 +58,17 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{path} is not a checkpoint that can be read safely: {reason}") from None
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on damaged files torch and pickle raise nearly anything
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].split("\n")[0].split(". ")[0]
+        raise CheckpointError(f"{path} is not a checkpoint that can be read safely: {reason}.") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if (
+        not state
+        or not isinstance(state, dict)
+        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
+    ):
         raise CheckpointError(f"{path} holds no state dict, neither by itself nor under the key 'state_dict'.")
     facts = {key: content[key] for key in ("epoch", "best_psnr") if isinstance(content.get(key), (int, float))}
     return state, {"name": path.name, **facts}
@@ -68,21 +79,41 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-    except SafetensorError as error:
+        about = dict(json.loads(metadata.get("about", "{}")), config=json.loads(metadata.get("config", "null")))
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}.") from None
-    about = json.loads(metadata.get("about", "{}")) | ({"heads": int(metadata["heads"])} if "heads" in metadata else {})
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, about
 
 
 def load_net(path: str | os.PathLike) -> tuple[TACO, dict[str, Any]]:
     """The network in a checkpoint, in evaluation mode, and what is known about it. Raises `CheckpointError`."""
     state, about = read_weights(path)
-    net = TACO(ModelConfig.of_state_dict(state, heads=about.get("heads", 8)))
     try:
+        config = about.pop("config", None)
+        net = TACO(ModelConfig(**config) if config else ModelConfig.of_state_dict(state))
         net.load_state_dict(state)
-    except CheckpointError as error:
+        net.tables()
+    except (CheckpointError, SettingError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     return net.eval(), about
+
+
+def load_fitting(net: TACO, path: str | os.PathLike) -> tuple[list[str], list[str]]:
+    """Start `net` from the weights in `path` that fit it by name and shape.
+
+    Returns the names of the net's own weights that were not in the file, and of the file's that have no place in the
+    net. Raises `CheckpointError` if fewer than half of the net's parameters fit: that is another model.
+    """
+    state = {modern_key(key): value for key, value in read_weights(path)[0].items()}
+    own = dict(net.named_parameters())
+    fitting = {key for key, value in own.items() if key in state and state[key].shape == value.shape}
+    if 2 * sum(own[key].numel() for key in fitting) < sum(value.numel() for value in own.values()):
+        raise CheckpointError(f"{path} is of another model: fewer than half of the weights fit {net.config}.")
+    with torch.no_grad():
+        for key in fitting:
+            own[key].copy_(state[key])
+    tables = {key for key in state if key not in own and key in net.state_dict()}
+    return sorted(own.keys() - fitting), sorted(state.keys() - fitting - tables)
 
 
 def find(source: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> Path:
@@ -102,7 +133,13 @@ def find(source: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
     shelf = data_root(data_dir) / "checkpoints"
     bundled = shelf / f"{source}.safetensors"
     if bundled.is_file() and bundled.parent == shelf:
-        expected = json.loads(bundled.with_suffix(".json").read_text())["sha256"]
+        card = bundled.with_suffix(".json")
+        try:
+            expected = json.loads(card.read_text(encoding="utf-8"))["sha256"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"The card {card} of {bundled.name} cannot be read: {error!r}. Get both again."
+            ) from None
         if sha256(bundled) != expected:
             raise CheckpointError(f"{bundled} is not the file that its card describes (SHA-256 differs): get it again.")
         return bundled

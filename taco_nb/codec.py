@@ -6,13 +6,14 @@
     5       4     fingerprint of the decoder's weights: the first bytes of a SHA-256
     9       2-8   width, then height, in pixels, each a LEB128 number
             1-4   length of z's string, a LEB128 number
-            4     CRC-32 of width, height and the decoded latents
+            4     CRC-32 of width, height and y_hat
             ...   z's string, then y's string, rANS streams
             4     CRC-32 of everything before it
 
 The last checksum tells a damaged file from a whole one before anything is decoded. The fingerprint tells wrong weights.
-The checksum of the latents tells whether this machine computed the very numbers that the encoder's did, on which every
-learned entropy model depends. A decoded picture is therefore the right one, or there is none. 22 bytes for a Kodak image.
+The checksum of y_hat, to the last bit of every float, tells whether this machine computed the very numbers that the
+encoder's did, on which every learned entropy model depends. A decoded picture is therefore the right one, or there is
+none. 22 bytes for a Kodak image.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import zlib
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,19 +32,19 @@ from torch import Tensor
 from taco_nb import checkpoint
 from taco_nb.data.images import to_image, to_rgb, to_tensor
 from taco_nb.errors import DamagedFileError, DriftError, SettingError, WrongWeightsError
-from taco_nb.model import TACO, Latents
+from taco_nb.model import TACO
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from taco_nb.text import TextTower
+    from taco_nb.text import Conditioning, TextTower
 
 MAGIC = b"TACO"
 VERSION = 1
-MAX_PIXELS = 1 << 26
-"""The largest image, in pixels, that is encoded or that a header may announce (8192 x 8192)."""
 MULTIPLE = 64
 """Of which the network needs height and width to be multiples."""
+MAX_PIXELS = 1 << 26
+"""The largest image, in pixels once it is padded, that is encoded or that a header may announce (8192 x 8192)."""
 
 
 class Header(NamedTuple):
@@ -57,8 +59,9 @@ class Header(NamedTuple):
 class Codec:
     """A trained network, the text tower its encoder reads captions through, and the file format around both.
 
-    `text_encoder` and `text_tokens` are an `Experiment`'s; the tower is loaded when a caption is first encoded, since a
-    decoder never needs it. `about` is what is known of the weights, for labels beside results.
+    The text settings are an `Experiment`'s, `keywords` the JSON of the run's fitted `KeywordWeights`. The tower is loaded
+    when a caption is first encoded, since a decoder never needs it. `about` is what is known of the weights, for labels
+    beside results.
     """
 
     def __init__(
@@ -67,11 +70,15 @@ class Codec:
         text_encoder: str = "ViT-B-32-quickgelu/openai",
         text_tokens: int = 38,
         *,
+        text_length: str = "truncate",
+        text_pooling: str = "none",
+        keywords: str | None = None,
         name: str = "",
         about: dict[str, Any] | None = None,
     ):
         self.net = net.eval().to(memory_format=torch.channels_last)
         self.text_encoder, self.text_tokens = text_encoder, text_tokens
+        self.text_length, self.text_pooling, self.keywords = text_length, text_pooling, keywords
         self.name, self.about = name, about or {}
 
     @property
@@ -92,6 +99,14 @@ class Codec:
         return tower
 
     @cached_property
+    def conditioning(self) -> Conditioning:
+        """From captions to what the encoder's adapter reads. Raises `MissingWeightsError` as `tower` does."""
+        from taco_nb.text import Conditioning, KeywordWeights
+
+        keywords = None if self.keywords is None else KeywordWeights.from_json(self.keywords)
+        return Conditioning(self.tower, self.text_length, self.text_pooling, keywords)
+
+    @cached_property
     def fingerprint(self) -> bytes:
         """Four bytes that name the weights a decoder uses; the encoder's may differ without harm."""
         digest = hashlib.sha256()
@@ -106,22 +121,24 @@ class Codec:
 
         `image`: a path, a PIL image, a uint8 or uint16 array, or a float tensor in [0, 1], as `taco_nb.data.to_rgb`
         takes them; any size from 1x1 to `MAX_PIXELS`. Transparency is laid over white, EXIF rotation applied. Raises
-        `DataError` for an image that cannot be read, `SettingError` for a caption that is not text.
+        `DataError` for an image that cannot be read, `SettingError` for one too large or a caption that is not text,
+        `CheckpointError` where the weights make no finite numbers of it.
         """
         if not isinstance(caption, str):
             raise SettingError(f"A caption is text, but this one is {caption!r}. An image without one takes ''.")
         picture = to_rgb(image)
-        if picture.width * picture.height > MAX_PIXELS:
+        if not _fits(picture.width, picture.height):
             raise SettingError(
-                f"{picture.width}x{picture.height} is more than the {MAX_PIXELS} pixels a file may have."
+                f"{picture.width}x{picture.height}, padded to multiples of {MULTIPLE}, is more than the {MAX_PIXELS} "
+                "pixels a file may have. Scale the image down or cut it into parts."
             )
         x = pad(to_tensor(picture)[None].to(self.device))
         with torch.inference_mode():
-            y = self.net.g_a(x.contiguous(memory_format=torch.channels_last), self.tower([caption]))
+            y = self.net.g_a(x.contiguous(memory_format=torch.channels_last), *self.conditioning([caption]))
         coded = self.net.encode_latents(y)
         size = _leb128(picture.width) + _leb128(picture.height)
         head = MAGIC + bytes([VERSION]) + self.fingerprint + size + _leb128(len(coded.z_string))
-        body = head + _latents_crc(size, coded.latents).to_bytes(4, "little") + coded.z_string + coded.y_string
+        body = head + _latents_crc(size, coded.y_hat).to_bytes(4, "little") + coded.z_string + coded.y_string
         return body + zlib.crc32(body).to_bytes(4, "little")
 
     def decode(self, data: bytes | str | os.PathLike) -> Image.Image:
@@ -148,12 +165,14 @@ class Codec:
             "the file was forged. Decode it where it was encoded."
         )
         try:
-            y_hat, latents = self.net.decode_latents(y_string, z_string, shape)
+            y_hat = self.net.decode_latents(y_string, z_string, shape)
         except DamagedFileError as error:
             raise drift from error
-        if _latents_crc(_leb128(header.width) + _leb128(header.height), latents) != header.latents_crc:
+        if _latents_crc(_leb128(header.width) + _leb128(header.height), y_hat) != header.latents_crc:
             raise drift
         x_hat = self.net.g_s(y_hat.contiguous(memory_format=torch.channels_last))
+        if not torch.isfinite(x_hat).all():
+            raise DamagedFileError("The latents decode to a picture of values that are not finite: forged.")
         return x_hat[0, :, : header.height, : header.width].contiguous()
 
 
@@ -179,7 +198,7 @@ def read_header(data: bytes | str | os.PathLike) -> tuple[Header, bytes, bytes]:
         z_length, at = _read_leb128(data, at)
     except IndexError:
         raise DamagedFileError("The header is cut short: damaged or forged.") from None
-    if not width or not height or width * height > MAX_PIXELS:
+    if not width or not height or not _fits(width, height):
         raise DamagedFileError(f"The header announces {width}x{height} pixels; 1 to {MAX_PIXELS} are possible.")
     strings = data[at + 4 : -4]
     if at + 8 > len(data) or z_length > len(strings):
@@ -207,21 +226,26 @@ def load(
     """
     net, about = checkpoint.load_net(checkpoint.find(source, data_dir))
     experiment = about.get("experiment", {})
+    named = ("text_length", "text_pooling")
     return Codec(
         net.to(device),
         text_encoder or experiment.get("text_encoder", "ViT-B-32-quickgelu/openai"),
         experiment.get("text_tokens", 38),
+        **{name: experiment[name] for name in named if name in experiment},
+        keywords=about.get("keywords"),
         name=about.get("name", str(source)),
-        about=about,
+        about={key: value for key, value in about.items() if key != "keywords"},
     )
 
 
-def _latents_crc(size: bytes, latents: Latents) -> int:
-    """CRC-32 of an image's size and its symbols, as little-endian int32, z's before y's."""
-    crc = zlib.crc32(size)
-    for symbols in (latents.z, latents.y):
-        crc = zlib.crc32(symbols.numpy().astype("<i4", copy=False), crc)
-    return crc
+def _fits(width: int, height: int) -> bool:
+    """Whether an image is small enough for a file; padding counts, since a line of one pixel is padded to 64."""
+    return -(-width // MULTIPLE) * -(-height // MULTIPLE) * MULTIPLE**2 <= MAX_PIXELS
+
+
+def _latents_crc(size: bytes, y_hat: Tensor) -> int:
+    """CRC-32 of an image's size, and of y_hat (1, M, h, w) in that order as little-endian float32."""
+    return zlib.crc32(np.ascontiguousarray(y_hat.cpu().numpy(), "<f4"), zlib.crc32(size))
 
 
 def _leb128(number: int) -> bytes:

@@ -12,10 +12,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL import Image
+
 from taco_nb.codec import Codec
 from taco_nb.data import CaptionedImages, Sample
 from taco_nb.data.images import to_image, to_tensor
-from taco_nb.errors import MissingWeightsError
+from taco_nb.errors import MissingWeightsError, SettingError
 from taco_nb.files import atomic_write
 from taco_nb.metrics.distortion import distortion
 from taco_nb.metrics.perception import Lpips
@@ -40,18 +42,21 @@ def evaluate(
     """Encode every image with its first caption to a `.taco` file, decode the file, and measure both: a row per image.
 
     Columns: codec, dataset, name, caption, width, height, bytes (the file's size), bpp, psnr and ms_ssim of the 8-bit
-    picture, psnr_taco and ms_ssim_taco by the reference's protocol, lpips ([-1, 1], as the library wants) and lpips_01
-    ([0, 1], as TACO published) where LPIPS's weights are to be had, encode_s and decode_s (seconds, wall clock).
+    picture, psnr_taco and ms_ssim_taco by the reference's protocol, lpips (of the 8-bit picture, in [-1, 1] as the library
+    wants) and lpips_01 (of the floats, in [0, 1], as TACO published) where LPIPS's weights are to be had, encode_s and
+    decode_s (seconds, wall clock, without the loading of tower and tables).
 
     With `out_dir`, `files/<dataset>/<name>.taco`, `evaluation.csv` and `evaluation.json` (means, experiment, versions,
-    commit, hardware, checksums of the data) are kept there.
+    commit, hardware, checksums of the data) are kept there. Raises `DataError` for an image that cannot be read,
+    `SettingError` if `sets` is no list of data sets with names of their own.
     """
     import pandas as pd
 
     lpips = lpips or find_lpips()
     started = time.time()
+    codec.decode(codec.encode(Image.new("RGB", (64, 64)), ""))  # what is loaded once is no part of the first row's time
     with tempfile.TemporaryDirectory() as scratch:
-        files = Path(out_dir or scratch) / "files"
+        files = Path(scratch if out_dir is None else out_dir) / "files"
         rows = [
             {"codec": codec.name, "dataset": dataset.name, **_measure(codec, sample, files / dataset.name, lpips)}
             for dataset, sample in _samples(sets, f"evaluating {codec.name}")
@@ -64,7 +69,7 @@ def evaluate(
             "weights": codec.about,
             "text_encoder": codec.text_encoder,
             "data": {dataset.name: {"images": len(dataset), "sha256": dataset.checksum()} for dataset in sets},
-            "means": means(results).to_dict("records"),
+            "means": json.loads(means(results).to_json(orient="records", double_precision=15)),  # null for NaN
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "seconds": round(time.time() - started, 1),
             **provenance(),
@@ -100,13 +105,18 @@ def evaluate_peers(
 def evaluate_matched(results: pd.DataFrame, sets: Sequence[CaptionedImages]) -> pd.DataFrame:
     """The other codecs at no more bytes than `results` (from `evaluate`) spent on the same image: a row per both.
 
-    Where even a peer's smallest file is larger, that file is measured, and `above_target` is true in its row.
+    Where even a peer's smallest file is larger, that file is measured, and `above_target` is true in its row. Raises
+    `SettingError` unless `results` holds each image of `sets` exactly once.
     """
     import pandas as pd
 
     budget = results.set_index(["dataset", "name"])["bytes"]
+    if not budget.index.is_unique:
+        raise SettingError("These results have more than one row per image: give those of a single codec.")
     rows = []
     for dataset, sample in _samples(sets, "matching other codecs"):
+        if (dataset.name, sample.name) not in budget.index:
+            raise SettingError(f"{sample.name} of {dataset.name} is not in these results: evaluate the same data sets.")
         for peer in available_peers():
             result = match_bpp(sample.image, peer, int(budget[dataset.name, sample.name]))
             choice = {"chosen_quality": result.quality, "above_target": result.above_target}
@@ -137,6 +147,10 @@ def _samples(sets: Sequence[CaptionedImages], what: str) -> Iterator[tuple[Capti
     """One image in memory at a time, under a progress bar."""
     from tqdm.auto import tqdm
 
+    if isinstance(sets, CaptionedImages) or not sets:
+        raise SettingError("The data sets are a list with at least one in it, as taco_nb.datasets gives them.")
+    if len({dataset.name for dataset in sets}) < len(sets):
+        raise SettingError(f"Two data sets have the same name, of {[dataset.name for dataset in sets]}: rename one.")
     with tqdm(total=sum(map(len, sets)), desc=what, unit="image") as bar:
         for dataset in sets:
             for i in range(len(dataset)):
@@ -158,9 +172,9 @@ def _measure(codec: Codec, sample: Sample, folder: Path, lpips: Lpips | None) ->
     x_hat = codec.decode_tensor(path).cpu()
     decode_s = time.perf_counter() - clock
 
-    x = to_tensor(sample.image)
+    x, picture = to_tensor(sample.image), to_tensor(to_image(x_hat))
     taco = {f"{key}_taco": value for key, value in distortion(x, x_hat, "taco").items()}
-    perceived = lpips(x, to_tensor(to_image(x_hat))) if lpips else {}
+    perceived = {"lpips": lpips(x, picture)["lpips"], "lpips_01": lpips(x, x_hat)["lpips_01"]} if lpips else {}
     return {
         **_rate(sample, path.stat().st_size),
         "caption": caption,

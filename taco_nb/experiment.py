@@ -13,10 +13,13 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from taco_nb.errors import SettingError
 from taco_nb.files import data_root
+
+if TYPE_CHECKING:
+    from taco_nb.model import ModelConfig
 
 PAPER_SIZES = {
     "N": 192, "M": 320, "groups": (16, 16, 32, 64, 192), "text_dim": 512, "heads": 8, "context_widths": (224, 128),
@@ -24,6 +27,16 @@ PAPER_SIZES = {
 DEMO_SIZES = {
     "N": 48, "M": 96, "groups": (8, 8, 16, 16, 48), "text_dim": 64, "heads": 8, "context_widths": (64, 48),
 }  # fmt: skip
+
+CHOICES = {
+    "profile": ("paper", "sample"),
+    "attention": ("softmax", "linformer"),
+    "linformer_sharing": ("none", "key-value", "layerwise"),
+    "captions": ("published", "context"),
+    "text_length": ("truncate", "windows"),
+    "text_pooling": ("none", "keywords", "keywords-tokens"),
+    "precision": ("float32", "bfloat16"),
+}
 
 
 @dataclass(frozen=True)
@@ -36,14 +49,31 @@ class Experiment:
     profile: str = "paper"
     """Where the settings come from: "paper" or "sample"."""
     sizes: dict[str, Any] = dataclasses.field(default_factory=PAPER_SIZES.copy)
-    """The fields of `taco_nb.model.ModelConfig`."""
+    """The widths in `taco_nb.model.ModelConfig`."""
     init: str = ""
     """Weights to start from: a bundled codec's name, a run's folder or a checkpoint file; "" for random ones."""
 
+    attention: str = "softmax"
+    """Of the adapter: "softmax" or "linformer"."""
+    linformer_k: int = 32
+    """To how many positions Linformer projects keys and values."""
+    linformer_sharing: str = "none"
+    """What shares a projection of Linformer: "none", "key-value" or "layerwise"."""
+
+    captions: str = "published"
+    """"published", those that come with a data set, or "context", paragraphs that describe and reason."""
     text_encoder: str = "ViT-B-32-quickgelu/openai"
     """An open_clip text tower as "model/pretrained", or "untrained-64"."""
     text_tokens: int = 38
     """Positions of the text tower that the adapter sees, 2 to 77, padding included."""
+    text_length: str = "truncate"
+    """"truncate" cuts captions at `text_tokens`; "windows" reads all of them, 77 tokens at a time."""
+    text_pooling: str = "none"
+    """"none"; "keywords", the report's weighted sum over tokens; or "keywords-tokens", a weighted vector per token."""
+    keyword_weight: float = 1.5
+    """Of a word that matters, where other words weigh 1."""
+    keyword_sources: str = "tfidf+en_core_web_sm"
+    """What finds the words that matter: "tfidf", a spaCy model or "rules" for named entities, joined by "+"."""
 
     train_data: str = "coco"
     """"coco", "sample", or a folder of images with its `captions.json`."""
@@ -76,17 +106,17 @@ class Experiment:
             elif not _is(value, wanted):
                 raise SettingError(f"{field.name} must be {_WORDS[wanted]}, but is {value!r}.")
         self._check_sizes()
-        for name in ("lmbda", "learning_rate", "aux_learning_rate", "gradient_clip"):
+        for name in ("lmbda", "learning_rate", "aux_learning_rate", "gradient_clip", "keyword_weight"):
             self._check(name, 0 < getattr(self, name) < math.inf, "above 0")
         for name in ("k_P", "k_J"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 or above")
-        for name in ("epochs", "batch_size"):
+        for name in ("epochs", "batch_size", "linformer_k"):
             self._check(name, getattr(self, name) >= 1, "1 or above")
         self._check("seed", 0 <= self.seed < 1 << 32, "from 0 to 2^32 - 1")
         self._check("text_tokens", 2 <= self.text_tokens <= 77, "from 2 to 77, CLIP's limit")
         self._check("crop", self.crop >= 64 and self.crop % 64 == 0, "a multiple of 64")
-        self._check("profile", self.profile in ("paper", "sample"), '"paper" or "sample"')
-        self._check("precision", self.precision in ("float32", "bfloat16"), '"float32" or "bfloat16"')
+        for name, choices in CHOICES.items():
+            self._check(name, getattr(self, name) in choices, " or ".join(f'"{choice}"' for choice in choices))
 
     def _check(self, name: str, right: bool, wanted: str) -> None:
         if not right:
@@ -104,6 +134,20 @@ class Experiment:
         """A copy with some fields changed; raises `SettingError` for a field that does not exist."""
         check_names(changes, [field.name for field in dataclasses.fields(self)], "an Experiment has no setting")
         return dataclasses.replace(self, **changes)
+
+    def model_config(self) -> ModelConfig:
+        """The network's settings. Raises `SettingError` where sizes do not fit together."""
+        from taco_nb.model import ModelConfig
+
+        check_names(self.sizes, list(PAPER_SIZES), "sizes have no")
+        return ModelConfig(
+            **self.sizes,
+            attention=self.attention,
+            linformer_k=self.linformer_k,
+            linformer_sharing=self.linformer_sharing,
+            text_tokens=self.text_tokens,
+            image_grid=self.crop // 8,
+        )
 
     def diff(self, other: Experiment) -> dict[str, tuple[Any, Any]]:
         """The fields in which the two differ: {name: (here, there)}."""
@@ -147,8 +191,8 @@ def baseline(profile: str = "auto", *, data_dir: str | None = None, **changes: A
     if profile == "paper":
         return Experiment().replace(**changes)
     sample = Experiment(
-        profile="sample", sizes=DEMO_SIZES, init="demo", text_encoder="untrained-64", train_data="sample", crop=128,
-        lmbda=0.0067, k_P=0.0, k_J=0.0, epochs=5, batch_size=4,
+        profile="sample", sizes=DEMO_SIZES, init="demo", text_encoder="untrained-64",
+        keyword_sources="tfidf+rules", train_data="sample", crop=128, lmbda=0.0067, k_P=0.0, k_J=0.0, epochs=5, batch_size=4,
     )  # fmt: skip
     return sample.replace(**changes)
 

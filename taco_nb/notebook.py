@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from taco_nb.errors import DataError, SettingError
 from taco_nb.experiment import Experiment, baseline, choose_profile
 
 _IPYTHON = {"In", "Out", "get_ipython", "exit", "quit", "open"}
+_PASSED = "_parameters_passed"
 _TYPES = {
     "str": (str, "text"),
     "int": (int, "a whole number"),
@@ -45,9 +45,7 @@ class Parameters:
 
     @property
     def torch_device(self) -> str:
-        import torch
-
-        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        return ("cuda" if _has_cuda() else "cpu") if self.device == "auto" else self.device
 
     def experiment(self) -> Experiment:
         """The profile's baseline with the settings that were given. Raises `SettingError` for one out of range."""
@@ -72,38 +70,53 @@ class Parameters:
         return found
 
 
-def check_parameters(namespace: Mapping[str, Any]) -> Parameters:
+def check_parameters(namespace: dict[str, Any]) -> Parameters:
     """The notebook's parameters, from its `globals()`, with the profile chosen and a sentence printed that says why.
 
     Raises `SettingError`, with one sentence, for a name that is not a parameter (papermill would pass it silently), for
-    a value of the wrong type, and for a value out of range.
+    a value of the wrong type, and for a value out of range. A name that is refused is deleted, so that the corrected cell
+    can be run again. After a check has passed, further names are the notebook's own, and running it again ignores them.
     """
     known = {field.name: field for field in fields(Parameters)}
     given = {
         name: value
         for name, value in namespace.items()
         if not name.startswith("_") and name not in _IPYTHON and not isinstance(value, (types.ModuleType, type))
-        and not callable(value)
+        and not callable(value) and (name in known or not namespace.get(_PASSED))
     }  # fmt: skip
     for name, value in given.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"The parameters are {', '.join(known)}."
+            del namespace[name]
             raise SettingError(f"This notebook has no parameter {name!r}. {hint}")
         _check_type(name, value, known[name].type)
     parameters = Parameters(**given)
     profile, sentence = choose_profile(parameters.profile, parameters.data_dir)
     for name, least in (("eval_limit", 1), ("max_hours", 0)):
         value = getattr(parameters, name)
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # so that NaN is refused too
             raise SettingError(f"{name} must be {least} or above, but is {value!r}.")
     if parameters.device not in ("auto", "cpu", "cuda"):
         raise SettingError(f'device must be "auto", "cpu" or "cuda", but is {parameters.device!r}.')
+    if parameters.device == "cuda" and not _has_cuda():
+        raise SettingError('device is "cuda", but PyTorch sees no CUDA device here. Use "auto" or "cpu".')
+    if parameters.runs.exists() and not parameters.runs.is_dir():
+        raise SettingError(
+            f"out_dir must be a folder, or the name of one to make, but {parameters.out_dir!r} is a file."
+        )
     parameters = Parameters(**{**given, "profile": profile})
     parameters.experiment()
     _embed_plotly()
+    namespace[_PASSED] = True
     print(sentence)
     return parameters
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _embed_plotly() -> None:

@@ -33,6 +33,8 @@ def provenance() -> dict[str, Any]:
 def commit() -> str | None:
     """The commit of this repository, with "+changes" where the working tree differs; None outside a checkout."""
     try:
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != REPOSITORY:
+            return None  # installed inside somebody else's checkout, whose commit says nothing of this code
         head = _git("rev-parse", "HEAD")
         return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):

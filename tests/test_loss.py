@@ -1,6 +1,10 @@
 """TACO's loss, term by term, against arithmetic written a second time, in numpy."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import open_clip
@@ -8,7 +12,9 @@ import pytest
 import torch
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 
-from taco_nb.errors import SettingError
+from taco_nb.errors import CheckpointError, SettingError
+from taco_nb.files import REPOSITORY
+from taco_nb.text import clip_model, text_tower
 from taco_nb.training.loss import JointLoss, TacoLoss, bits_per_pixel, clip_input
 
 B, H, W = 3, 64, 128
@@ -105,16 +111,19 @@ def test_lpips_convention_is_that_of_pictures_in_0_to_1(out):
 # --- J ----------------------------------------------------------------------------------------------------------------
 
 
+TINY = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 224, "layers": 1, "width": 32, "head_width": 16, "patch_size": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
 @pytest.fixture(scope="module")
 def clip():
     """A small CLIP, its weights random, its pictures as large as the real one's."""
-    torch.manual_seed(0)
-    return open_clip.model.CLIP(
-        embed_dim=24,
-        vision_cfg={"image_size": 224, "layers": 1, "width": 32, "head_width": 16, "patch_size": 32},
-        text_cfg={"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-        quick_gelu=True,
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return open_clip.model.CLIP(**TINY, quick_gelu=True)
 
 
 @pytest.fixture
@@ -244,10 +253,72 @@ def test_a_weight_without_its_term(weights, joint):
 
 
 def test_a_clip_of_another_input_size_is_refused():
-    clip = open_clip.model.CLIP(
-        embed_dim=8,
-        vision_cfg={"image_size": 64, "layers": 1, "width": 16, "head_width": 16, "patch_size": 32},
-        text_cfg={"vocab_size": 49408, "width": 16, "heads": 1, "layers": 1},
-    )
+    clip = open_clip.model.CLIP(**TINY | {"vision_cfg": TINY["vision_cfg"] | {"image_size": 64}})
     with pytest.raises(SettingError, match="224.*64"):
         JointLoss(clip, open_clip.SimpleTokenizer())
+
+
+# --- CLIP by its name -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def named(clip, tmp_path_factory):
+    """The small CLIP as a file of weights, and its name in open_clip."""
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "taco-test-joint.json").write_text(json.dumps(TINY | {"quick_gelu": True}))
+    open_clip.add_model_config(folder / "taco-test-joint.json")
+    torch.save(clip.state_dict(), folder / "weights.pt")
+    return f"taco-test-joint/{folder / 'weights.pt'}"
+
+
+def test_a_named_clip_gives_the_same_loss(clip, named):
+    state = torch.get_rng_state()
+    model, tokenizer = clip_model(named)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert tokenizer(CAPTIONS).shape == (3, 77)
+    assert not model.training and not any(weight.requires_grad for weight in model.parameters())
+    expected = JointLoss(clip, open_clip.SimpleTokenizer())(images(5), images(4), CAPTIONS)
+    torch.testing.assert_close(JointLoss(model, tokenizer)(images(5), images(4), CAPTIONS), expected)
+    assert clip_model(named)[0] is model
+
+
+def test_a_text_tower_of_the_same_name_has_the_same_text_half_and_leaves_the_whole_alone(named):
+    model, _ = clip_model(named)
+    tower = text_tower(named)
+    assert torch.equal(tower.module.token_embedding.weight, model.token_embedding.weight)
+    assert hasattr(model, "visual") and not hasattr(tower.module, "visual")
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [("untrained-64", "untrained"), ("ViT-B-32", "model/pretrained"), ("ViT-B-32/openapi", "openai"), (None, "string")],
+)
+def test_names_that_are_no_clip(name, hint):
+    with pytest.raises(SettingError, match=hint):
+        clip_model(name)
+
+
+def test_damaged_weights_are_named(tmp_path, named):
+    (tmp_path / "noise.pt").write_bytes(b"no weights at all")
+    with pytest.raises(CheckpointError, match="noise.pt"):
+        clip_model(f"taco-test-joint/{tmp_path / 'noise.pt'}")
+
+
+def test_weights_that_cannot_be_had_fail_in_one_sentence(tmp_path):
+    """In a process of its own, whose Hugging Face cache is empty and whose hub refuses connections."""
+    code = (
+        "from taco_nb.errors import MissingWeightsError\n"
+        "from taco_nb.text import clip_model\n"
+        "try: clip_model('ViT-B-32-quickgelu/openai')\n"
+        "except MissingWeightsError as error: print(error)\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        environment.pop(variable, None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    for part in ("ViT-B-32-quickgelu/openai", "open_clip_model.safetensors", "605 MB", 'python -c "from taco_nb.text'):
+        assert part in done.stdout

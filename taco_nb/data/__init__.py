@@ -15,6 +15,8 @@ from taco_nb.files import data_root
 
 __all__ = ["CaptionedFolder", "CaptionedImages", "Coco", "Sample", "TrainPairs", "datasets", "training_pairs"]
 
+CONTEXT = "captions_context.json"
+
 
 class _Known(NamedTuple):
     """A data set that has a name: its folder in the data folder, what that must hold, and how it is read."""
@@ -62,33 +64,64 @@ _TRAINING = {
 }
 
 
-def datasets(*names: str, data_dir: str | os.PathLike | None = None, limit: int | None = None) -> list[CaptionedImages]:
+def datasets(
+    *names: str,
+    data_dir: str | os.PathLike | None = None,
+    limit: int | None = None,
+    captions: str = "published",
+) -> list[CaptionedImages]:
     """The data sets that a codec is evaluated on, in the order asked for; images are opened only when they are used.
 
     Names: "sample" (the bundled validation images) and "sample-train", "kodak" (24 images) and "clic" (CLIC 2020 test)
     with TACO's OFA captions, "coco" (Karpathy's restval, centre crop 256). They lie in `data_root(data_dir)`.
-    `limit` keeps the first images of each. Raises `SettingError` for an unknown name or limit < 1, `DataError` where a
-    data set is absent or inconsistent.
+    `limit` keeps the first images of each. `captions` are the "published" ones, or the paragraphs with "context" that
+    lie beside them in captions_context.json. Raises `SettingError` for an unknown name, another kind of captions or
+    limit < 1, `DataError` where a data set is absent or inconsistent.
     """
     if limit is not None:
         check_count(limit, "limit")
-    found = [_open(_EVALUATION, name, data_dir) for name in names]
+    found = [_open(_EVALUATION, name, data_dir, captions) for name in names]
     return found if limit is None else [dataset.head(limit) for dataset in found]
 
 
 def training_pairs(
-    name: str | os.PathLike, crop: int, data_dir: str | os.PathLike | None = None, seed: int = 0
+    name: str | os.PathLike,
+    crop: int,
+    data_dir: str | os.PathLike | None = None,
+    seed: int = 0,
+    captions: str = "published",
 ) -> TrainPairs:
     """The (crop, caption) pairs of "sample", of "coco" (train2014), or of a folder with a captions.json in it.
 
-    Raises as `datasets` and `TrainPairs` do.
+    Takes `captions`, and raises, as `datasets` and `TrainPairs` do.
     """
     if str(name) not in _TRAINING and Path(name).is_dir():
-        return TrainPairs(CaptionedFolder(name, Path(name, "captions.json")), crop, seed)
-    return TrainPairs(_open(_TRAINING, name, data_dir), crop, seed)
+        folder = CaptionedFolder(name, Path(name, "captions.json"))
+        return TrainPairs(_captioned(folder, Path(name), data_dir, captions), crop, seed)
+    return TrainPairs(_open(_TRAINING, name, data_dir, captions), crop, seed)
 
 
-def _open(known: dict[str, _Known], name: str | os.PathLike, data_dir: str | os.PathLike | None) -> CaptionedImages:
+def _captioned(
+    dataset: CaptionedImages, root: Path, data_dir: str | os.PathLike | None, captions: str
+) -> CaptionedImages:
+    """The data set under the captions that were asked for; Kodak's paragraphs come with the repository."""
+    if captions == "published":
+        return dataset
+    if captions != "context":
+        raise SettingError(f'captions must be "published" or "context", but is {captions!r}.')
+    places = [root / CONTEXT, data_root(data_dir) / "reference" / f"{dataset.name}_{CONTEXT}"]
+    found = [place for place in places if place.is_file()]
+    if not found:
+        raise DataError(
+            f"There are no context captions for {dataset.name}: {places[0]} is missing. "
+            'Notebook 02 generates it, or write one: {"file.png": "a paragraph", ...}.'
+        )
+    return dataset.recaptioned(found[0])
+
+
+def _open(
+    known: dict[str, _Known], name: str | os.PathLike, data_dir: str | os.PathLike | None, captions: str
+) -> CaptionedImages:
     if str(name) not in known:
         close = get_close_matches(str(name), known, n=1, cutoff=0)[0]
         or_own = ", or a folder with a captions.json" if known is _TRAINING else ""
@@ -98,6 +131,7 @@ def _open(known: dict[str, _Known], name: str | os.PathLike, data_dir: str | os.
     folder, holds, read = known[str(name)]
     root = data_root(data_dir) / folder
     try:
-        return read(root)
+        dataset = read(root)
     except DataError as error:
         raise DataError(f"The data set {name} cannot be read: {error} {root} must hold {holds}.") from error
+    return _captioned(dataset, root, data_dir, captions)

@@ -98,6 +98,18 @@ class CaptionedImages(Dataset):
         view._crop = side
         return view
 
+    def recaptioned(self, source: str | os.PathLike) -> CaptionedImages:
+        """A view of the same images with the captions of another JSON file, in `CaptionedFolder`'s form.
+
+        The file may caption more images than these. Raises `DataError` if it captions fewer, or is malformed.
+        """
+        by_name = _captions_by_name(Path(source))
+        if missing := [entry.name for entry in self._entries if entry.name not in by_name]:
+            raise DataError(f"Missing captions: {source} has no entry for {few(missing)} of {self.name}.")
+        view = copy.copy(self)
+        view._entries = [entry._replace(captions=by_name[entry.name]) for entry in self._entries]
+        return view
+
     def checksum(self) -> str:
         """SHA-256 over names, image files and captions, so that an evaluation can say exactly what it ran on."""
         digest = hashlib.sha256()

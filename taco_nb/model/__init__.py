@@ -6,6 +6,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # compressai imports much that is deprecated, none of it used here
     import compressai  # noqa: F401
 
-from taco_nb.model.taco import TACO, Encoded, Latents, ModelConfig
+from taco_nb.model.config import ModelConfig
+from taco_nb.model.taco import TACO, Encoded
 
-__all__ = ["TACO", "Encoded", "Latents", "ModelConfig"]
+__all__ = ["TACO", "Encoded", "ModelConfig"]

@@ -25,21 +25,22 @@ _BYTES_PER_ESCAPE = 72
 
 
 class CodingTables:
-    """The cumulative distributions of an entropy model as CompressAI's coder wants them, each row without its padding.
+    """The `count` cumulative distributions of an entropy model as CompressAI's coder wants them, rows without padding.
 
     Raises `CheckpointError` for tables that are not such distributions, on which the coder would crash.
     """
 
-    def __init__(self, model: EntropyModel):
+    def __init__(self, model: EntropyModel, count: int):
         self.lengths = model.cdf_length.tolist()
         self.offsets = model.offset.tolist()
         self.cdfs = [row[:length] for row, length in zip(model.quantized_cdf.tolist(), self.lengths)]
         frequencies = [[b - a for a, b in zip(row, row[1:])] for row in self.cdfs]
-        if not all(
-            length > 2 and row[0] == 0 and row[-1] == 1 << 16 and len(row) == length and min(counts) > 0
+        whole = len(self.offsets) == len(self.cdfs) == count and all(
+            len(row) == length > 2 and row[0] == 0 and row[-1] == 1 << 16 and min(counts) > 0
             for length, row, counts in zip(self.lengths, self.cdfs, frequencies)
-        ):
-            raise CheckpointError("The entropy coder's tables in the weights are damaged: make them anew with update().")
+        )
+        if not whole:
+            raise CheckpointError("The entropy coder's tables in these weights are damaged; update() makes them anew.")
         # that a symbol can take, per distribution
         self.least_bits = 16 - torch.tensor([max(counts) for counts in frequencies]).double().log2()
         # an escape takes its own symbol, the last one, and a nibble, less what rounding in the coder may save
@@ -76,7 +77,7 @@ class Decoder:
             raise DamagedFileError("The compressed latents do not begin as the coder's streams do: damaged or forged.")
         self._tables = tables
         self._escapes_left = int(8 * len(stream) / tables.least_escape_bits)
-        reach = _BYTES_PER_SYMBOL * total + _BYTES_PER_ESCAPE * (self._escapes_left + min(CHUNK, total)) + 64
+        reach = _BYTES_PER_SYMBOL * total + _BYTES_PER_ESCAPE * min(self._escapes_left + CHUNK, total) + 64
         # the last run of full nibbles may start inside the stream, and announce 15 times its own length
         self._decoder = RansDecoder()
         self._decoder.set_stream(stream + bytes(reach + 16 * len(stream)))

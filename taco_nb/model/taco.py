@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from taco_nb.errors import CheckpointError, DamagedFileError, SettingError
+from taco_nb.errors import CheckpointError, DamagedFileError
 from taco_nb.model import rans
-from taco_nb.model.entropy import SpaceChannelModel, Step, squeeze, ste_round, unsqueeze
+from taco_nb.model.config import ModelConfig
+from taco_nb.model.entropy import SCALE_TABLE, SpaceChannelModel, Step, squeeze, ste_round, unsqueeze
 from taco_nb.model.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
 
 _RENAMED = {f"entropy_bottleneck._{old}": f"entropy_bottleneck.{new}."
@@ -19,64 +20,12 @@ _RENAMED = {f"entropy_bottleneck._{old}": f"entropy_bottleneck.{new}."
 _TABLES = ("_offset", "_quantized_cdf", "_cdf_length")
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """The sizes of a TACO; the defaults are the paper's. Raises `SettingError` for sizes that do not fit together."""
-
-    N: int = 192
-    M: int = 320
-    groups: tuple[int, ...] = (16, 16, 32, 64, 192)
-    text_dim: int = 512
-    heads: int = 8
-    context_widths: tuple[int, int] = (224, 128)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", tuple(self.groups))
-        object.__setattr__(self, "context_widths", tuple(self.context_widths))
-        sizes = (self.N, self.M, self.text_dim, self.heads, *self.groups, *self.context_widths)
-        if not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise SettingError(f"Every size of a model is a positive whole number, but this one has {self}.")
-        if sum(self.groups) != self.M:
-            raise SettingError(f"groups={self.groups} add up to {sum(self.groups)}, but must add up to M={self.M}.")
-        if len(self.context_widths) != 2:
-            raise SettingError(f"context_widths are two numbers, not {self.context_widths}.")
-        for name in ("N", "text_dim"):
-            if getattr(self, name) % self.heads:
-                raise SettingError(f"{name}={getattr(self, name)} is not a multiple of heads={self.heads}.")
-
-    @classmethod
-    def of_state_dict(cls, state_dict: Mapping[str, Tensor], heads: int = 8) -> ModelConfig:
-        """The sizes that a state dict's shapes imply; heads, which leave no trace in them, are the paper's 8."""
-        shape = {key.removeprefix("module."): tuple(value.shape) for key, value in state_dict.items()}
-        try:
-            groups = []
-            while f"local_context.{len(groups)}.weight" in shape:
-                groups.append(shape[f"local_context.{len(groups)}.weight"][1])
-            return cls(
-                N=shape["g_a.analysis_transform.0.weight"][0],
-                M=shape["g_a.analysis_transform.16.weight"][0],
-                groups=tuple(groups),
-                text_dim=shape["g_a.analysis_transform.8.text_feature_dim_proj.weight"][1],
-                heads=heads,
-                context_widths=tuple(shape[f"channel_context.1.fushion.{i}.weight"][0] for i in (0, 2)),
-            )
-        except KeyError as missing:
-            raise CheckpointError(f"This state dict is not TACO's: it has no {missing}.") from None
-
-
-class Latents(NamedTuple):
-    """What the entropy coder carries, int32: `y` (M*h*w,) in coding order and `z` (N*h/4*w/4,)."""
-
-    y: Tensor
-    z: Tensor
-
-
 class Encoded(NamedTuple):
-    """One image, coded: its two rANS streams and the symbols inside them."""
+    """One image, coded: its two rANS streams, and y_hat (1, M, h, w), which they decode to."""
 
     y_string: bytes
     z_string: bytes
-    latents: Latents
+    y_hat: Tensor
 
 
 @dataclass
@@ -89,26 +38,28 @@ class _Tables:
 class TACO(SpaceChannelModel):
     """The codec's network: transforms around the entropy model, under the reference's parameter names.
 
-    Inputs are images x (B, 3, H, W) in [0, 1], H and W multiples of 64, and text (B, T, text_dim).
+    Inputs are images x (B, 3, H, W) in [0, 1], H and W multiples of 64, and text (B, T, text_dim). mask (B, T) bool, True
+    at the tokens to attend to, hides padding; without one the encoder reads padding too, as the reference does.
     """
 
-    def __init__(self, config: ModelConfig = ModelConfig()):
+    def __init__(self, config: ModelConfig | None = None):
+        config = config or ModelConfig()
         super().__init__(config.N, config.M, config.groups, config.context_widths)
         self.config = config
-        self.g_a = AnalysisTransform(config.N, config.M, config.text_dim, config.heads)
+        self.g_a = AnalysisTransform(config)
         self.g_s = SynthesisTransform(config.N, config.M)
         self.h_a = HyperAnalysis(config.N, config.M)
         self.h_s = HyperSynthesis(config.N, config.M)
         self._tables: _Tables | None = None
 
-    def forward(self, x: Tensor, text: Tensor) -> dict[str, Any]:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
         """Reconstruct x and estimate its bits; differentiable.
 
         Returns {"x_hat": (B, 3, H, W), unclamped, "likelihoods": {"y": (B, M, h, w), "z": (B, N, h/4, w/4)}}. In
         training mode the likelihoods are those of y and z with uniform noise (Balle et al. 2018), while y_hat is rounded
         with a straight-through gradient; in evaluation mode both are those of the rounded values.
         """
-        y = self.g_a(x, text).float()
+        y = self.g_a(x, text, mask).float()
         with torch.autocast(x.device.type, enabled=False):  # probabilities need more than bfloat16's eight bits
             y_hat, likelihoods = self._estimate(y)
         return {"x_hat": self.g_s(y_hat).float(), "likelihoods": likelihoods}
@@ -135,9 +86,9 @@ class TACO(SpaceChannelModel):
         return self.entropy_bottleneck.loss()
 
     @torch.inference_mode()
-    def compress(self, x: Tensor, text: Tensor) -> dict[str, Any]:
+    def compress(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
         """Code every image of the batch, by CompressAI's convention: {"strings": [[y...], [z...]], "shape": z's (h, w)}."""
-        coded = [self.encode_latents(y) for y in self.g_a(x, text).split(1)]
+        coded = [self.encode_latents(y) for y in self.g_a(x, text, mask).split(1)]
         shape = (x.shape[2] // 64, x.shape[3] // 64)
         return {"strings": [[c.y_string for c in coded], [c.z_string for c in coded]], "shape": shape}
 
@@ -147,7 +98,7 @@ class TACO(SpaceChannelModel):
 
         Raises `DamagedFileError` where a stream ends too early; a stream altered otherwise decodes to other latents.
         """
-        y_hat = [self.decode_latents(y, z, shape)[0] for y, z in zip(*strings, strict=True)]
+        y_hat = [self.decode_latents(y, z, shape) for y, z in zip(*strings, strict=True)]
         return {"x_hat": self.g_s(torch.cat(y_hat)).clamp_(0, 1)}
 
     @torch.inference_mode()
@@ -155,31 +106,35 @@ class TACO(SpaceChannelModel):
         """Code the y of one image, (1, M, h, w).
 
         Images are coded one by one even in a batch: the parameters of the entropy model must come out the same to the
-        last bit at the decoder, and a convolution over a batch need not equal the one over a single image.
+        last bit at the decoder, and a convolution over a batch need not equal the one over a single image. Raises
+        `CheckpointError` where the weights make values that are not finite or too large to be coded.
         """
-        if not torch.isfinite(y).all():
-            raise ValueError("The encoder produced values that are not finite numbers: the weights are broken.")
         tables, medians = self.tables(), self.medians()
-        z_symbols = (self.h_a(y) - medians).round().int()
+        z = self.h_a(y)
+        z_symbols = (z - medians).round().int()
         halves = {anchor: squeeze(y, anchor) for anchor in (True, False)}
         symbols: list[Tensor] = []
         indexes: list[Tensor] = []
 
         def quantize(step: Step, scales: Tensor, means: Tensor) -> Tensor:
-            rounded = (halves[step.anchor][:, step.channels] - means).round()
-            symbols.append(rounded.int().flatten())
+            rounded = (halves[step.anchor][:, step.channels] - means).round().int()
+            symbols.append(rounded.flatten())
             indexes.append(self.gaussian_conditional.build_indexes(scales).flatten())
             return rounded + means
 
-        self.walk(self.h_s(z_symbols + medians), quantize)
-        latents = Latents(torch.cat(symbols).cpu(), z_symbols.flatten().cpu())
-        y_string = rans.encode(latents.y, torch.cat(indexes).cpu(), tables.y)
-        z_string = rans.encode(latents.z, self._z_indexes(tuple(z_symbols.shape[2:])), tables.z)
-        return Encoded(y_string, z_string, latents)
+        y_hat = self.walk(self.h_s(z_symbols + medians), quantize)
+        if not all(torch.isfinite(values).all() for values in (y, z, y_hat)):
+            raise CheckpointError("The encoder produced values that are not finite numbers: the weights are broken.")
+        y_string = rans.encode(torch.cat(symbols).cpu(), torch.cat(indexes).cpu(), tables.y)
+        z_string = rans.encode(z_symbols.flatten().cpu(), self._z_indexes(tuple(z_symbols.shape[2:])), tables.z)
+        return Encoded(y_string, z_string, y_hat)
 
     @torch.inference_mode()
-    def decode_latents(self, y_string: bytes, z_string: bytes, shape: tuple[int, int]) -> tuple[Tensor, Latents]:
-        """y_hat (1, M, h, w) and the symbols it was made from; `shape` is that of z. Any bytes are safe to give."""
+    def decode_latents(self, y_string: bytes, z_string: bytes, shape: tuple[int, int]) -> Tensor:
+        """y_hat (1, M, h, w); `shape` is that of z. Any bytes are safe to give.
+
+        Raises `DamagedFileError` for streams that cannot be those of such an image.
+        """
         tables, device = self.tables(), self.medians().device
         if shape[0] * shape[1] * float(tables.z.least_bits.sum()) > 8 * len(z_string) + 64:
             raise DamagedFileError(
@@ -188,26 +143,34 @@ class TACO(SpaceChannelModel):
         z_indexes = self._z_indexes(shape)
         z_symbols = rans.Decoder(z_string, tables.z, z_indexes.numel()).read(z_indexes)
         decoder = rans.Decoder(y_string, tables.y, 16 * self.config.M * shape[0] * shape[1])
-        y_symbols: list[Tensor] = []
 
         def read(step: Step, scales: Tensor, means: Tensor) -> Tensor:
             indexes = self.gaussian_conditional.build_indexes(scales).cpu()
-            y_symbols.append(decoder.read(indexes.flatten()))
-            return y_symbols[-1].to(device).reshape(means.shape) + means
+            return decoder.read(indexes.flatten()).to(device).reshape(means.shape) + means
 
         z_hat = z_symbols.to(device).reshape(1, -1, *shape) + self.medians()
         y_hat = self.walk(self.h_s(z_hat), read)
         if not torch.isfinite(y_hat).all():
             raise DamagedFileError("The compressed latents decode to values that are not finite: damaged or forged.")
-        return y_hat, Latents(torch.cat(y_symbols), z_symbols)
+        return y_hat
 
     def tables(self) -> _Tables:
-        """The coder's tables, made from the weights if they are not there yet (by `update`)."""
+        """The coder's tables, those missing made from the weights.
+
+        Raises `CheckpointError` for damaged tables, and names the weights that are not finite numbers.
+        """
         if self._tables is None:
-            if not self.entropy_bottleneck.offset.numel() or not self.gaussian_conditional.offset.numel():
-                self.update()
+            broken = [name for name, weight in self.named_parameters() if not torch.isfinite(weight).all()]
+            if broken:
+                raise CheckpointError(
+                    f"These weights are broken: {len(broken)} of them, {broken[0]} first, hold values that are not finite."
+                )
+            if not self.gaussian_conditional.offset.numel():
+                self.gaussian_conditional.update()
+            self.entropy_bottleneck.update()  # does nothing where there are tables
             self._tables = _Tables(
-                rans.CodingTables(self.gaussian_conditional), rans.CodingTables(self.entropy_bottleneck)
+                rans.CodingTables(self.gaussian_conditional, len(SCALE_TABLE)),
+                rans.CodingTables(self.entropy_bottleneck, self.config.N),
             )
         return self._tables
 
@@ -241,7 +204,7 @@ class TACO(SpaceChannelModel):
         The coder's tables are taken as they are, so that files stay decodable; where they are missing or empty they are
         made anew when first needed. Raises `CheckpointError` naming the keys that are missing, unknown or misshapen.
         """
-        state = {_modern(key): value for key, value in state_dict.items()}
+        state = {modern_key(key): value for key, value in state_dict.items()}
         for name in ("entropy_bottleneck", "gaussian_conditional"):
             for table in (f"{name}.{table}" for table in _TABLES):
                 if strict or table in state:
@@ -261,7 +224,7 @@ class TACO(SpaceChannelModel):
             raise CheckpointError(f"These weights do not fit a TACO of {self.config}. {error}") from None
 
 
-def _modern(key: str) -> str:
+def modern_key(key: str) -> str:
     """The key under which today's CompressAI keeps what a checkpoint calls `key`."""
     key = key.removeprefix("module.")
     for old, new in _RENAMED.items():

@@ -3,39 +3,43 @@
 from compressai.layers import AttentionBlock
 from torch import Tensor, nn
 
-from taco_nb.model.adapter import Extractor, Injector
+from taco_nb.model.adapter import Extractor, Injector, attentions
+from taco_nb.model.config import ModelConfig
 from taco_nb.model.layers import ResidualBottleneck, conv, deconv, relu_stack
 
 
 class AnalysisTransform(nn.Module):
     """g_a: image (B, 3, H, W) in [0, 1] and text (B, T, text_dim) -> y (B, M, H/16, W/16).
 
-    The text enters at H/4 (layer 8), is refreshed from the image at H/8 (14), and enters again there (15).
+    The text enters at H/4 (layer 8), is refreshed from the image at H/8 (14), and enters again there (15). mask (B, T)
+    bool, True at the tokens to attend to, hides padding both times.
     """
 
-    def __init__(self, N: int, M: int, text_dim: int, heads: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
+        N, M, text_dim = config.N, config.M, config.text_dim
+        over_text, over_image, over_text_again = attentions(config)
         self.analysis_transform = nn.ModuleList(
             [
                 conv(3, N),
                 *(ResidualBottleneck(N) for _ in range(3)),
                 conv(N, N),
                 *(ResidualBottleneck(N) for _ in range(3)),
-                Injector(N, text_dim, heads),
+                Injector(N, text_dim, over_text),
                 AttentionBlock(N),
                 conv(N, N),
                 *(ResidualBottleneck(N) for _ in range(3)),
-                Extractor(N, text_dim, heads),
-                Injector(N, text_dim, heads),
+                Extractor(N, text_dim, over_image),
+                Injector(N, text_dim, over_text_again),
                 conv(N, M),
                 AttentionBlock(M),
             ]
         )
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
         for layer in self.analysis_transform:
             if isinstance(layer, Injector):
-                x = layer(x, text)
+                x = layer(x, text, mask)
             elif isinstance(layer, Extractor):
                 text = layer(x, text)
             else:

@@ -96,7 +96,30 @@ class TextTower:
             mask[row, : len(sequence) + 1] = True
         return ids, mask
 
-    @torch.no_grad()
+    def spans(self, caption: str) -> list[tuple[int, int] | None]:
+        """Which characters of a caption each position spells, so that what is known of words can be said of tokens.
+
+        Returns:
+            (start, end) per position, `caption[start:end]` in the caption as it was given. A word in several byte
+            pairs has a range for each; pairs that share a character (an emoji, a CJK character) all name it whole.
+            Start-of-text and end-of-text spell nothing: (0, 0) and (n, n). Padding: None.
+
+        Raises:
+            SettingError: the caption is not a string.
+        """
+        (caption,) = _check_captions([caption])
+        tokenizer = _tokenizer()
+        cleaned = "".join(tokenizer.clean_fn(caption).split())
+        of_bytes = [span for char, span in zip(cleaned, _origins(caption, cleaned)) for _ in char.encode()]
+        spans: list[tuple[int, int] | None] = [(0, 0)]
+        start = 0
+        for token in tokenizer.encode(caption)[: self.length - 2]:
+            end = start + len(tokenizer.decoder[token].removesuffix("</w>"))  # a character there is a byte here
+            spans.append((of_bytes[start][0], of_bytes[end - 1][1]))
+            start = end
+        spans.append((len(caption), len(caption)))
+        return spans + [None] * (self.length - len(spans))
+
     def __call__(self, captions: str | Iterable[str]) -> Tensor:
         """Encode captions, each independently of the others in the batch.
 
@@ -106,15 +129,24 @@ class TextTower:
         Raises:
             SettingError: there is no caption, or one is not a string.
         """
-        ids, mask = (tensor.to(self.device) for tensor in self.tokenize(captions))
+        return self.hidden_states(*self.tokenize(captions))
+
+    @torch.no_grad()
+    def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Encode token sequences of any one length up to the tower's own limit, for those who cut text themselves.
+
+        ids (B, T) int64 and mask (B, T) bool, as `tokenize` gives them, -> (B, T, dim), float32, on the tower's device.
+        """
+        ids, mask = ids.to(self.device), mask.to(self.device)
         # Training runs under bfloat16 autocast; the conditioning must not depend on who asks for it.
         with torch.autocast(self.device.type, enabled=False):
-            x = self.module.token_embedding(ids) + self.module.positional_embedding[: self.length]
+            x = self.module.token_embedding(ids) + self.module.positional_embedding[: ids.shape[1]]
             return self.module.ln_final(self.module.transformer(x, attn_mask=self._attention_mask(mask)))
 
     def _attention_mask(self, mask: Tensor) -> Tensor:
-        """0 where a position (row) may attend to another (column), -inf elsewhere: (B * heads, length, length)."""
-        visible = mask[:, None, :] & torch.ones(self.length, self.length, dtype=torch.bool, device=mask.device).tril()
+        """0 where a position (row) may attend to another (column), -inf elsewhere: (B * heads, T, T)."""
+        length = mask.shape[1]
+        visible = mask[:, None, :] & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
         additive = torch.zeros(visible.shape, device=mask.device).masked_fill(~visible, float("-inf"))
         return additive.repeat_interleave(self.module.transformer.resblocks[0].attn.num_heads, dim=0)
 
@@ -145,11 +177,14 @@ def text_tower(name: str, length: int = 38, device: str | torch.device = "cpu") 
 
 
 def clip_model(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
-    """A CLIP with both its halves, and its tokenizer, for losses in its joint space of text and images.
+    """A frozen open_clip CLIP with both its halves, and its tokenizer, for losses in the joint space of text and images.
 
-    `name` is "model/pretrained" as for `text_tower`. The tokenizer gives what open_clip's `encode_text` takes: ids
-    (B, 77), padded with 0. The model is loaded once per process: who trains it, trains everybody's.
-    Raises as `text_tower` does, and `SettingError` for "untrained-64": distances between random vectors mean nothing.
+    Args:
+        name: "model/pretrained" as for `text_tower`; loaded once per process.
+        device: where to put the model. The tokenizer gives what its `encode_text` takes: ids (B, 77) on the CPU.
+
+    Raises:
+        SettingError, MissingWeightsError, CheckpointError: as `text_tower`; and SettingError for "untrained-64".
     """
     if _untrained_width(name) is not None:
         raise SettingError(
@@ -171,7 +206,7 @@ def _text_half(name: str, device: str) -> nn.Module:
 
 @lru_cache(maxsize=1)
 def _both_halves(name: str, device: str) -> nn.Module:
-    return _load_clip(name).eval().to(device)
+    return _load_clip(name).requires_grad_(False).eval().to(device)
 
 
 def _load_clip(name: str) -> nn.Module:
@@ -253,6 +288,31 @@ def _tokenizer() -> SimpleTokenizer:
     from open_clip import SimpleTokenizer
 
     return SimpleTokenizer()
+
+
+def _origins(caption: str, cleaned: str) -> list[tuple[int, int]]:
+    """The range of the caption that each character of its cleaned form, without white space, stands for."""
+    guess, origins = "", []
+    for unit in re.finditer(r"&#?\w+;|\S", caption):
+        form = _clean(unit[0])
+        guess += form
+        origins += [unit.span()] * len(form)
+    if guess == cleaned:
+        return origins
+    # Cleaning looked at neighbours too: combining accents, a final sigma, mojibake.
+    ranges = []
+    for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, guess, cleaned, autojunk=False).get_opcodes():
+        if tag == "equal":
+            ranges += origins[i1:i2]
+        else:
+            block = origins[i1:i2] or origins[max(i1 - 1, 0) :][:1] or [(0, len(caption))]
+            ranges += [(block[0][0], block[-1][1])] * (j2 - j1)
+    return ranges
+
+
+@lru_cache(maxsize=4096)
+def _clean(unit: str) -> str:
+    return "".join(_tokenizer().clean_fn(unit).split())
 
 
 def _untrained_width(name: str) -> int | None:

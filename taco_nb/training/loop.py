@@ -16,17 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from taco_nb import checkpoint
 from taco_nb.codec import Codec, load
-from taco_nb.data import training_pairs
+from taco_nb.data import TrainPairs, training_pairs
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write
-from taco_nb.model import TACO, ModelConfig
-from taco_nb.text import text_tower
+from taco_nb.model import TACO
+from taco_nb.text import Conditioning, KeywordWeights, text_tower
 from taco_nb.training.loss import JointLoss, TacoLoss
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def fit(
 
     `device` is "auto" (a GPU where there is one), "cpu" or "cuda". After `max_hours` of this call the run is saved
     between two steps and returned unfinished; the same call goes on with it. The state is saved every `save_minutes`.
-    Raises `SettingError` if the folder holds another experiment's run, or if the loss stops being a finite number.
+    Raises `SettingError` if the folder holds another experiment's run, if the training data changed since it was begun,
+    or if the loss stops being a finite number; `CheckpointError` for a damaged state; what `exp` needs and lacks besides.
     """
     started = time.monotonic()
     folder = Path(out_dir)
@@ -104,7 +106,7 @@ class _Trainer:
     ):
         self.exp, self.folder = exp, folder
         self.accelerator = _accelerator(device, exp.precision)
-        self.pairs = training_pairs(exp.train_data, exp.crop, data_dir, exp.seed)
+        self.pairs = training_pairs(exp.train_data, exp.crop, data_dir, exp.seed, exp.captions)
         self.batches = Batches(len(self.pairs), exp.batch_size, exp.seed)
         self.total = exp.epochs * len(self.batches)
         self.log_steps = max(1, min(LOG_STEPS, self.total // 40))
@@ -117,7 +119,6 @@ class _Trainer:
             batch_sampler=self.batches,
             num_workers=num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
-            generator=torch.Generator(),  # of its own, so that starting an epoch draws nothing from the loop's
         )
         self.net, self.optimizer, self.aux_optimizer, self.loader = self.accelerator.prepare(
             net,
@@ -125,11 +126,11 @@ class _Trainer:
             torch.optim.Adam(quantiles, exp.aux_learning_rate),
             loader,
         )
-        self.tower = text_tower(exp.text_encoder, length=exp.text_tokens, device=str(self.accelerator.device))
-        if self.tower.dim != net.config.text_dim:
-            raise SettingError(
-                f"{exp.text_encoder} is {self.tower.dim} wide, but sizes say text_dim={net.config.text_dim}."
-            )
+        self.keywords = fit_keywords(exp, self.pairs)
+        tower = text_tower(exp.text_encoder, length=exp.text_tokens, device=str(self.accelerator.device))
+        self.conditioning = Conditioning(tower, exp.text_length, exp.text_pooling, self.keywords)
+        if tower.dim != net.config.text_dim:
+            raise SettingError(f"{exp.text_encoder} is {tower.dim} wide, but sizes say text_dim={net.config.text_dim}.")
         self.loss = make_loss(exp, self.accelerator.device)
         self.step, self.rows, self.sums, self.seconds = 0, [], Counter(), 0.0
 
@@ -165,11 +166,11 @@ class _Trainer:
             yield from self.loader
 
     def _train_step(self, x: torch.Tensor, captions: list[str]) -> None:
-        torch.manual_seed((self.exp.seed << 32) + self.step)  # the noise that stands for rounding
+        torch.manual_seed(_mixed(self.exp.seed, self.step))  # the noise that stands for rounding
         rate = self.exp.learning_rate * 0.1 ** sum(self.step >= share * self.total for share in DECAYS)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        out = self.net(x.contiguous(memory_format=torch.channels_last), self.tower(captions))
+        out = self.net(x.contiguous(memory_format=torch.channels_last), *self.conditioning(captions))
         terms = self.loss(out, x, captions)
         self.accelerator.backward(terms["loss"])
         self.accelerator.clip_grad_norm_(self.net.parameters(), self.exp.gradient_clip)
@@ -253,6 +254,7 @@ class _Trainer:
             "total_steps": self.total,
             "hours": self.seconds / 3600,
             "device": str(self.accelerator.device),
+            "keywords": self.keywords and self.keywords.to_json(),
         }
         checkpoint.save_weights(self.folder / checkpoint.WEIGHTS, net, about)
 
@@ -269,23 +271,37 @@ class Batches(Sampler):
         return -(-self.count // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        generator = torch.Generator().manual_seed(_mixed(self.seed, self.epoch))
         order = torch.randperm(self.count, generator=generator)
         yield from (batch.tolist() for batch in order.split(self.batch_size)[self.skip :])
 
 
+def _mixed(seed: int, number: int) -> int:
+    """A seed that depends on both, in the 32 bits that are all torch's CPU generator keeps of one."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
 def initial_net(exp: Experiment, data_dir: str | os.PathLike | None = None) -> TACO:
-    """The network that `exp` starts from: random weights drawn from its seed, or those of `exp.init`."""
+    """The network that `exp` starts from: random weights drawn from its seed, those that fit replaced by `exp.init`'s.
+
+    Weights that find no partner are named in a line. Raises `CheckpointError` if most do not.
+    """
     torch.manual_seed(exp.seed)
-    net = TACO(ModelConfig(**exp.sizes))
+    net = TACO(exp.model_config())
     if exp.init:
-        path = checkpoint.find(exp.init, data_dir)
-        state, _ = checkpoint.read_weights(path)
-        try:
-            net.load_state_dict(state)
-        except CheckpointError as error:
-            raise CheckpointError(f"init={exp.init!r}: {error}") from None
+        new, unused = checkpoint.load_fitting(net, checkpoint.find(exp.init, data_dir))
+        for names, fate in ((new, "start from random weights"), (unused, "were not used")):
+            if names:
+                print(f"init={exp.init!r}: {len(names)} weights {fate}: {', '.join(names)}")
     return net
+
+
+def fit_keywords(exp: Experiment, pairs: TrainPairs) -> KeywordWeights | None:
+    """Keyword weights fitted on the training captions, each counted once; None where `exp` does not pool by them."""
+    if exp.text_pooling == "none":
+        return None
+    captions = (caption for i in range(len(pairs.dataset)) for caption in pairs.dataset.captions(i))
+    return KeywordWeights.fit(captions, exp.keyword_sources, exp.keyword_weight)
 
 
 def make_loss(exp: Experiment, device: torch.device) -> TacoLoss:

@@ -56,9 +56,13 @@ def _layers(net: TACO, side: int, tokens: int) -> list[dict[str, Any]]:
 
     hooks = [layer.register_forward_hook(note) for layer in net.g_a.analysis_transform]
     device = net.medians().device
-    net.g_a(torch.zeros(1, 3, side, side, device=device), torch.zeros(1, tokens, net.config.text_dim, device=device))
-    for hook in hooks:
-        hook.remove()
+    try:
+        net.g_a(
+            torch.zeros(1, 3, side, side, device=device), torch.zeros(1, tokens, net.config.text_dim, device=device)
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
     return [{"kind": "image", "parameters": 0, "count": 1, "shape": (3, side, side)}, *layers]
 
 

@@ -38,6 +38,8 @@ def rate_distortion(
     owners: list[str] = []
     for metric in metrics:
         for i, ((codec, dataset), curve) in enumerate(table.groupby(["codec", "dataset"], sort=False)):
+            if curve[metric].isna().all():
+                continue
             curve = curve.sort_values("bpp")
             single = len(curve) == 1
             figure.add_scatter(

@@ -26,7 +26,8 @@ _SCRIPT = """
     const compare = (a, b) => {
       const [x, y] = [key(a), key(b)];
       if (x === null || y === null) return (x === null) - (y === null);
-      return (x < y ? -1 : x > y ? 1 : 0) * (rising ? 1 : -1);
+      const order = typeof x === typeof y ? (x > y) - (x < y) : typeof x === "number" ? -1 : 1;
+      return rising ? order : -order;
     };
     const body = table.tBodies[0];
     [...body.rows].sort(compare).forEach(row => body.append(row));
@@ -52,6 +53,6 @@ def _cell(value: Any, digits: int) -> str:
     missing = value is None or (isinstance(value, float) and math.isnan(value))
     number = isinstance(value, numbers.Number) and not isinstance(value, bool)
     text = "–" if missing else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-    key = "" if missing else str(value)
+    key = "" if missing else str(value).replace("inf", "Infinity") if number else str(value)  # as JavaScript reads it
     align = "right" if number or missing else "left"
     return f'<td data-value="{html.escape(key, quote=True)}" style="text-align:{align}">{html.escape(text)}</td>'

@@ -1,0 +1,29 @@
+"""Captions for images that have none, or too short ones: what the report's "context" experiment trains on.
+
+    captioner = OpenAICaptioner("captions_gpt4o.jsonl")             # or OpenAIBatchCaptioner, or CoCaCaptioner
+    report = captioner.describe(dataset, "captions.json", count=5)  # says what it would cost, and sends nothing
+    report = captioner.describe(dataset, "captions.json", count=5, confirm=True)
+    print(report)                                                   # what is missing, and how to go on
+
+`OpenAICaptioner` asks a vision model behind OpenAI's API, or any server that speaks it, several images at a time;
+`OpenAIBatchCaptioner` sends the same requests through the Batch API, for large sets; `CoCaCaptioner` runs open_clip's
+CoCa on this machine. All keep every answer in a cache, ask only for what it lacks, and write a captions file for
+`taco_nb.data.CaptionedFolder` once it is complete, so the same call starts, resumes and finishes the work.
+`Price` overrides what the estimate assumes; `ServiceError` says why going on would be in vain.
+"""
+
+from taco_nb.text.captioners.batch import OpenAIBatchCaptioner
+from taco_nb.text.captioners.captioner import Captioner, Estimate, Report, ServiceError
+from taco_nb.text.captioners.local import CoCaCaptioner
+from taco_nb.text.captioners.openai_captioner import OpenAICaptioner, Price
+
+__all__ = [
+    "Captioner",
+    "CoCaCaptioner",
+    "Estimate",
+    "OpenAIBatchCaptioner",
+    "OpenAICaptioner",
+    "Price",
+    "Report",
+    "ServiceError",
+]

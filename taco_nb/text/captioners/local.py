@@ -1,0 +1,187 @@
+"""Captions by open_clip's CoCa (Yu et al. 2022, arXiv:2205.01917), on this machine: free, short, and without reasoning."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from taco_nb.data.captioned import check_count
+from taco_nb.errors import CheckpointError, MissingWeightsError, SettingError
+from taco_nb.text.captioners.cache import Answer, CaptionCache, Question
+from taco_nb.text.captioners.captioner import Captioner, Report, Task, check_range
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
+    from PIL import Image
+
+    from taco_nb.data import CaptionedImages
+
+TOP_P = 0.9
+"""Words are drawn from the likeliest ones that make up this much probability (Holtzman et al. 2020, arXiv:1904.09751)."""
+
+
+@dataclass(kw_only=True)
+class CoCaCaptioner(Captioner):
+    """Captions by a CoCa model of open_clip, fine-tuned on MS-COCO; nothing is paid, and nothing leaves the machine.
+
+    It sees the image's centre square at 224x224 and takes no prompt. A caption depends on the image, the model, the
+    temperature and its index, not on the other images of its batch.
+    Raises `SettingError` for an unknown model or a setting out of range, `MissingWeightsError` where the weights are
+    neither on this machine nor to be had, `CheckpointError` where they are damaged or another model's.
+    """
+
+    model: str = "coca_ViT-L-14/mscoco_finetuned_laion2b_s13b_b90k"
+    """"model/pretrained" as open_clip lists them; the part after the slash may also be a file of weights."""
+    temperature: float = 1.0
+    """0 takes the likeliest word each time."""
+    batch_size: int = 8
+    """Images at a time."""
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check_range("temperature", self.temperature, 0, 2)
+        check_count(self.batch_size, "batch_size")
+
+    @property
+    def question(self) -> Question:
+        return Question(self.model, "", self.temperature)
+
+    def describe(
+        self,
+        dataset: CaptionedImages,
+        path: str | os.PathLike,
+        count: int = 1,
+        confirm: bool = False,
+        retry_failed: bool = False,
+    ) -> Report:
+        """As `Captioner.describe`; there is nothing to confirm. Raises `SettingError` for several captions at 0."""
+        if self.temperature == 0 and count > 1:
+            raise SettingError(f"At temperature 0 all {count} captions of an image would be the same: raise it.")
+        return super().describe(dataset, path, count, confirm, retry_failed)
+
+    def _ask(self, dataset: CaptionedImages, tasks: list[Task], cache: CaptionCache) -> dict[str, str]:
+        import torch
+
+        from taco_nb.text.clip import _check_device
+
+        model, preprocess = _load(self.model, _check_device(self.device))
+        remaining = iter(tasks)
+        total = sum(len(task.keys) for task in tasks)
+        with tqdm(total=total, desc=f"Captions of {dataset.name}", unit="caption") as bar, torch.inference_mode():
+            while batch := list(islice(remaining, self.batch_size)):
+                images = torch.stack([preprocess(dataset[task.row].image) for task in batch]).to(self.device)
+                embedded = model(images)["image_embs"]
+                rows = [row for row, task in enumerate(batch) for _ in task.keys]
+                keys = [key for task in batch for key in task.keys]
+                cache.add(zip(keys, write_captions(model, embedded[rows], keys, self.temperature)))
+                bar.update(len(keys))
+        return {}
+
+
+def write_captions(
+    model: torch.nn.Module, image_embs: torch.Tensor, keys: list[str], temperature: float
+) -> list[Answer]:
+    """Write a caption for each row of `image_embs` (B, tokens, width), word by word, with chance seeded by its key.
+
+    open_clip's own `generate` is no help: it needs the beam search that transformers has removed in version 4.56.
+    """
+    import torch
+
+    from taco_nb.text.clip import _tokenizer
+
+    tokenizer, pad = _tokenizer(), model.pad_id
+    generators = [torch.Generator().manual_seed(_seed(key)) for key in keys]
+    ids = torch.full((len(keys), 1), tokenizer.sot_token_id, device=image_embs.device)
+    done = torch.zeros(len(keys), dtype=torch.bool)
+    while not done.all() and ids.shape[1] < model.context_length:
+        logits = model(None, ids, image_latent=image_embs, image_embs=image_embs, output_labels=False)["logits"][:, -1]
+        chance = torch.stack([torch.rand((), generator=generator) for generator in generators])
+        following = draw(logits.float().cpu(), temperature, chance).masked_fill(done, pad)
+        ids = torch.cat([ids, following[:, None].to(ids.device)], dim=1)
+        done |= following == tokenizer.eot_token_id
+    answers = []
+    for row, whole in zip(ids[:, 1:].tolist(), done.tolist()):
+        words = row[: row.index(tokenizer.eot_token_id)] if whole else row
+        text = tokenizer.decode(words).strip()
+        failure = None if whole and text else "empty" if whole else f"cut off after {len(words)} tokens"
+        answers.append(Answer(text, failure, output_tokens=len(words)))
+    return answers
+
+
+def draw(logits: torch.Tensor, temperature: float, chance: torch.Tensor) -> torch.Tensor:
+    """A token per row of logits (B, vocabulary), by numbers from [0, 1): likeliest, or drawn from the top 0.9."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities, tokens = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
+    probabilities[probabilities.cumsum(-1) - probabilities >= TOP_P] = 0
+    reached = probabilities.cumsum(-1)
+    place = (reached <= chance[:, None] * reached[:, -1:]).sum(-1, keepdim=True)
+    return tokens.gather(-1, place)[:, 0]
+
+
+def _seed(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7])
+
+
+@lru_cache(maxsize=1)
+def _load(name: str, device: str) -> tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor]]:
+    """A frozen CoCa and what makes its input of an image; loaded once per process."""
+    import open_clip
+    import torch
+
+    model, _, pretrained = name.partition("/")
+    config = open_clip.get_model_config(model) if model in open_clip.list_models() else {}
+    if "multimodal_cfg" not in config:
+        known = [f"{known}/{tag}" for known, tag in open_clip.list_pretrained() if known.startswith("coca")]
+        raise SettingError(f"{name!r} is no CoCa model of open_clip. Known: {', '.join(known)}.")
+    tag = open_clip.get_pretrained_cfg(model, pretrained)
+    path = _weights_file(tag, name, config) if tag else Path(pretrained).expanduser()
+    if not tag and not path.is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
+        raise SettingError(f"{pretrained!r} is neither a pretrained tag of {model} ({tags}) nor a file of weights.")
+    try:
+        with torch.random.fork_rng(devices=[]):  # open_clip draws random weights before it loads others
+            module, preprocess = open_clip.create_model_from_pretrained(model, pretrained=str(path))
+    except Exception as error:  # torch, pickle and safetensors each have errors of their own for a bad file
+        raise CheckpointError(
+            f"The weights {path} cannot be loaded into {model}: the file is damaged or belongs to another model. "
+            "Delete it and fetch it again, or name the model that it was made for."
+        ) from error
+    return module.requires_grad_(False).eval().to(device), preprocess
+
+
+def _weights_file(tag: dict[str, Any], name: str, config: dict[str, Any]) -> Path:
+    """The file of a pretrained tag, from the Hugging Face cache or through open_clip's own download."""
+    import huggingface_hub
+    import open_clip
+    import torch
+    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+    repository = tag["hf_hub"].rstrip("/")
+    for file in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
+        if isinstance(cached := huggingface_hub.try_to_load_from_cache(repository, file), str):
+            return Path(cached)
+    try:
+        huggingface_hub.file_exists(repository, HF_SAFE_WEIGHTS_NAME)  # fails at once, the download only in a minute
+        return Path(open_clip.download_pretrained(tag))
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        with torch.device("meta"):
+            model = open_clip.CoCa(**{key: value for key, value in config.items() if key != "custom_text"})
+        megabytes = round(sum(weight.numel() for weight in model.parameters()) * 4e-6)
+        arguments = str(tuple(name.split("/", 1)))
+        command = f'python -c "import open_clip as o; o.download_pretrained(o.get_pretrained_cfg{arguments})"'
+        raise MissingWeightsError(
+            f"The weights of the captioner {name} are not on this machine and could not be fetched ({reason}): "
+            f"{HF_SAFE_WEIGHTS_NAME} of {repository} on the Hugging Face Hub, {megabytes:,} MB in float32, which this "
+            f"command fetches once there is a connection: {command}"
+        ) from None

@@ -1,0 +1,57 @@
+"""From captions to what the adapter reads: tower, long text and keyword weights put together as an `Experiment` says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from taco_nb.errors import SettingError
+from taco_nb.text.clip import TextTower
+from taco_nb.text.keywords import KeywordWeights, pool
+from taco_nb.text.long import tower_windows
+
+LENGTHS = ("truncate", "windows")
+POOLINGS = ("none", "keywords", "keywords-tokens")
+
+
+class Conditioning:
+    """Captions -> (text (B, T, dim), mask (B, T) or None), the last two arguments of TACO's encoder.
+
+    - `length="truncate"`: the tower's own positions, padding and all, as the reference; no mask.
+    - `length="windows"`: every token of captions of any length, padding hidden by the mask.
+    - `pooling="keywords"`: the report's weighted sum over tokens, T = 1; `"keywords-tokens"`: one weighted vector a token.
+
+    Raises `SettingError` for windows together with keyword weights, which are weights of truncated captions.
+    """
+
+    def __init__(
+        self,
+        tower: TextTower,
+        length: str = "truncate",
+        pooling: str = "none",
+        keywords: KeywordWeights | None = None,
+    ):
+        if length not in LENGTHS or pooling not in POOLINGS:
+            raise SettingError(
+                f"text_length is one of {LENGTHS}, text_pooling of {POOLINGS}, not {length!r}, {pooling!r}."
+            )
+        if pooling != "none" and length != "truncate":
+            raise SettingError('Keyword weights need text_length="truncate": they weigh the positions of one window.')
+        if pooling != "none" and keywords is None:
+            raise SettingError(f'text_pooling="{pooling}" needs keyword weights, and none were given.')
+        self.tower, self.length, self.pooling, self.keywords = tower, length, pooling, keywords
+
+    @property
+    def dim(self) -> int:
+        return self.tower.dim
+
+    def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        captions = list(captions)
+        if self.length == "windows":
+            return tower_windows(self.tower, captions)
+        hidden = self.tower(captions)
+        if self.pooling == "none":
+            return hidden, None
+        weights = self.keywords.token_weights(captions, self.tower).to(hidden.device)
+        return pool(hidden, weights, self.pooling), None

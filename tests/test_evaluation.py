@@ -1,0 +1,412 @@
+"""Evaluation: the numbers are those of the files that it keeps, and say where they came from, and nothing else."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import weakref
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_codec, make_net
+
+from taco_nb import evaluate, load
+from taco_nb.checkpoint import save_weights
+from taco_nb.data import CaptionedFolder, CaptionedImages
+from taco_nb.data.images import to_tensor
+from taco_nb.errors import DataError, SettingError
+from taco_nb.evaluation import evaluate_matched, evaluate_peers, means
+from taco_nb.experiment import baseline
+from taco_nb.files import REPOSITORY
+from taco_nb.metrics.distortion import psnr
+from taco_nb.metrics.perception import Lpips
+from taco_nb.peers import available_peers
+from taco_nb.provenance import commit
+from taco_nb.report import validation
+
+SIZES = {"barn.png": (176, 192), "cat.png": (70, 45), "dog.png": (161, 163)}
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not on this machine")
+
+
+def picture(width: int, height: int, seed: int) -> np.ndarray:
+    coarse = np.random.default_rng(seed).uniform(0, 255, (height // 8 + 2, width // 8 + 2, 3))
+    return np.kron(coarse, np.ones((8, 8, 1)))[:height, :width].astype(np.uint8)
+
+
+def folder(root: Path, sizes=SIZES, captions: int = 2) -> CaptionedFolder:
+    from PIL import Image
+
+    root.mkdir()
+    for seed, (name, size) in enumerate(sizes.items()):
+        Image.fromarray(picture(*size, seed)).save(root / name)
+    texts = {name: [f"caption {i} of {name}" for i in range(captions)] for name in sizes}
+    (root / "captions.json").write_text(json.dumps(texts), encoding="utf-8")
+    return CaptionedFolder(root, root / "captions.json")
+
+
+def overshooting_codec():
+    """A codec whose pictures leave [0, 1] far enough for clamping to show."""
+    codec = make_codec()
+    with torch.no_grad():
+        codec.net.g_s.synthesis_transform[-1].bias.copy_(torch.tensor([1.3, -0.4, 0.5]))
+    return codec
+
+
+@pytest.fixture(scope="module")
+def network():
+    """LPIPS over a backbone of fixed random weights."""
+    import lpips
+
+    with torch.random.fork_rng(), pytest.warns(UserWarning):
+        torch.manual_seed(0)
+        return lpips.LPIPS(pnet_rand=True, verbose=False, eval_mode=False)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, network):
+    """(codec, data set, results, the folder that evaluate filled)"""
+    home = tmp_path_factory.mktemp("evaluated")
+    codec, dataset = overshooting_codec(), folder(home / "photos")
+    results = evaluate(codec, [dataset], home / "out", lpips=Lpips(model=network))
+    return codec, dataset, results, home / "out"
+
+
+# --- A row per image, of a real file ----------------------------------------------------------------------------------
+
+
+def test_a_row_per_image_with_its_first_caption(evaluated):
+    codec, dataset, results, _ = evaluated
+    assert list(results["name"]) == list(dataset.names) == sorted(SIZES)
+    assert [tuple(size) for size in results[["width", "height"]].to_numpy()] == [SIZES[n] for n in results["name"]]
+    assert list(results["caption"]) == [f"caption 0 of {name}" for name in results["name"]]
+    assert set(results["codec"]) == {codec.name} and set(results["dataset"]) == {"photos"}
+    assert (results[["encode_s", "decode_s"]] > 0).all(axis=None)
+
+
+def test_bytes_are_those_of_the_files_and_bpp_follows(evaluated):
+    _, _, results, out = evaluated
+    for row in results.itertuples():
+        assert row.bytes == (out / "files" / "photos" / f"{row.name}.taco").stat().st_size
+        assert row.bpp == 8 * row.bytes / (row.width * row.height)
+    assert len(list((out / "files").rglob("*.*"))) == len(results)
+
+
+def test_a_kept_file_is_what_encode_gives_for_that_caption(evaluated):
+    codec, dataset, _, out = evaluated
+    for name, image, captions in (dataset[i] for i in range(len(dataset))):
+        kept = (out / "files" / "photos" / f"{name}.taco").read_bytes()
+        assert kept == codec.encode(image, captions[0]) != codec.encode(image, captions[1])
+
+
+def test_decoding_the_kept_files_gives_the_psnr_of_the_table(evaluated):
+    codec, dataset, results, out = evaluated
+    for i, row in enumerate(results.itertuples()):
+        decoded = codec.decode(out / "files" / "photos" / f"{row.name}.taco")
+        assert psnr(to_tensor(dataset[i].image), to_tensor(decoded)) == row.psnr
+        error = np.asarray(dataset[i].image, float) - np.asarray(decoded, float)
+        assert row.psnr == pytest.approx(10 * math.log10(255**2 / np.mean(error**2)), abs=1e-4)
+
+
+def test_psnr_taco_is_that_of_the_floats(evaluated):
+    codec, dataset, results, out = evaluated
+    for i, row in enumerate(results.itertuples()):
+        x_hat = codec.decode_tensor(out / "files" / "photos" / f"{row.name}.taco").double().numpy()
+        assert x_hat.min() < -0.2 and x_hat.max() > 1.2
+        x = np.asarray(dataset[i].image, float).transpose(2, 0, 1) / 255
+        assert row.psnr_taco == pytest.approx(-10 * math.log10(np.mean((x - x_hat) ** 2)), abs=1e-4)
+        assert row.psnr_taco < row.psnr - 0.1  # only there does it cost to leave [0, 1]
+
+
+def test_small_pictures_have_ms_ssim_by_the_reference_protocol_only(evaluated):
+    results = evaluated[2].set_index("name")
+    assert results["ms_ssim"].isna().to_dict() == {"barn.png": False, "cat.png": True, "dog.png": False}
+    assert results["ms_ssim_taco"].notna().all()
+
+
+def test_lpips_in_both_conventions(evaluated, network):
+    codec, dataset, results, out = evaluated
+    for i, row in enumerate(results.itertuples()):
+        path = out / "files" / "photos" / f"{row.name}.taco"
+        x, shown, floats = to_tensor(dataset[i].image), to_tensor(codec.decode(path)), codec.decode_tensor(path)
+        with torch.no_grad():
+            assert row.lpips == pytest.approx(network(2 * shown[None] - 1, 2 * x[None] - 1).item())
+            assert row.lpips_01 == pytest.approx(network(floats[None], x[None]).item())
+        assert row.lpips != pytest.approx(row.lpips_01, rel=0.01)
+
+
+def test_without_weights_one_line_says_so_and_nothing_slow_is_counted(tmp_path):
+    """In a process of its own that has no cache of weights, and whose only way out is a port where nobody listens."""
+    program = """
+import sys
+from pathlib import Path
+from conftest import make_codec
+from test_evaluation import folder
+from taco_nb import evaluate
+for seed in range(2):
+    results = evaluate(make_codec(seed), [folder(Path(sys.argv[1]) / str(seed), {f"{i}.png": (64, 64) for i in range(4)})])
+    assert not [column for column in results if "lpips" in column], results.columns
+    if seed == 0:
+        print("SECONDS", *results["encode_s"])
+"""
+    dead = "http://127.0.0.1:9"
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    environment |= {"TORCH_HOME": str(tmp_path / "cache"), "https_proxy": dead, "http_proxy": dead}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)])
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len([line for line in lines if line.startswith("Without LPIPS: ")]) == 1
+    assert all(line.startswith(("Without LPIPS: ", "Downloading: ", "SECONDS ")) for line in lines), done.stdout
+    first, *others = (float(word) for word in lines[-1].split()[1:])
+    assert first < 10 * max(others), "loading the tower was counted as encoding"
+
+
+def test_without_a_folder_nothing_is_kept(tmp_path, tiny_codec, network, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dataset = folder(tmp_path / "photos", {"a.png": (40, 30)})
+    before = sorted(tmp_path.rglob("*"))
+    assert len(evaluate(tiny_codec, [dataset], lpips=Lpips(model=network))) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# --- What is kept beside the files ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, network):
+    """(experiment, data set, results, folder) of a codec from a file, in a process with something to hide"""
+    home = tmp_path_factory.mktemp("saved")
+    experiment = baseline("sample", seed=7).replace(text_encoder="untrained-16", text_tokens=8)
+    about = {"name": "a run", "experiment": experiment.__dict__, "steps": 3}
+    save_weights(home / "weights.safetensors", make_net(), about)
+    dataset = folder(home / "photos")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("OPENAI_API_KEY", "HF_TOKEN", "USER", "LOGNAME", "HOSTNAME", "HOME"):
+            patch.setenv(name, f"secret-of-{name}")
+        codec = load(home / "weights.safetensors")
+        results = evaluate(codec, [dataset], home / "out", lpips=Lpips(model=network))
+    return experiment, dataset, results, home / "out"
+
+
+def test_the_csv_holds_every_digit(saved):
+    _, _, results, out = saved
+    pd.testing.assert_frame_equal(pd.read_csv(out / "evaluation.csv", float_precision="round_trip"), results)
+
+
+def test_the_json_says_where_the_numbers_came_from(saved):
+    experiment, dataset, results, out = saved
+    said = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    assert said["codec"] == said["weights"]["name"] == "a run"
+    assert said["weights"]["experiment"] == json.loads(experiment.to_json())
+    assert said["text_encoder"] == "untrained-16"
+    assert said["fingerprint"] == load(out.parent / "weights.safetensors").fingerprint.hex()
+    assert said["data"] == {"photos": {"images": 3, "sha256": dataset.checksum()}}
+    assert said["python"] == platform.python_version()
+    assert said["packages"]["torch"] == metadata.version("torch")
+    assert said["packages"].keys() >= {"torch", "compressai", "open_clip_torch", "lpips", "numpy", "pillow"}
+    assert said["commit"] == commit()
+    assert said["hardware"]["cores"] == os.cpu_count() and said["hardware"]["cpu"]
+    pd.testing.assert_frame_equal(pd.DataFrame(said["means"]), means(results))
+
+
+def test_the_json_is_json_even_of_pictures_too_small_for_ms_ssim(tmp_path, tiny_codec, network):
+    dataset = folder(tmp_path / "photos", {"a.png": (40, 30)})
+    evaluate(tiny_codec, [dataset], tmp_path, lpips=Lpips(model=network))
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    said = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert said["means"][0]["ms_ssim"] is None
+
+
+def test_no_file_names_the_machine_the_user_or_the_environment(saved):
+    out = saved[3]
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert len(files) == len(SIZES) + 2
+    for path in files:
+        content = path.read_bytes()
+        assert b"secret-of-" not in content, path
+        if path.suffix != ".taco":
+            for private in (str(Path.home()), str(out.parent)):
+                assert private.encode() not in content, path
+            for private in (platform.node(), getpass.getuser()):
+                assert not re.search(rf"\b{re.escape(private)}\b", content.decode()), path
+
+
+def test_an_unreadable_image_is_named_and_no_table_is_left(tmp_path, tiny_codec, network):
+    dataset = folder(tmp_path / "photos")
+    (tmp_path / "photos" / "cat.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    with pytest.raises(DataError, match=r"cat\.png cannot be read"):
+        evaluate(tiny_codec, [dataset], tmp_path / "out", lpips=Lpips(model=network))
+    assert not list((tmp_path / "out").glob("evaluation.*"))
+
+
+def test_bad_lists_of_data_sets(tmp_path, tiny_codec, network):
+    dataset = folder(tmp_path / "photos", {"a.png": (40, 30)})
+    lpips = Lpips(model=network)
+    for bad, message in ((dataset, "a list"), ([], "at least one"), ([dataset, dataset.head(1)], "the same name")):
+        with pytest.raises(SettingError, match=message):
+            evaluate(tiny_codec, bad, lpips=lpips)
+        with pytest.raises(SettingError, match=message):
+            evaluate_peers(bad)
+
+
+class Watched(CaptionedImages):
+    """Counts how many of the images that it has given out are alive whenever another one is asked for."""
+
+    def __init__(self, dataset: CaptionedImages):
+        super().__init__("watched", dataset._entries)
+        self.given: list[weakref.ref] = []
+        self.most = 0
+
+    def __getitem__(self, i: int):
+        sample = super().__getitem__(i)
+        self.given.append(weakref.ref(sample.image))
+        self.most = max(self.most, sum(image() is not None for image in self.given))
+        return sample
+
+
+def test_images_pass_by_one_at_a_time(tmp_path, tiny_codec, network):
+    photos = folder(tmp_path / "photos", {f"{i}.png": (40, 32) for i in range(4)})
+    watched = [Watched(photos) for _ in range(3)]
+    results = evaluate(tiny_codec, [watched[0]], lpips=Lpips(model=network))
+    evaluate_matched(results, [watched[1]])
+    evaluate_peers([watched[2]], [20])
+    for dataset in watched:
+        assert len(dataset.given) == 4 and dataset.most <= 2
+
+
+# --- Other codecs -----------------------------------------------------------------------------------------------------
+
+
+def test_peers_have_a_row_per_image_and_quality(tmp_path):
+    dataset = folder(tmp_path / "photos")
+    rows = evaluate_peers([dataset], [30, 80], ["JPEG", "WebP"])
+    assert len(rows) == 3 * 2 * 2
+    assert not rows.duplicated(["codec", "dataset", "name", "quality"]).any()
+    assert rows["bpp"].to_numpy() == pytest.approx(8 * rows["bytes"] / (rows["width"] * rows["height"]))
+    by_quality = rows.pivot(index=["codec", "name"], columns="quality", values=["bytes", "psnr"])
+    for column in ("bytes", "psnr"):
+        assert (by_quality[column][80] > by_quality[column][30]).all()
+    assert set(evaluate_peers([dataset.head(1)], [50])["codec"]) == set(available_peers())
+
+
+def test_matched_peers_stay_within_the_budget(evaluated):
+    _, dataset, results, _ = evaluated
+    budgets = {"barn.png": 3000, "cat.png": 100, "dog.png": 2000}
+    matched = evaluate_matched(results.assign(bytes=results["name"].map(budgets)), [dataset])
+    assert len(matched) == 3 * len(available_peers())
+    over = matched["bytes"] > matched["name"].map(budgets)
+    assert (over == matched["above_target"]).all()
+    assert over.any() and not over.all()
+    smallest = evaluate_peers([dataset], [1], ["JPEG"]).set_index("name")["bytes"]
+    for row in matched[over & (matched["codec"] == "JPEG")].itertuples():
+        assert row.chosen_quality == 1 and row.bytes == smallest[row.name]
+
+
+def test_matching_needs_one_budget_per_image(evaluated):
+    _, dataset, results, _ = evaluated
+    with pytest.raises(SettingError, match="single codec"):
+        evaluate_matched(pd.concat([results, results.assign(codec="another")]), [dataset])
+    with pytest.raises(SettingError, match=r"dog\.png of photos is not in these results"):
+        evaluate_matched(results.iloc[:2], [dataset])
+
+
+# --- Means and the report ---------------------------------------------------------------------------------------------
+
+
+def test_means_of_frames_put_together(evaluated):
+    _, dataset, results, _ = evaluated
+    other = results.assign(codec="other", psnr=results["psnr"] + 2)
+    peers = evaluate_peers([dataset], [30, 80], ["JPEG"])
+    together = pd.concat([results, other, peers])
+    assert not together.index.is_unique
+    table = means(together)
+    assert list(table["codec"]) == [results["codec"][0], "other", "JPEG", "JPEG"]
+    assert not {"width", "height"} & set(table)
+    for row, codec, quality in zip(table.itertuples(), table["codec"], table["quality"]):
+        part = [
+            record
+            for record in together.to_dict("records")
+            if record["codec"] == codec and (record["quality"] == quality or math.isnan(quality))
+        ]
+        assert row.images == len(part) == 3
+        for column in ("bytes", "bpp", "psnr", "ms_ssim", "psnr_taco", "lpips_01"):
+            known = [record[column] for record in part if not math.isnan(record[column])]
+            expected = sum(known) / len(known) if known else math.nan
+            assert getattr(row, column) == pytest.approx(expected, nan_ok=True)
+
+
+def test_means_keep_data_sets_apart(evaluated):
+    results = evaluated[2]
+    table = means(pd.concat([results, results.assign(dataset="elsewhere", bpp=9.0)])).set_index("dataset")
+    assert table.loc["elsewhere", "bpp"] == 9 and table.loc["photos", "bpp"] == pytest.approx(results["bpp"].mean())
+
+
+def test_validation_compares_only_what_was_measured(evaluated):
+    results = evaluated[2].assign(dataset="kodak")
+    stated = {"baseline": {"Kodak": {"lpips": 0.03, "cmmd": 0.07}, "CLIC": {"lpips": 0.02}}}
+    table = validation(results, stated).set_index(["dataset", "metric"])
+    row = table.loc["Kodak", "lpips"]
+    assert row["measured"] == pytest.approx(results["lpips_01"].mean()) != pytest.approx(results["lpips"].mean())
+    assert row["difference"] == pytest.approx(results["lpips_01"].mean() - 0.03) and row["images"] == 3
+    for missing in (("Kodak", "cmmd"), ("CLIC", "lpips")):
+        assert math.isnan(table.loc[missing, "measured"]) and table.loc[missing, "images"] == 0
+
+
+def test_validation_reads_the_bundled_report(evaluated):
+    stated = json.loads((REPOSITORY / "data" / "reference" / "report.json").read_text(encoding="utf-8"))
+    table = validation(evaluated[2], stated)
+    assert len(table) == sum(map(len, stated["baseline"].values())) and table["measured"].isna().all()
+
+
+# --- The commit -------------------------------------------------------------------------------------------------------
+
+
+def commit_of(root: Path) -> str:
+    """What `commit()` says in a copy of the package at `root`."""
+    program = "from taco_nb.provenance import commit; print(commit())"
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def git(root: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.org", "-c", "commit.gpgsign=false"]
+    command = ["git", *identity, *arguments]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@needs_git
+def test_the_commit_is_that_of_this_code_or_none(tmp_path):
+    root = tmp_path / "outer" / "inner"
+    shutil.copytree(REPOSITORY / "taco_nb", root / "taco_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    assert commit_of(root) == "None"
+
+    git(root.parent, "init", "--quiet")
+    git(root.parent, "commit", "--quiet", "--allow-empty", "-m", "somebody else's work")
+    assert commit_of(root) == "None", "that is the commit of the repository around it"
+
+    git(root, "init", "--quiet")
+    assert commit_of(root) == "None", "nothing is committed yet"
+    git(root, "add", "taco_nb")
+    git(root, "commit", "--quiet", "-m", "all of it")
+    head = git(root, "rev-parse", "HEAD")
+    assert commit_of(root) == head
+    with open(root / "taco_nb" / "peers.py", "a", encoding="utf-8") as file:
+        file.write("\n")
+    assert commit_of(root) == f"{head}+changes"
