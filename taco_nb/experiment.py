@@ -139,7 +139,6 @@ class Experiment:
         """The network's settings. Raises `SettingError` where sizes do not fit together."""
         from taco_nb.model import ModelConfig
 
-        check_names(self.sizes, list(PAPER_SIZES), "sizes have no")
         return ModelConfig(
             **self.sizes,
             attention=self.attention,

@@ -7,9 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from taco_nb.codec import Codec, pad
 from taco_nb.data.images import to_rgb, to_tensor
+from taco_nb.experiment import Experiment
+from taco_nb.model import TACO
 from taco_nb.model.adapter import Extractor, Injector
 
 
@@ -75,6 +79,22 @@ def attention_flops(queries: int, keys: int, dim: int, k: int | None = None) -> 
     projects keys and values, 2 * 2 * k * m * dim, and then has k of them: 2 * 2 * n * k * dim.
     """
     return 4 * queries * keys * dim if k is None else 4 * k * keys * dim + 4 * queries * k * dim
+
+
+@torch.inference_mode()
+def encoder_flops(exp: Experiment, side: int = 256) -> dict[str, float]:
+    """Operations of an experiment's encoder on one picture, as PyTorch counts them, and the share of its attentions.
+
+    In 10^9; of "attention" those of the three attentions with their linear layers, of "encoder" all of g_a. The network
+    has random weights, on which no count depends.
+    """
+    net = TACO(exp.model_config()).eval()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        net.g_a(torch.zeros(1, 3, side, side), torch.zeros(1, exp.text_tokens, net.config.text_dim))
+    counts = counter.get_flop_counts()
+    attention = sum(sum(ops.values()) for name, ops in counts.items() if name.endswith(".cross_attn"))
+    encoder = sum(counts["Global"].values())
+    return {"attention, GFLOP": attention / 1e9, "encoder, GFLOP": encoder / 1e9, "share": attention / encoder}
 
 
 def cost_table(sides: Sequence[int], tokens: Sequence[int], dim: int, k: int) -> list[dict[str, Any]]:

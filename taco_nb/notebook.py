@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class Parameters:
     checkpoint: str | None = None
     lmbda: float | None = None
     epochs: int | None = None
+    init: str | None = None
+    text_encoder: str | None = None
     batch_size: int | None = None
     learning_rate: float | None = None
     seed: int | None = None
@@ -37,6 +39,8 @@ class Parameters:
     precision: str | None = None
     eval_limit: int | None = None
     max_hours: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The notebook's own parameters: fields of the `Experiment` that it changes."""
 
     @property
     def runs(self) -> Path:
@@ -49,20 +53,25 @@ class Parameters:
 
     def experiment(self) -> Experiment:
         """The profile's baseline with the settings that were given. Raises `SettingError` for one out of range."""
-        names = ("lmbda", "epochs", "batch_size", "learning_rate", "seed", "precision")
+        names = ("init", "text_encoder", "lmbda", "epochs", "batch_size", "learning_rate", "seed", "precision")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return baseline(self.profile, data_dir=self.data_dir, **given)
+        exp = baseline(self.profile, data_dir=self.data_dir, **given)
+        if self.text_encoder is not None:
+            from taco_nb.text.clip import text_width
 
-    def datasets(self) -> list:
+            exp = exp.replace(sizes=exp.sizes | {"text_dim": text_width(self.text_encoder)})
+        return exp
+
+    def datasets(self, captions: str = "published") -> list:
         """The evaluation sets of the profile that are on this machine; those that are not are named in a line each."""
         from taco_nb.data import datasets
 
         if self.profile == "sample":
-            return datasets("sample", data_dir=self.data_dir, limit=self.eval_limit)
+            return datasets("sample", data_dir=self.data_dir, limit=self.eval_limit, captions=captions)
         found = []
         for name in ("kodak", "clic", "coco"):
             try:
-                found += datasets(name, data_dir=self.data_dir, limit=self.eval_limit)
+                found += datasets(name, data_dir=self.data_dir, limit=self.eval_limit, captions=captions)
             except DataError as error:
                 print(f"Not evaluated: {error}")
         if not found:
@@ -70,14 +79,16 @@ class Parameters:
         return found
 
 
-def check_parameters(namespace: dict[str, Any]) -> Parameters:
+def check_parameters(namespace: dict[str, Any], *own: str) -> Parameters:
     """The notebook's parameters, from its `globals()`, with the profile chosen and a sentence printed that says why.
+
+    `own` names the fields of an `Experiment` that are parameters of this notebook alone; they come as `settings`.
 
     Raises `SettingError`, with one sentence, for a name that is not a parameter (papermill would pass it silently), for
     a value of the wrong type, and for a value out of range. A name that is refused is deleted, so that the corrected cell
     can be run again. After a check has passed, further names are the notebook's own, and running it again ignores them.
     """
-    known = {field.name: field for field in fields(Parameters)}
+    known = {field.name: field.type for field in fields(Parameters) if field.name != "settings"} | dict.fromkeys(own)
     given = {
         name: value
         for name, value in namespace.items()
@@ -90,7 +101,9 @@ def check_parameters(namespace: dict[str, Any]) -> Parameters:
             hint = f"Did you mean {close[0]!r}?" if close else f"The parameters are {', '.join(known)}."
             del namespace[name]
             raise SettingError(f"This notebook has no parameter {name!r}. {hint}")
-        _check_type(name, value, known[name].type)
+        if name not in own:  # whose types the experiment checks
+            _check_type(name, value, known[name])
+    given["settings"] = {name: given.pop(name) for name in own if name in given}
     parameters = Parameters(**given)
     profile, sentence = choose_profile(parameters.profile, parameters.data_dir)
     for name, least in (("eval_limit", 1), ("max_hours", 0)):
@@ -106,7 +119,7 @@ def check_parameters(namespace: dict[str, Any]) -> Parameters:
             f"out_dir must be a folder, or the name of one to make, but {parameters.out_dir!r} is a file."
         )
     parameters = Parameters(**{**given, "profile": profile})
-    parameters.experiment()
+    parameters.experiment().replace(**parameters.settings)
     _embed_plotly()
     namespace[_PASSED] = True
     print(sentence)

@@ -9,8 +9,8 @@ from taco_nb.evaluation import means
 if TYPE_CHECKING:
     import pandas as pd
 
-_COLUMNS = {"lpips": "lpips_01"}  # the report's LPIPS follows TACO's [0, 1] convention
-_NAMES = {"MS-COCO": "coco", "CLIC": "clic", "Kodak": "kodak"}
+COLUMNS = {"lpips": "lpips_01"}  # the report's LPIPS follows TACO's [0, 1] convention
+DATASETS = {"MS-COCO": "coco", "CLIC": "clic", "Kodak": "kodak"}
 
 
 def validation(results: pd.DataFrame, report: dict[str, Any]) -> pd.DataFrame:
@@ -24,9 +24,9 @@ def validation(results: pd.DataFrame, report: dict[str, Any]) -> pd.DataFrame:
     measured = means(results).set_index("dataset")
     rows = []
     for name, figures in report["baseline"].items():
-        dataset = _NAMES[name]
+        dataset = DATASETS[name]
         for metric, value in figures.items():
-            column = _COLUMNS.get(metric, metric)
+            column = COLUMNS.get(metric, metric)
             found = dataset in measured.index and column in measured
             here = float(measured.loc[dataset, column]) if found else float("nan")
             images = int(measured.loc[dataset, "images"]) if found else 0

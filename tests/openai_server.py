@@ -108,7 +108,11 @@ class OpenAIServer:
             self.bodies.append(body)
             self.paid[name or picture] += 1
             number = next(self._numbers)
-        message = {"role": "assistant", "content": f"A picture {picture}, seen for the {number}. time.", "refusal": None}
+        message = {
+            "role": "assistant",
+            "content": f"A picture {picture}, seen for the {number}. time.",
+            "refusal": None,
+        }
         change = dict(fault.change) if fault else {}
         finish = change.pop("finish_reason", "stop")
         return {
@@ -149,7 +153,11 @@ class OpenAIServer:
     def _finish(self, batch, outcome):
         lines = self.files[batch["input_file_id"]].splitlines()
         if outcome == "failed":
-            problem = {"code": "token_limit_exceeded", "message": "Enqueued token limit reached for gpt-4o.", "line": None}
+            problem = {
+                "code": "token_limit_exceeded",
+                "message": "Enqueued token limit reached for gpt-4o.",
+                "line": None,
+            }
             batch |= {"status": "failed", "errors": {"object": "list", "data": [problem]}}
             return
         half = outcome in ("expired", "cancelled")

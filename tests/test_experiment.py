@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from taco_nb.errors import DataError, SettingError
-from taco_nb.experiment import DEMO_SIZES, PAPER_SIZES, Experiment, baseline, choose_profile
+from taco_nb.experiment import CHOICES, DEMO_SIZES, PAPER_SIZES, Experiment, baseline, choose_profile
 from taco_nb.files import REPOSITORY
 from taco_nb.model import ModelConfig
 
@@ -22,7 +22,13 @@ def test_the_defaults_are_the_published_baseline():
     assert (exp.learning_rate, exp.aux_learning_rate, exp.gradient_clip) == (1e-4, 1e-3, 1.0)
     assert (exp.text_encoder, exp.text_tokens) == ("ViT-B-32-quickgelu/openai", 38)
     assert (exp.train_data, exp.init, exp.precision) == ("coco", "", "float32")
-    assert ModelConfig(**exp.sizes) == ModelConfig()
+    assert (exp.attention, exp.captions, exp.text_length, exp.text_pooling) == (
+        "softmax",
+        "published",
+        "truncate",
+        "none",
+    )
+    assert exp.model_config() == ModelConfig()
     assert ModelConfig() == ModelConfig(192, 320, (16, 16, 32, 64, 192), 512, 8, (224, 128))
     assert baseline("paper") == exp
 
@@ -30,7 +36,7 @@ def test_the_defaults_are_the_published_baseline():
 def test_the_sample_baseline_needs_no_download():
     exp = baseline("sample")
     assert (exp.profile, exp.init, exp.train_data) == ("sample", "demo", "sample")
-    assert exp.text_encoder == f"untrained-{ModelConfig(**exp.sizes).text_dim}"
+    assert exp.text_encoder == f"untrained-{exp.model_config().text_dim}"
     assert exp.k_P == exp.k_J == 0
 
 
@@ -78,25 +84,15 @@ def test_a_setting_like_no_other_is_refused_with_all_of_them():
     assert all(field.name in str(error.value) for field in dataclasses.fields(Experiment))
 
 
-FIELDS = {
-    "str": ["profile", "init", "text_encoder", "train_data", "precision"],
-    "int": ["text_tokens", "crop", "epochs", "batch_size", "seed"],
-    "float": ["lmbda", "k_P", "k_J", "learning_rate", "aux_learning_rate", "gradient_clip"],
-    "dict": ["sizes"],
-}
 WRONG = {
     "str": [None, 3, True, ["coco"], b"coco"],
     "int": [None, "64", 64.0, True, [64]],
     "float": [None, "0.1", True, False, [0.1], 1j],
-    "dict": [None, "N=192", [("N", 192)], 192],
+    "dict[str, Any]": [None, "N=192", [("N", 192)], 192],
 }
 
 
-def test_every_field_is_covered_below():
-    assert sorted(sum(FIELDS.values(), [])) == sorted(field.name for field in dataclasses.fields(Experiment))
-
-
-@pytest.mark.parametrize("name, wrong", [(n, w) for kind, names in FIELDS.items() for n in names for w in WRONG[kind]])
+@pytest.mark.parametrize("name, wrong", [(f.name, w) for f in dataclasses.fields(Experiment) for w in WRONG[f.type]])
 def test_values_of_the_wrong_type_name_their_field(name, wrong):
     with pytest.raises(SettingError, match=rf"^{name} must be "):
         Experiment().replace(**{name: wrong})
@@ -108,15 +104,16 @@ OUT_OF_RANGE = {
     "learning_rate": NOT_ABOVE_0,
     "aux_learning_rate": NOT_ABOVE_0,
     "gradient_clip": NOT_ABOVE_0,
+    "keyword_weight": NOT_ABOVE_0,
     "k_P": [-1e-9, float("nan"), float("inf")],
     "k_J": [-1, float("nan"), float("-inf")],
     "epochs": [0, -5],
     "batch_size": [0, -1],
+    "linformer_k": [0, -1],
     "seed": [-1, 1 << 32],
     "text_tokens": [1, 78],
     "crop": [0, 63, 100, -64],
-    "profile": ["auto", "Paper", ""],
-    "precision": ["float16", "bf16", ""],
+    **{name: ["", "other", choices[0].upper()] for name, choices in CHOICES.items()},
 }
 
 
@@ -165,6 +162,15 @@ def test_diff_is_what_was_replaced():
     smaller = exp.replace(sizes={**PAPER_SIZES, "N": 64})
     assert exp.diff(smaller) == {"sizes": (exp.sizes, smaller.sizes)}
     assert smaller.diff(exp) == {"sizes": (smaller.sizes, exp.sizes)}
+
+
+def test_every_choice_is_allowed_and_tells_experiments_apart():
+    exp = Experiment()
+    others = [exp.replace(**{name: choice}) for name, choices in CHOICES.items() for choice in choices]
+    assert all(len(exp.diff(other)) <= 1 for other in others)
+    assert len({other.key for other in others}) == 1 + sum(len(choices) - 1 for choices in CHOICES.values())
+    assert Experiment.from_json(others[0].to_json()).key == others[0].key
+    assert all(f"{field.name} " in str(exp) for field in dataclasses.fields(exp))
 
 
 @pytest.mark.parametrize("profile", ["paper", "sample"])

@@ -653,7 +653,7 @@ def test_a_language_model_beside_the_other_sources(server, tmp_path, tower):
         KeywordWeights.from_json(keywords.to_json())
 
 
-def test_no_key_and_no_server(tmp_path, monkeypatch):
+def test_no_key_and_no_address(tmp_path, monkeypatch):
     chat = ChatKeywords(tmp_path / "keywords.jsonl", base_url="http://127.0.0.1:9/v1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(SettingError, match="OPENAI_API_KEY"):

@@ -337,6 +337,24 @@ def test_workers_give_the_same_bits(pictures, tmp_path):
     assert_same_bits(fit(exp, tmp_path / "workers", device="cpu", num_workers=2), alone)
 
 
+@pytest.mark.parametrize(
+    "ablation",
+    [
+        {"attention": "linformer", "linformer_k": 4, "text_pooling": "keywords", "keyword_sources": "tfidf+rules"},
+        {"attention": "linformer", "linformer_sharing": "layerwise", "text_length": "windows"},
+    ],
+    ids=["keywords", "windows"],
+)
+def test_ablations_combine_and_resume_to_the_same_bits(pictures, tmp_path, ablation):
+    exp = tiny(pictures, epochs=1, **ablation)
+    uninterrupted = fit(exp, tmp_path / "uninterrupted", device="cpu")
+    fit(exp, tmp_path / "resumed", device="cpu", max_hours=0)
+    assert_same_bits(fit(exp, tmp_path / "resumed", device="cpu"), uninterrupted)
+    codec = uninterrupted.codec
+    blob = codec.encode(Image.new("RGB", (64, 64), "teal"), "a red barn in the snow, and two dogs")
+    assert codec.decode(blob).size == (64, 64)
+
+
 def test_half_a_file_beside_the_state_is_in_nobodys_way(begun, stopped, whole):
     (begun / ".state.pt.abc123").write_bytes((stopped.dir / "state.pt").read_bytes()[:1000])
     assert fit(whole.experiment, begun, device="cpu", max_hours=0).steps == 2
@@ -374,7 +392,7 @@ def test_init_starts_from_a_runs_weights(pictures, whole, tmp_path):
 
 def test_init_of_another_size_or_from_nowhere(pictures, whole, tmp_path):
     larger = {**SIZES, "N": 24}
-    with pytest.raises(CheckpointError, match="init=.*whole"):
+    with pytest.raises(CheckpointError, match="whole.*fewer than half"):
         fit(tiny(pictures, init=str(whole.dir), sizes=larger), tmp_path / "run", device="cpu")
     with pytest.raises(CheckpointError, match="nowhere"):
         fit(tiny(pictures, init="nowhere"), tmp_path / "run", device="cpu")

@@ -323,6 +323,12 @@ def _untrained_width(name: str) -> int | None:
     return int(untrained[1]) if untrained else None
 
 
+def text_width(name: str) -> int:
+    """Numbers per token of the text tower of this name, without loading it. Raises `SettingError` as `text_tower`."""
+    width = _untrained_width(name)
+    return _check_name(name)["width"] if width is None else width
+
+
 def _check_name(name: str) -> dict[str, Any]:
     """The text configuration of "model/pretrained"."""
     import open_clip

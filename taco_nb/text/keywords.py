@@ -1,16 +1,16 @@
 """The report's third ablation: words that matter weigh more, and the hidden states are pooled by these weights.
 
-    caption   a    red    barn    in    venice          "barn" by TF-IDF, "venice" as a named entity
-    weight    1    1      1.5     1     1.5
-    tokens    <start>  a   red  barn  in  ven  ice  <end>  padding …
-    weight    1        1   1    1.5   1   1.5  1.5  1      0           then divided by their sum
+    caption        a   rhododendron          in   Venice
+    matters            TF-IDF                     a named entity
+    token   start  a   rho  dod  end  ron    in   venice          end   padding …
+    weight  1      1   1.5  1.5  1.5  1.5    1    1.5             1     0          and these divided by their sum
 
 What the report leaves open, and how it is read here:
 
 - A word matters if any source names it; see `taco_nb.text.keyword_sources` for when TF-IDF does.
 - "Stop words out": they are no words of TF-IDF, and never matter, within a named entity ("Statue of Liberty") or as one
-  ("two") either. Like every other word they weigh 1: to weigh them 0 would drop their tokens, and the report speaks of
-  emphasis only. The list is scikit-learn's, which also has "fire", "side", "top" and "bottom".
+  ("two") either. They weigh 1 like every word that does not matter; to drop their tokens from the sum would be a second
+  change beside the weight of 1.5. The list is scikit-learn's, which also has "fire", "side", "top" and "bottom".
 - A word that no training caption had gets no score, so it weighs 1 unless another source names it.
 - Start-of-text and end-of-text are real tokens, the end's state being CLIP's own summary of the caption. They spell no
   word that could matter and weigh 1. So the weights of an empty caption are defined too: one half each.

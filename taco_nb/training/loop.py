@@ -56,7 +56,7 @@ class Run:
 
     @property
     def codec(self) -> Codec:
-        """The trained codec, from the run's weights."""
+        """The trained codec, from the run's weights, on the CPU."""
         return load(self.dir)
 
     @property

@@ -1,8 +1,18 @@
 """What the notebooks show; each also draws itself as a plain picture or plain HTML, without a kernel or a network."""
 
+from taco_nb.widgets.attention import attention_maps, shaded_caption, spectrum
 from taco_nb.widgets.diagram import encoder_diagram
 from taco_nb.widgets.figures import rate_distortion, training_curves
 from taco_nb.widgets.pictures import side_by_side
 from taco_nb.widgets.table import sortable
 
-__all__ = ["encoder_diagram", "rate_distortion", "side_by_side", "sortable", "training_curves"]
+__all__ = [
+    "attention_maps",
+    "encoder_diagram",
+    "rate_distortion",
+    "shaded_caption",
+    "side_by_side",
+    "sortable",
+    "spectrum",
+    "training_curves",
+]

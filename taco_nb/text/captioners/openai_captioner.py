@@ -160,6 +160,7 @@ class OpenAICaptioner(Captioner):
     def _ask(self, dataset: CaptionedImages, tasks: list[Task], cache: CaptionCache) -> dict[str, str]:
         reasons: dict[str, str] = {}
         in_a_row = 0
+        rejected: list[tuple[str, Answer]] = []  # kept only once others are answered: else it is not about the image
         tasks = without(tasks, Jobs(self.cache).keys)
         requests = self._requests(dataset, tasks)
         total = sum(len(task.keys) for task in tasks)
@@ -182,19 +183,23 @@ class OpenAICaptioner(Captioner):
                     for key, body in islice(requests, self.workers - len(running)):
                         running[pool.submit(self._ask_once, client, body)] = key
                     if not running:
+                        cache.add(rejected)
                         return reasons
                     for key, error in settle(wait(running, return_when=FIRST_COMPLETED).done):
-                        in_a_row = in_a_row + 1 if error else 0
-                        verdict = self._verdict(error) if error else None
+                        if error is None:
+                            cache.add(rejected)
+                            in_a_row, rejected = 0, []
+                            continue
+                        in_a_row, verdict = in_a_row + 1, self._verdict(error)
                         if isinstance(verdict, Answer):
-                            cache.add([(key, verdict)])
-                        elif verdict:
+                            rejected.append((key, verdict))
+                        else:
                             reasons[key] = verdict
                     if in_a_row >= max(STOP_AFTER, self.workers):
                         raise ServiceError(
-                            f"{in_a_row} requests in a row brought no caption, the last one because: "
-                            f"{verdict.failure if isinstance(verdict, Answer) else verdict}. The {cache.added:,} answers "
-                            "before that are in the cache. Put right what this says, or wait, and call again."
+                            f"{in_a_row} requests in a row brought no answer, the last one because: "
+                            f"{verdict.failure if isinstance(verdict, Answer) else verdict}. What was answered before is "
+                            "in the cache. Put right what this says, or wait, and call again."
                         )
             except KeyboardInterrupt:
                 print(f"Waiting for {len(running)} answers that are being paid for; interrupt again to give them up.")

@@ -1,0 +1,730 @@
+"""Captions from a server on loopback that speaks OpenAI's API, with every fault that costs money, and from a tiny CoCa."""
+
+import base64
+import io
+import itertools
+import json
+import logging
+import math
+import multiprocessing
+import os
+import re
+import signal
+import traceback
+from functools import partial
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import open_clip
+import pytest
+import torch
+from openai import OpenAI
+from openai_server import KEY, Fault, OpenAIServer
+from PIL import Image
+
+from taco_nb.data import CaptionedFolder
+from taco_nb.errors import CheckpointError, DataError, MissingWeightsError, SettingError
+from taco_nb.text.captioners import CoCaCaptioner, OpenAIBatchCaptioner, OpenAICaptioner, Price, ServiceError, batch
+from taco_nb.text.captioners.cache import Answer, CaptionCache, Question, answer_key, image_id
+from taco_nb.text.captioners.local import draw
+from taco_nb.text.captioners.openai_captioner import PRICES, image_tokens, read_answer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def said(monkeypatch, tmp_path, capfd, caplog):
+    """The key is in the environment, and afterwards in no file, no output and no log; `said()` is what was printed."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    caplog.set_level(logging.DEBUG)
+    printed = []
+
+    def read():
+        printed.append("".join(capfd.readouterr()))
+        return printed[-1]
+
+    yield read
+    read()
+    assert KEY not in "".join(printed) + caplog.text
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+
+
+@pytest.fixture
+def server():
+    with OpenAIServer() as server:
+        yield server
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Makes data sets of so many small pictures."""
+    generator = np.random.default_rng(1)
+
+    def make(count, folder="images", size=(12, 8)):
+        root = tmp_path / folder
+        root.mkdir()
+        for i in range(count):
+            pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"{i:02}.png")
+        return read_folder(root)
+
+    return make
+
+
+def read_folder(root):
+    names = [path.name for path in root.iterdir() if path.suffix != ".json"]
+    (root / "none.json").write_text(json.dumps(dict.fromkeys(names, "")))
+    return CaptionedFolder(root, root / "none.json")
+
+
+@pytest.fixture
+def captioner(server, tmp_path):
+    """Makes captioners of the server, on one cache."""
+
+    def make(kind=OpenAICaptioner, **settings):
+        return kind(tmp_path / "cache.jsonl", base_url=server.url, **settings)
+
+    return make
+
+
+@pytest.fixture
+def batches(captioner):
+    """Makes captioners that use the Batch API and wait without waiting."""
+
+    def make(**settings):
+        return captioner(OpenAIBatchCaptioner, **{"sleep": lambda seconds: None, **settings})
+
+    return make
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "captions.json"
+
+
+def captions_of(out):
+    return json.loads(out.read_text())
+
+
+# --- What is asked, and what becomes of the answers -------------------------------------------------------------------
+
+
+def test_every_image_gets_its_captions_in_the_form_of_a_captioned_folder(server, pictures, captioner, out):
+    dataset = pictures(3)
+    report = captioner().describe(dataset, out, count=2, confirm=True)
+    captions = [caption for captions in captions_of(out).values() for caption in captions]
+    assert server.paid.total() == len(set(captions)) == 6 and set(server.paid.values()) == {2}
+    assert CaptionedFolder(dataset._entries[0].path.parent, out).names == dataset.names
+    assert report.complete and report.new == 6 and (report.input_tokens, report.output_tokens) == (600, 120)
+    assert report.dollars == pytest.approx((600 * 2.5 + 120 * 10) / 1e6)
+    assert str(out) in str(report) and "All 6 captions" in str(report)
+
+
+def test_the_request_is_the_reports(server, pictures, captioner, out):
+    reference = json.loads((ROOT / "data" / "reference" / "report.json").read_text())["context"]
+    dataset = pictures(1, size=(60, 30))
+    captioner(longest_side=40).describe(dataset, out, confirm=True)
+    (body,) = server.bodies
+    text, image = body["messages"][0]["content"]
+    assert (body["model"], body["temperature"], text["text"]) == (
+        reference["captioner"], reference["temperature"], reference["prompt"],
+    )  # fmt: skip
+    kind, data = image["image_url"]["url"].split(",")
+    picture = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert kind == "data:image/jpeg;base64" and (picture.format, picture.mode, picture.size) == (
+        "JPEG",
+        "RGB",
+        (40, 20),
+    )
+    mean = np.asarray(dataset[0].image).mean(axis=(0, 1))
+    np.testing.assert_allclose(np.asarray(picture).mean(axis=(0, 1)), mean, atol=4)
+
+
+def test_nothing_is_sent_without_confirmation_and_the_price_is_said(
+    server, pictures, captioner, out, said, monkeypatch
+):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    report = captioner().describe(pictures(2), out, count=3)
+    assert server.requests == [] and not out.exists() and not report.complete
+    for text in (said(), str(report.estimate)):
+        assert "6 to be paid for" in text and "$0.0" in text and "estimate" in text and "April 2026" in text
+    assert "confirm=True" in str(report) and "0 of 6" in str(report)
+
+
+def test_what_is_cached_needs_neither_network_nor_key_nor_confirmation(server, pictures, captioner, out, monkeypatch):
+    dataset = pictures(2)
+    captioner().describe(dataset, out, confirm=True)
+    first, made = out.read_text(), len(server.requests)
+    out.unlink()
+    monkeypatch.delenv("OPENAI_API_KEY")
+    report = captioner().describe(dataset, out)
+    assert report.complete and report.new == 0 and report.estimate is None
+    assert out.read_text() == first and len(server.requests) == made
+
+
+def test_more_captions_more_images_and_other_settings_cost_only_what_is_new(server, pictures, captioner, out, said):
+    few, more = pictures(2), pictures(2, "more")
+    captioner().describe(few, out, confirm=True)
+    captioner().describe(few, out, count=3, confirm=True)
+    assert server.paid.total() == 6
+    assert "6 captions wanted, 2 cached, 4 to be paid for" in said()
+    captioner().describe(more, out, confirm=True)
+    assert server.paid.total() == 8
+    captioner(longest_side=4, workers=1, max_tokens=50).describe(few, out, count=3, confirm=True)
+    assert server.paid.total() == 8
+    for total, other in enumerate([{"model": "another"}, {"prompt": "Another."}, {"temperature": 0.5}], 1):
+        captioner(**other).describe(few, out, confirm=True)
+        assert server.paid.total() == 8 + 2 * total
+
+
+def test_a_picture_under_two_names_is_asked_once(server, pictures, captioner, out):
+    dataset = pictures(2)
+    root = dataset._entries[0].path.parent
+    dataset[0].image.save(root / "again.bmp")
+    report = captioner().describe(read_folder(root), out, count=2, confirm=True)
+    assert server.paid.total() == 4 and report.complete
+    assert captions_of(out)["again.bmp"] == captions_of(out)["00.png"] != captions_of(out)["01.png"]
+
+
+def test_the_bound_on_requests_at_a_time_is_used_and_kept(server, pictures, captioner, out):
+    server.chat_faults += [Fault(delay=0.1)] * 9
+    captioner(workers=3).describe(pictures(9), out, confirm=True)
+    assert server.most_at_once == 3
+
+
+# --- The estimate -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size, detail, tokens",
+    [
+        ((1024, 1024), "high", 765),  # the first three are the examples of OpenAI's guide
+        ((2048, 4096), "high", 1105),
+        ((4096, 8192), "low", 85),
+        ((640, 480), "auto", 85 + 2 * 170),
+        ((512, 512), "high", 85 + 170),
+        ((513, 512), "high", 85 + 2 * 170),
+        ((1, 1), "high", 85 + 170),
+        ((5000, 3), "high", 85 + 4 * 170),
+    ],
+)
+def test_tokens_of_an_image(size, detail, tokens):
+    assert image_tokens(size, detail, PRICES["gpt-4o-2024-11-20"]) == tokens
+
+
+def test_the_estimate_against_a_computation_by_hand(pictures, captioner, batches, out, said):
+    dataset = pictures(3, size=(640, 480))
+    estimate = captioner().describe(dataset, out, count=5).estimate
+    assert (estimate.requests, estimate.input_tokens, estimate.output_tokens) == (15, 15 * (425 + 33), 15 * 200)
+    assert estimate.dollars == pytest.approx((6870 * 2.50 + 3000 * 10.00) / 1e6)
+    halved = batches().describe(dataset, out, count=5).estimate
+    assert halved.dollars == pytest.approx(estimate.dollars / 2) and "halved" in str(halved)
+    small = captioner(detail="low", longest_side=300, expected_tokens=10).describe(dataset, out).estimate
+    assert (small.input_tokens, small.output_tokens) == (3 * (85 + 33), 30)
+    fitted = captioner(longest_side=512).describe(dataset, out).estimate
+    assert fitted.input_tokens == 3 * (85 + 170 + 33)
+    said()
+
+
+def test_an_unknown_price_is_said_to_be_unknown_and_can_be_given(pictures, captioner, out):
+    dataset = pictures(1)
+    unknown = captioner(model="llava").describe(dataset, out).estimate
+    assert unknown.dollars is None and "unknown" in str(unknown) and "price=" in str(unknown)
+    given = (
+        captioner(model="llava", price=Price(1.0, 0.0, "a price list of 2030", 7, 0)).describe(dataset, out).estimate
+    )
+    assert given.dollars == pytest.approx((7 + 33) / 1e6) and "2030" in str(given)
+
+
+# --- Faults of the service --------------------------------------------------------------------------------------------
+
+
+def test_a_rate_limit_is_waited_out_as_long_as_the_service_says(server, pictures, captioner, out):
+    server.chat_faults.append(Fault(429, headers={"retry-after": "1"}))
+    assert captioner().describe(pictures(1), out, confirm=True).complete
+    first, second = [when for _, when in server.requests]
+    assert 1 <= second - first < 2  # the client's own first pause is half a second
+    assert server.paid.total() == 1
+
+
+@pytest.mark.parametrize(
+    "faults", [[Fault(500), Fault(503)], [Fault(cut=True)], [Fault(delay=2)]], ids=["500 and 503", "cut", "time-out"]
+)
+def test_passing_faults_are_tried_again(server, pictures, captioner, out, faults):
+    server.chat_faults += faults
+    report = captioner(timeout=0.5).describe(pictures(1), out, confirm=True)
+    assert report.complete and report.new == 1
+    assert server.count("POST /v1/chat/completions") == 1 + len(faults)
+
+
+@pytest.mark.parametrize(
+    "fault, reason",
+    [
+        (Fault(change={"content": None, "refusal": "No, thank you."}), "refused: No, thank you."),
+        (Fault(change={"content": "I’m sorry, but I can't help with that."}), "refused: I’m sorry"),
+        (Fault(change={"content": "Unfortunately, I cannot say."}), "refused"),
+        (Fault(change={"content": "A half", "finish_reason": "content_filter"}), "content filter"),
+        (Fault(change={"content": "A half", "finish_reason": "length"}), "cut off"),
+        (Fault(change={"content": " \n "}), "empty"),
+        (Fault(raw=b'{"choices": [{"message"'), "malformed"),
+        (Fault(raw=b"<html>a proxy's page</html>"), "malformed"),
+        (Fault(raw=b'{"choices": []}'), "malformed"),
+        (Fault(raw=b"[" * 100_000), "malformed"),
+        (Fault(change={"content": ["a", "list"]}), "malformed"),
+        (Fault(change={"content": "half of a pair \ud83d"}), "malformed"),
+        (Fault(raw=b'{"error": "' + KEY.encode() + b'"}'), "malformed"),
+        (Fault(change={"content": None, "refusal": f"Not with {KEY}."}), "refused: Not with [OPENAI_API_KEY]"),
+        (Fault(400, {"message": f"Bad image from {KEY}."}), "rejected by the service (400): Bad image from [OPENAI"),
+    ],
+)
+def test_an_answer_that_is_no_caption_is_recorded_and_never_becomes_one(
+    server, pictures, captioner, out, fault, reason
+):
+    dataset = pictures(2)
+    server.chat_faults += [None, fault]
+    report = captioner(workers=1).describe(dataset, out, confirm=True)
+    assert report.missing.keys() == {"01.png"} and reason in report.missing["01.png"][0]
+    assert not report.complete and not out.exists()
+    assert "01.png" in str(report) and reason in str(report) and "retry_failed=True" in str(report)
+
+    made = len(server.requests)
+    again = captioner().describe(dataset, out, confirm=True)
+    assert again.missing == report.missing and len(server.requests) == made  # not asked again unasked
+    assert captioner().describe(dataset, out, confirm=True, retry_failed=True).complete
+    assert len(server.requests) == made + 1 and captions_of(out).keys() == set(dataset.names)
+
+
+def test_captions_that_only_resemble_refusals_are_kept():
+    for text in ("I see a dog.", "Sorrel horses graze.", "The sign says: I'm sorry.", "I canvas the scene: a barn."):
+        answer = read_answer({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
+        assert answer == Answer(text)
+
+
+def test_what_got_no_answer_is_reported_and_asked_again(server, pictures, captioner, out):
+    dataset = pictures(3)
+    server.chat_faults += [Fault(500), None, Fault(429)]
+    report = captioner(workers=1, max_retries=0).describe(dataset, out, confirm=True)
+    assert report.missing == {"00.png": ["HTTP 500: no"], "02.png": ["HTTP 429: no"]}
+    assert "Calling again" in str(report) and "retry_failed" not in str(report)
+    assert captioner().describe(dataset, out, confirm=True).complete and server.paid.total() == 3
+
+
+@pytest.mark.parametrize("fault", [Fault(503), Fault(400, {"message": "Unsupported parameter"})], ids=["503", "400"])
+def test_a_service_that_answers_nothing_is_left_alone(server, pictures, captioner, out, fault):
+    server.chat_faults += [None] + [fault] * 40
+    with pytest.raises(ServiceError, match="10 requests in a row"):
+        captioner(workers=1, max_retries=0).describe(pictures(30), out, confirm=True)
+    assert len(server.requests) <= 12 and server.paid.total() == 1
+    server.chat_faults.clear()
+    report = captioner().describe(read_folder(out.parent / "images"), out, confirm=True)
+    assert report.complete and report.new == 29
+
+
+def test_a_wrong_key_stops_at_once_and_is_not_shown(server, pictures, captioner, batches, out, monkeypatch):
+    wrong = "sk-test-a-wrong-key"  # the server repeats it in its error
+    monkeypatch.setenv("OPENAI_API_KEY", wrong)
+    dataset = pictures(9)
+    for asking, most in ((captioner(workers=2), 2), (batches(), 1)):
+        before = len(server.requests)
+        with pytest.raises(ServiceError, match="OPENAI_API_KEY.*401") as caught:
+            asking.describe(dataset, out, confirm=True)
+        assert wrong not in "".join(traceback.format_exception(caught.value)) + repr(asking) + repr(vars(asking))
+        assert len(server.requests) - before <= most
+    assert server.paid.total() == 0
+
+
+@pytest.mark.parametrize("key", ["", "  ", "sk-two words", "sk-ключ", "sk-line\nbreak"])
+def test_a_key_that_cannot_be_sent_is_missed_in_words(server, pictures, captioner, out, key, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(SettingError, match="OPENAI_API_KEY") as caught:
+        captioner().describe(pictures(1), out, confirm=True)
+    assert not key.strip() or key not in "".join(traceback.format_exception(caught.value))
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        (Fault(429, {"code": "insufficient_quota", "message": "You exceeded your quota."}), "no credit.*quota"),
+        (Fault(404, {"message": "The model does not exist."}), "does not know gpt-4o.*does not exist"),
+        (Fault(403), "refuses the key"),
+    ],
+)
+def test_what_no_repetition_mends_stops_and_keeps_the_answers(server, pictures, captioner, out, fault, words):
+    dataset = pictures(5)
+    server.chat_faults += [None, None] + [fault] * 20
+    with pytest.raises(ServiceError, match=words):
+        captioner(workers=1, max_retries=1).describe(dataset, out, confirm=True)
+    server.chat_faults.clear()
+    assert captioner().describe(dataset, out, confirm=True).new == 3 and server.paid.total() == 5
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"detail": "fine"}, {"base_url": "localhost:8000"}, {"workers": 0}, {"temperature": 3}, {"quality": 90.5},
+        {"max_retries": -1}, {"timeout": 0}, {"longest_side": True}, {"temperature": math.nan},
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_named(setting):
+    with pytest.raises(SettingError, match=next(iter(setting))):
+        OpenAICaptioner("cache.jsonl", **setting)
+    with pytest.raises(SettingError, match="open_batches"):
+        OpenAIBatchCaptioner("cache.jsonl", open_batches=0)
+
+
+# --- The cache --------------------------------------------------------------------------------------------------------
+
+ASKED = Question("model", "prompt", 1.0)
+
+
+def fill(path, count):
+    keys = [answer_key("0" * 40, ASKED, index) for index in range(count)]
+    with CaptionCache(path) as cache:
+        cache.note(ASKED)
+        cache.add((key, Answer(f"caption {key}", None, 1, 2)) for key in keys)
+    return keys
+
+
+def test_a_last_line_cut_anywhere_costs_that_answer_at_most(tmp_path):
+    path = tmp_path / "cache.jsonl"
+    keys = fill(path, 3)
+    whole = path.read_bytes()
+    last = whole.rindex(b"\n", 0, -1) + 1
+    for end in range(last, len(whole)):
+        path.write_bytes(whole[:end])
+        with CaptionCache(path) as cache:
+            assert cache.has_caption(keys[1]) and cache.has_caption(keys[2]) == (end == len(whole) - 1)
+            cache.add([(keys[2], Answer("again"))])
+        with CaptionCache(path) as cache:
+            assert cache[keys[2]].text == (f"caption {keys[2]}" if end == len(whole) - 1 else "again")
+            assert cache[keys[0]] == Answer(f"caption {keys[0]}", None, 1, 2)
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "cache.jsonl"
+    fill(path, 3)
+    lines = path.read_bytes().splitlines(keepends=True)
+    for damaged in (b"\x00\x00\n", b"[]\n", b'{"key": "k"}\n', lines[2][:20] + b"\n"):
+        path.write_bytes(b"".join([*lines[:2], damaged, *lines[3:]]))
+        with pytest.raises(DataError, match="Line 3 .*cache.jsonl"), CaptionCache(path):
+            pass
+
+
+def test_a_caption_is_never_replaced_and_a_failure_is(tmp_path):
+    path = tmp_path / "cache.jsonl"
+    with CaptionCache(path) as cache:
+        for answer in (Answer("", "empty"), Answer("first"), Answer("", "empty"), Answer("second")):
+            cache.add([("key", answer)])
+        assert cache["key"].text == "first" and cache.added == 2
+    with CaptionCache(path) as cache:
+        assert cache["key"].text == "first" and cache.has_caption("key") and not cache.has_failed("key")
+
+
+def test_the_cache_says_what_was_asked_and_its_key_follows_the_pixels(tmp_path):
+    fill(tmp_path / "cache.jsonl", 1)
+    asked = json.loads((tmp_path / "cache.jsonl").read_text().splitlines()[0])
+    assert asked == {"question": ASKED.id, "model": "model", "prompt": "prompt", "temperature": 1.0}
+    image = Image.new("RGB", (6, 4), "red")
+    others = [Image.new("RGB", (4, 6), "red"), Image.new("RGB", (6, 4), (254, 0, 0))]
+    assert image_id(image) == image_id(image.copy()) and image_id(image) not in map(image_id, others)
+    assert Question("model", "prompt", 1).id == ASKED.id
+    assert len(answer_key(image_id(image), ASKED, 99_999)) <= 64  # the most that a custom_id can be
+
+
+def test_a_cache_in_use_and_one_that_cannot_be_opened_are_errors(tmp_path, pictures, captioner, out, server):
+    dataset = pictures(1)
+    with CaptionCache(tmp_path / "cache.jsonl"), pytest.raises(DataError, match="cache.jsonl is in use"):
+        captioner().describe(dataset, out, confirm=True)
+    with pytest.raises(DataError, match="cannot be opened"), CaptionCache(tmp_path):
+        pass
+    assert server.requests == []
+
+
+# --- The Batch API ----------------------------------------------------------------------------------------------------
+
+
+def test_a_large_set_is_cut_into_files_within_the_limits(server, pictures, batches, out, monkeypatch, said):
+    monkeypatch.setattr(batch, "MAX_REQUESTS", 4)
+    pauses = []
+    server.polls = 3
+    report = batches(sleep=pauses.append, open_batches=2).describe(pictures(5), out, count=2, confirm=True)
+    assert report.complete and set(server.paid.values()) == {1} and server.paid.total() == 10
+    assert len(set(itertools.chain(*captions_of(out).values()))) == 10
+    files = [data.splitlines() for name, data in server.files.items() if "put" not in name]
+    assert [len(lines) for lines in files] == [4, 4, 2]
+    assert pauses[:3] == [30, 45, 67.5]
+    assert all(len(json.loads(line)["custom_id"]) <= 64 for lines in files for line in lines)
+    assert report.dollars == pytest.approx((1000 * 2.5 + 200 * 10) / 2e6)
+
+    monkeypatch.setattr(batch, "MAX_BYTES", 3000)
+    dataset = pictures(5, "more")
+    server.files.clear()
+    assert batches().describe(dataset, out, confirm=True).complete
+    sizes = [len(data) for name, data in server.files.items() if "put" not in name]
+    assert max(sizes) <= 3000 and len(sizes) > 1
+    assert json.loads((out.parent / "cache.jsonl.batches.json").read_text()) == []
+
+
+def test_each_step_alone(server, pictures, batches, captioner, out, said, monkeypatch):
+    dataset = pictures(3)
+    assert "confirm=True" in str(batches().submit(dataset)) and server.requests == []
+    report = batches().submit(dataset, confirm=True)
+    assert list(itertools.chain(*report.missing.values())) == ["in batch_1"] * 3 and "collect()" in str(report)
+    said()
+    batches().submit(dataset, confirm=True)
+    assert len(server.batches) == 1 and "3 submitted before" in said()
+    assert batches().poll() == {"batch_1": "in_progress"} and server.paid.total() == 0
+    assert "in batch_1" in str(captioner().describe(dataset, out, confirm=True)) and server.paid.total() == 0
+    assert batches().poll() == {"batch_1": "completed"}
+    assert batches().collect() == 3 and batches().collect() == 0 and batches().poll() == {}
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert batches().describe(dataset, out).complete and set(server.paid.values()) == {1}
+
+
+@pytest.mark.parametrize("outcome", ["expired", "failed", "cancelled"])
+def test_what_a_batch_left_unfinished_is_submitted_again_and_nothing_else(
+    server, pictures, batches, out, outcome, monkeypatch
+):
+    monkeypatch.setattr(batch, "MAX_REQUESTS", 4)
+    server.outcomes += ["completed", outcome]
+    report = batches().describe(pictures(8), out, confirm=True)
+    assert report.complete and set(server.paid.values()) == {1} and server.paid.total() == 8
+    assert len(server.batches) == 3
+
+
+def test_a_batch_that_its_owner_cancels(server, pictures, batches, out):
+    dataset = pictures(4)
+    batches().submit(dataset, confirm=True)
+    with OpenAI(base_url=server.url) as client:
+        assert client.batches.cancel("batch_1").status == "cancelled"
+    assert batches().collect() == 2
+    assert batches().describe(dataset, out, confirm=True).complete
+    assert set(server.paid.values()) == {1} and server.paid.total() == 4
+
+
+def test_batches_that_bring_nothing_are_not_submitted_for_ever(server, pictures, batches, out):
+    server.outcomes += ["failed"] * 9
+    report = batches().describe(pictures(2), out, confirm=True)
+    assert "batch_1 failed: Enqueued token limit" in str(report) and len(server.batches) == 1
+
+
+def test_answers_and_errors_line_by_line(server, pictures, batches, out):
+    dataset = pictures(6)
+    server.line_faults = {
+        1: Fault(change={"content": None, "refusal": "No."}),
+        2: Fault(400, {"message": "Bad image."}),
+        3: Fault(500, {"message": "Overloaded."}),
+        4: Fault(change={"content": "Text\u2028with a line separator\x85."}),
+        5: Fault(change={"content": "A half", "finish_reason": "length"}),
+    }
+    server.outcomes += ["completed", "failed"]  # of the second, which repeats what met a 500
+    report = batches().describe(dataset, out, confirm=True)
+    reasons = {name[1]: why[0] for name, why in report.missing.items()}
+    assert reasons["1"] == "refused: No." and "(400): Bad image" in reasons["2"] and "batch_2 failed" in reasons["3"]
+    assert reasons["5"].startswith("cut off") and reasons.keys() == {"1", "2", "3", "5"}
+    server.line_faults.clear()
+    report = batches().describe(dataset, out, confirm=True)
+    assert report.missing.keys() == {"01.png", "02.png", "05.png"} and len(server.batches) == 3
+    assert batches().describe(dataset, out, confirm=True, retry_failed=True).complete
+    assert captions_of(out)["04.png"] == ["Text\u2028with a line separator\x85."]
+    assert sorted(server.paid.values()) == [1, 1, 1, 1, 2, 2]  # what was refused or cut off has been paid for twice
+
+
+@pytest.mark.parametrize("outcome", ["lines broken", "files gone"])
+def test_answers_that_cannot_be_read_are_not_paid_for_again_unasked(server, pictures, batches, out, outcome):
+    dataset = pictures(3)
+    server.outcomes.append(outcome)
+    report = batches().describe(dataset, out, confirm=True)
+    lost = {"lines broken": 1, "files gone": 3}[outcome]
+    assert len(report.missing) == lost and "malformed: batch_1 holds no readable answer" in str(report)
+    batches().describe(dataset, out, confirm=True)
+    assert server.paid.total() == 3
+    assert batches().describe(dataset, out, confirm=True, retry_failed=True).complete
+    assert server.paid.total() == 3 + lost
+
+
+@pytest.mark.parametrize("fault, creations", [(Fault(cut=True), 1), (Fault(500), 2), (Fault(429), 2)])
+def test_a_batch_is_created_once_even_if_the_reply_is_lost(server, pictures, batches, out, fault, creations):
+    for _ in range(3):  # older batches, so that the list has several pages
+        server.create({"input_file_id": "file-0", "metadata": {"taco_nb_job": "another"}})
+    server.create_faults.append(fault)
+    assert batches().describe(pictures(2), out, confirm=True).complete
+    assert len(server.batches) == 4 and server.count("POST /v1/batches") == creations
+    assert set(server.paid.values()) == {1}
+
+
+def test_a_batch_that_is_not_accepted(server, pictures, batches, out):
+    server.create_faults.append(Fault(400, {"message": "Billing hard limit has been reached"}))
+    with pytest.raises(ServiceError, match="Billing hard limit"):
+        batches().describe(pictures(2), out, confirm=True)
+    assert batches().describe(read_folder(out.parent / "images"), out, confirm=True).complete
+    assert set(server.paid.values()) == {1}
+
+
+def test_a_damaged_list_of_batches_is_named(tmp_path, pictures, batches, out):
+    (tmp_path / "cache.jsonl.batches.json").write_text('[{"name"')
+    with pytest.raises(DataError, match="cache.jsonl.batches.json is damaged"):
+        batches().describe(pictures(1), out, confirm=True)
+
+
+# --- Sudden ends ------------------------------------------------------------------------------------------------------
+
+
+def run_until(server, describe, ends, number):
+    """Call describe() in a process of its own, and send that the signal as soon as ends(event, server) is true."""
+    ended = []
+
+    def hook(event, server):
+        if not ended and ends(event, server):
+            ended.append(event)
+            os.kill(process.pid, number)
+            if number == signal.SIGKILL:
+                process.join()
+
+    server.hook = hook
+    process = multiprocessing.get_context("fork").Process(target=describe)  # a new one would import torch for long
+    process.start()
+    process.join(60)
+    assert process.exitcode != 0 and ended
+    server.hook = lambda event, server: None
+
+
+def test_kill_in_the_middle_loses_only_the_answers_in_flight(server, tmp_path, pictures, captioner, out):
+    dataset = pictures(12)
+    describe = partial(captioner(workers=3).describe, dataset, out, confirm=True)
+    run_until(server, describe, lambda event, server: server.paid.total() == 7, signal.SIGKILL)
+    kept = re.findall(r"A picture (\w+)", (tmp_path / "cache.jsonl").read_text())
+    assert 7 - 3 <= len(kept) <= 7 and not out.exists()
+    paid = server.paid.total()
+    report = captioner().describe(dataset, out, confirm=True)
+    assert report.complete and report.new == 12 - len(kept) == server.paid.total() - paid
+    assert {server.paid[picture] for picture in kept} == {1} and max(server.paid.values()) <= 2
+
+
+def test_interrupt_waits_for_what_is_paid_for(server, pictures, captioner, out):
+    dataset = pictures(12)
+    describe = partial(captioner(workers=3).describe, dataset, out, confirm=True)
+    run_until(server, describe, lambda event, server: server.paid.total() == 5, signal.SIGINT)
+    paid = server.paid.total()
+    assert 5 <= paid < 12
+    report = captioner().describe(dataset, out, confirm=True)
+    assert report.complete and report.new == 12 - paid and set(server.paid.values()) == {1}
+
+
+@pytest.mark.parametrize("moment", ["upload", "created", "content"])
+def test_kill_around_a_batch_pays_for_it_once(server, pictures, batches, out, moment):
+    dataset = pictures(4)
+    describe = partial(batches().describe, dataset, out, confirm=True)
+    run_until(server, describe, lambda event, server: event == moment, signal.SIGKILL)
+    assert not out.exists()
+    report = batches().describe(dataset, out, confirm=True)
+    assert report.complete and len(server.batches) == 1
+    assert set(server.paid.values()) == {1} and server.paid.total() == 4
+
+
+# --- CoCa -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def coca(tmp_path_factory):
+    """A tiny CoCa with random weights, large enough that the image matters, in which a caption ends after some 20 words."""
+    folder = tmp_path_factory.mktemp("coca")
+    tower = {"context_length": 76, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {
+            "image_size": 32, "layers": 1, "width": 32, "patch_size": 16, "head_width": 16,
+            "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True,
+        },
+        "text_cfg": tower | {"embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": tower | {"attn_pooler_heads": 2},
+        "custom_text": True,
+    }  # fmt: skip
+    (folder / "coca_tiny.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / "coca_tiny.json")
+    model = open_clip.create_model("coca_tiny", pretrained=None)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5)
+        decoder = model.text_decoder
+        decoder.text_projection.mul_(0.5)
+        decoder.ln_final.bias.fill_(1.0)
+        decoder.text_projection[:, open_clip.SimpleTokenizer().eot_token_id] = 8 / 32
+    torch.save(model.state_dict(), folder / "weights.pt")
+    return f"coca_tiny/{folder / 'weights.pt'}"
+
+
+def test_coca_writes_captions_that_depend_on_image_and_index_only(coca, tmp_path, pictures, out, said):
+    dataset = pictures(3)
+    report = CoCaCaptioner(tmp_path / "coca.jsonl", model=coca).describe(dataset, out, count=2)
+    assert report.new == 6 and report.dollars is None and "6 to be written here" in said()
+    with CaptionCache(tmp_path / "coca.jsonl") as cache:
+        together = {key: cache[key] for key in cache._places}
+    texts = [answer.text for answer in together.values() if answer.text]
+    assert len(texts) == len(set(texts)) > 3
+    assert {answer.failure for answer in together.values()} <= {None, "empty", "cut off after 75 tokens"}
+    assert all(0 < answer.output_tokens < 75 for answer in together.values() if answer.failure is None)
+    assert report.complete == out.exists() == all(answer.failure is None for answer in together.values())
+
+    CoCaCaptioner(tmp_path / "alone.jsonl", model=coca, batch_size=1).describe(dataset, out, count=2)
+    with CaptionCache(tmp_path / "alone.jsonl") as cache:
+        assert {key: cache[key] for key in together} == together
+
+
+def test_coca_at_temperature_0_is_what_open_clip_generates(coca, tmp_path, pictures, out):
+    if not open_clip.coca_model._has_transformers:
+        pytest.skip("open_clip's own CoCa.generate needs transformers below 4.56")
+    dataset = pictures(2)
+    CoCaCaptioner(tmp_path / "coca.jsonl", model=coca, temperature=0).describe(dataset, out)
+    name, weights = coca.split("/", 1)
+    model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=weights)
+    with CaptionCache(tmp_path / "coca.jsonl") as cache:
+        texts = [cache[key].text for key in cache._places]
+    for i, text in enumerate(texts):
+        image = preprocess(dataset[i].image)[None]
+        ids = model.generate(image, generation_type="top_k", top_k=1, seq_len=76, min_seq_len=0)[0].tolist()
+        assert (
+            open_clip.decode(torch.tensor(ids)).split("<end_of_text>")[0].removeprefix("<start_of_text>").strip()
+            == text
+        )
+
+
+def test_words_are_drawn_from_the_likeliest_in_proportion():
+    logits = torch.tensor([0.1, 0.5, 0.02, 0.38]).log().expand(2000, -1)
+    drawn = draw(logits, 1.0, torch.linspace(0, 1, 2001)[:-1])
+    counts = torch.bincount(drawn, minlength=4) / 2000
+    torch.testing.assert_close(counts, torch.tensor([0.1, 0.5, 0.0, 0.38]) / 0.98, atol=2e-3, rtol=0)
+    assert (draw(logits, 0, torch.rand(2000)) == 1).all()
+    assert (draw(logits, 0.01, torch.rand(2000)) == 1).all()
+
+
+def test_coca_settings_and_weights_that_will_not_do(coca, tmp_path, pictures, out):
+    dataset = pictures(1)
+
+    def describe(**settings):
+        CoCaCaptioner(tmp_path / "coca.jsonl", **settings).describe(dataset, out, count=2)
+
+    with pytest.raises(SettingError, match="would be the same"):
+        describe(model=coca, temperature=0)
+    with pytest.raises(SettingError, match="no CoCa model.*coca_ViT-L-14/mscoco"):
+        describe(model="ViT-B-32/openai")
+    with pytest.raises(SettingError, match="neither a pretrained tag.*nor a file"):
+        describe(model="coca_ViT-L-14/nothing")
+    with pytest.raises(SettingError, match="cannot be used here"):
+        describe(model=coca, device="cuda:99")
+    (tmp_path / "bad.pt").write_bytes(b"no weights")
+    with pytest.raises(CheckpointError, match="bad.pt"):
+        describe(model=f"coca_tiny/{tmp_path / 'bad.pt'}")
+
+
+def test_missing_weights_are_said_with_size_and_command(tmp_path, pictures, out, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(MissingWeightsError, match="open_clip_model.safetensors.*download_pretrained") as caught:
+        CoCaCaptioner(tmp_path / "coca.jsonl").describe(pictures(1), out)
+    assert 2000 < int(re.search(r"([\d,]+) MB", str(caught.value))[1].replace(",", "")) < 3000

@@ -1,0 +1,327 @@
+"""Notebooks: clean in git, strict about their parameters, and the first of them run for real by papermill."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import torch
+from PIL import Image
+from test_widgets import Cells
+
+from taco_nb import datasets, load
+from taco_nb.errors import DataError, SettingError
+from taco_nb.experiment import baseline
+from taco_nb.files import REPOSITORY
+from taco_nb.notebook import Parameters, check_parameters
+
+FOLDER = REPOSITORY / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+BASELINE = FOLDER / "01_baseline.ipynb"
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def is_tagged(cell) -> bool:
+    return "parameters" in cell.metadata.get("tags", [])
+
+
+def first_cells(path: Path) -> tuple[str, str]:
+    """Sources of the cell with the parameters and of the code cell after it, which checks them."""
+    cells = code_cells(nbformat.read(path, 4))
+    at = [is_tagged(cell) for cell in cells].index(True)
+    return cells[at].source, cells[at + 1].source
+
+
+# --- As they are in git -----------------------------------------------------------------------------------------------
+
+
+def test_the_baseline_is_among_them():
+    assert BASELINE in NOTEBOOKS
+
+
+@every_notebook
+def test_a_notebook_is_valid_and_clean(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+    for cell in code_cells(notebook):
+        assert not cell.outputs and cell.execution_count is None
+        compile(cell.source, path.name, "exec")
+
+
+@every_notebook
+def test_cells_are_short_and_one_holds_the_parameters(path):
+    cells = code_cells(nbformat.read(path, 4))
+    assert sum(map(is_tagged, cells)) == 1
+    assert is_tagged(cells[0])
+    for cell in cells[1:]:
+        assert len(cell.source.splitlines()) <= 25, cell.source
+
+
+@every_notebook
+def test_papermill_explains_every_parameter(path):
+    source, _ = first_cells(path)
+    namespace = {}
+    exec(source, namespace)
+    explained = papermill.inspect_notebook(str(path))
+    assert explained.keys() == namespace.keys() - {"__builtins__"}
+    for name, parameter in explained.items():
+        assert len(parameter["help"]) > 5, name
+        assert parameter["inferred_type_name"] != "None" or parameter["default"], name
+
+
+def test_the_defaults_of_the_baseline_are_those_of_its_check():
+    namespace = {}
+    exec(first_cells(BASELINE)[0], namespace)
+    del namespace["__builtins__"]
+    assert namespace == {field.name: field.default for field in fields(Parameters)}
+
+
+# --- Parameters -------------------------------------------------------------------------------------------------------
+
+
+@every_notebook
+def test_a_name_that_is_no_parameter_stops_every_notebook(path):
+    parameters, check = first_cells(path)
+    namespace = {}
+    exec(parameters, namespace)
+    namespace["profil"] = "sample"
+    with pytest.raises(SettingError, match="'profil'.*'profile'"):
+        exec(check, namespace)
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        ({"epoch": 2}, "no parameter 'epoch'. Did you mean 'epochs'"),
+        ({"lambda_": 0.1}, "no parameter 'lambda_'"),
+        ({"zzz": None}, "no parameter 'zzz'. The parameters are profile, .*lmbda, epochs"),
+        ({"epochs": "many"}, "epochs must be a whole number or None, but is 'many'"),
+        ({"epochs": 2.0}, "epochs must be a whole number"),
+        ({"epochs": True}, "epochs must be a whole number"),
+        ({"batch_size": [4]}, "batch_size must be a whole number"),
+        ({"lmbda": "0.01"}, "lmbda must be a number or None"),
+        ({"profile": 3}, "profile must be text"),
+        ({"profile": None}, "profile must be text, but is None"),
+        ({"out_dir": None}, "out_dir must be text"),
+        ({"checkpoint": 4}, "checkpoint must be text or None"),
+        ({"lmbda": -1}, "lmbda must be above 0, but is -1"),
+        ({"lmbda": 0}, "lmbda must be above 0"),
+        ({"lmbda": math.nan}, "lmbda must be above 0, but is nan"),
+        ({"learning_rate": math.inf}, "learning_rate must be above 0"),
+        ({"epochs": 0}, "epochs must be 1 or above"),
+        ({"batch_size": -4}, "batch_size must be 1 or above"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"seed": 1 << 32}, "seed must be from 0"),
+        ({"eval_limit": 0}, "eval_limit must be 1 or above"),
+        ({"max_hours": -0.5}, "max_hours must be 0 or above"),
+        ({"max_hours": math.nan}, "max_hours must be 0 or above, but is nan"),
+        ({"device": "tpu"}, "device must be .*'tpu'"),
+        ({"precision": "float16"}, "precision must be .*'float16'"),
+        ({"profile": "huge"}, "profile must be .*'huge'"),
+    ],
+)
+def test_bad_parameters_are_named_in_a_sentence(given, sentence):
+    with pytest.raises(SettingError, match=sentence) as caught:
+        check_parameters({"profile": "sample", **given})
+    assert "\n" not in str(caught.value) and str(caught.value).endswith((".", "?"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the CUDA device that is asked for")
+def test_cuda_without_a_device():
+    with pytest.raises(SettingError, match="device is .cuda., but"):
+        check_parameters({"profile": "sample", "device": "cuda"})
+
+
+def test_out_dir_must_not_be_a_file(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SettingError, match=r"out_dir must be a folder.*notes\.txt"):
+        check_parameters({"profile": "sample", "out_dir": str(tmp_path / "notes.txt")})
+
+
+def test_what_is_given_changes_the_experiment_and_none_leaves_it():
+    namespace = {"profile": "sample", "lmbda": 1, "epochs": None, "seed": 7, "precision": "bfloat16"}
+    parameters = check_parameters(namespace)
+    assert parameters.experiment() == baseline("sample", lmbda=1.0, seed=7, precision="bfloat16")
+
+
+def test_the_profile_is_chosen_and_explained(capsys, tmp_path):
+    parameters = check_parameters({"data_dir": str(tmp_path)})
+    assert parameters.profile == "sample"
+    assert "no MS-COCO" in capsys.readouterr().out
+
+
+def test_what_ipython_puts_into_a_namespace_is_no_parameter():
+    session = {
+        "In": [""],
+        "Out": {},
+        "get_ipython": print,
+        "exit": 1,
+        "quit": 1,
+        "open": open,
+        "_": 3,
+        "__doc__": "",
+        "os": os,
+    }
+    assert check_parameters({**session, "profile": "sample"}) == Parameters(profile="sample")
+
+
+def test_the_cells_can_be_run_again_in_a_session():
+    parameters, check = first_cells(BASELINE)
+    namespace = {}
+    exec(parameters.replace('"auto"', '"sample"', 1), namespace)
+    exec(check, namespace)
+    namespace |= {"caption": "a cat", "rows": [1, 2], "sets": {}}  # what later cells leave behind
+    namespace["epochs"] = 3
+    exec(check, namespace)
+    assert namespace["exp"].epochs == 3
+    namespace["epochs"] = "many"
+    with pytest.raises(SettingError, match="epochs must be a whole number"):
+        exec(check, namespace)
+
+
+def test_a_misspelling_can_be_corrected_in_the_session():
+    namespace = {"profile": "sample", "epoch": 2}
+    with pytest.raises(SettingError):
+        check_parameters(namespace)
+    namespace["epochs"] = 2
+    assert check_parameters(namespace).epochs == 2
+
+
+def test_runs_do_not_move_with_the_working_directory(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    runs = Parameters(out_dir="here/runs").runs
+    assert runs == tmp_path.resolve() / "here" / "runs"
+    assert Parameters(out_dir="~/runs").runs == (Path.home() / "runs").resolve()
+
+
+def test_data_sets_of_the_profile_and_those_that_are_missing(tmp_path, capsys):
+    names = datasets("sample")[0].names
+    assert [d.names for d in Parameters(profile="sample").datasets()] == [names]
+    assert [d.names for d in Parameters(profile="sample", eval_limit=1).datasets()] == [names[:1]]
+    with pytest.raises(DataError, match="None of the evaluation sets"):
+        Parameters(profile="paper", data_dir=str(tmp_path)).datasets()
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[:5] for line in said] == [["Not", "evaluated:", "The", "data", "set"]] * 3
+
+
+def test_the_paper_profile_evaluates_what_is_there(shared, tmp_path, capsys):
+    (tmp_path / "kodak").symlink_to(shared / "kodak")
+    sets = Parameters(profile="paper", data_dir=str(tmp_path), eval_limit=2).datasets()
+    assert [(dataset.name, len(dataset)) for dataset in sets] == [("kodak", 2)]
+    assert "clic" in capsys.readouterr().out
+
+
+# --- Run by papermill -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [{"epoch": 2}, {"epochs": "many"}, {"lmbda": -1}], ids=str)
+def test_a_bad_parameter_stops_the_notebook_at_its_first_cell(given, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    with pytest.raises(papermill.PapermillExecutionError) as caught:
+        papermill.execute_notebook(
+            str(BASELINE),
+            str(tmp_path / "out.ipynb"),
+            {"profile": "sample", "out_dir": str(tmp_path / "runs"), **given},
+            cwd=tmp_path,
+            progress_bar=False,
+        )
+    assert caught.value.ename == "SettingError"
+    assert caught.value.source == first_cells(BASELINE)[1]
+    assert re.search(rf"\b{next(iter(given))}\b", caught.value.evalue)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"]
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """(notebook, out_dir) of a run from papermill's command line, in a working directory of its own."""
+    home = tmp_path_factory.mktemp("anywhere")
+    out_dir = home / "results" / "runs"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    command = [sys.executable, "-m", "papermill", BASELINE, "out.ipynb", "-p", "profile", "sample", "-p", "epochs", "2"]
+    command += ["-p", "eval_limit", "1", "-p", "out_dir", out_dir]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert {path.name for path in home.iterdir()} == {"out.ipynb", "results"}
+    return nbformat.read(home / "out.ipynb", 4), out_dir
+
+
+def outputs(notebook, kind: str) -> list:
+    """The data of one MIME type among all outputs."""
+    found = [output.get("data", {}) for cell in code_cells(notebook) for output in cell.outputs]
+    return [data[kind] for data in found if kind in data]
+
+
+def test_it_runs_without_error_or_warning(executed):
+    notebook, _ = executed
+    for cell in code_cells(notebook):
+        assert cell.execution_count
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr", output.text
+            assert "Warning" not in output.get("text", "")
+
+
+def test_it_writes_real_files(executed):
+    _, out_dir = executed
+    (run,) = out_dir.glob("01_baseline-*")
+    image = datasets("sample")[0][0]
+    for codec, folder in ((load("demo"), out_dir / "evaluation-demo"), (load(run), run)):
+        (kept,) = folder.glob("files/sample/*.taco")
+        assert kept.name == f"{image.name}.taco"
+        assert codec.decode(kept).size == image.image.size
+        said = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        assert said["fingerprint"] == codec.fingerprint.hex()
+        assert said["means"][0]["bytes"] == kept.stat().st_size
+        assert (folder / "evaluation.csv").is_file()
+    assert said["weights"]["experiment"] == json.loads(baseline("sample", epochs=2).to_json())
+    assert said["weights"]["steps"] == said["weights"]["total_steps"] > 0
+    assert load("demo").decode(out_dir / f"{image.name}.taco").size == image.image.size
+
+
+def test_it_shows_figures_and_pictures(executed):
+    notebook, _ = executed
+    assert len(outputs(notebook, "application/vnd.plotly.v1+json")) == 2
+    assert len(outputs(notebook, "image/svg+xml")) == 1
+    pictures = outputs(notebook, "image/png")
+    assert len(pictures) == 2
+    import base64
+    import io
+
+    for picture in pictures:
+        extrema = Image.open(io.BytesIO(base64.b64decode(picture))).getextrema()
+        assert all(low < high for low, high in extrema)
+
+
+def test_its_figures_need_no_network(executed):
+    pages = outputs(executed[0], "text/html")
+    assert any(len(page) > 1_000_000 and "plotly.js" in page for page in pages), "plotly's script is in the notebook"
+    sources = {source for page in pages for source in re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\S+", page)}
+    assert all("mathjax" in source for source in sources), "MathJax sets formulas in titles, of which there are none"
+
+
+def test_its_summary_is_of_finite_numbers(executed):
+    tables = [Cells(page).rows for page in outputs(executed[0], "text/html") if page.startswith("<table")]
+    (summary,) = [rows for rows in tables if {"codec", "images", "bpp", "psnr", "ms_ssim"} <= set(rows[0])]
+    codecs = [row[0] for row in summary[1:]]
+    assert codecs[0] == "demo" and codecs[1].startswith("01_baseline-") and "JPEG" in codecs
+    for row in summary[1:]:
+        cells = dict(zip(summary[0], row))
+        assert cells["images"] == "1" and cells["dataset"] == "sample"
+        numbers = {name: float(cells[name]) for name in ("bpp", "psnr", "ms_ssim")}
+        assert all(map(math.isfinite, numbers.values())), cells
+        assert numbers["bpp"] > 0 and numbers["psnr"] > 10 and 0 < numbers["ms_ssim"] <= 1
