@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from taco_nb.codec import load
+from taco_nb.data import training_pairs
 from taco_nb.evaluation import evaluate, means
 from taco_nb.experiment import Experiment
 from taco_nb.files import data_root
@@ -24,6 +25,18 @@ def differences(baseline: Experiment, changed: Experiment) -> pd.DataFrame:
 
     rows = [(name, str(was), str(now)) for name, (was, now) in baseline.diff(changed).items()]
     return pd.DataFrame(rows, columns=["setting", "baseline", "here"])
+
+
+def same_steps(baseline: Experiment, changed: Experiment, data_dir: str | None = None) -> Experiment:
+    """`changed` with its epochs set so that it takes as many steps as `baseline`, as nearly as whole epochs can.
+
+    Epochs differ in length where captions do in number: the published ones are five to an image, paragraphs may be one.
+    """
+    steps = [
+        -(-len(training_pairs(exp.train_data, exp.crop, data_dir, captions=exp.captions)) // exp.batch_size)
+        for exp in (baseline, changed)
+    ]
+    return changed.replace(epochs=max(1, round(baseline.epochs * steps[0] / steps[1])))
 
 
 def train(p: Parameters, experiments: Mapping[str, Experiment]) -> dict[str, Run]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from taco_nb.data.images import to_rgb, to_tensor
 from taco_nb.experiment import Experiment
 from taco_nb.model import TACO
 from taco_nb.model.adapter import Extractor, Injector
+
+if TYPE_CHECKING:
+    from taco_nb.text import TextTower
 
 
 class Attention(NamedTuple):
@@ -60,6 +64,27 @@ def attentions(codec: Codec, image: Any, caption: str) -> list[Attention]:
         for hook in hooks:
             hook.remove()
     return records
+
+
+@torch.inference_mode()
+def text_contribution(codec: Codec, image: Any, caption: str) -> Tensor:
+    """What the first Injector's attention adds to each image position, before gamma: (N, height, width), on the CPU."""
+    added: list[Tensor] = []
+    injector = codec.net.g_a.analysis_transform[8]
+    hook = injector.cross_attn.register_forward_hook(lambda layer, inputs, output: added.append(output[0]))
+    x = pad(to_tensor(to_rgb(image))[None].to(codec.device))
+    try:
+        codec.net.g_a(x, *codec.conditioning([caption]))
+    finally:
+        hook.remove()
+    return added[0].T.unflatten(1, (x.shape[2] // 4, x.shape[3] // 4)).float().cpu()
+
+
+def word_positions(tower: TextTower, caption: str, letters: int = 4) -> dict[str, int]:
+    """The words of at least so many letters, each with the position of its first token, as far as the tower reads."""
+    starts = {span[0]: at for at, span in enumerate(tower.spans(caption)) if span and span[1] > span[0]}
+    words = re.finditer(rf"\w{{{letters},}}", caption)
+    return {word[0]: starts[word.start()] for word in words if word.start() in starts}
 
 
 def energy(weights: Tensor) -> Tensor:

@@ -507,16 +507,22 @@ def test_weights_loaded_over_used_ones_bring_their_own_tables():
 
 
 def test_autocast_keeps_the_entropy_model_in_float32():
-    net = make_net().train()
+    net = make_net()
     x, text = inputs(2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = net(x, text)
+        out = net.train()(x, text)
     for tensor in (out["x_hat"], *out["likelihoods"].values()):
         assert tensor.dtype == torch.float32 and tensor.isfinite().all()
     assert all((p > 0).all() and (p <= 1).all() for p in out["likelihoods"].values())
     exact = net(x, text)["x_hat"]
     assert not torch.equal(out["x_hat"], exact)
     assert (out["x_hat"] - exact).std() < 0.2 * exact.std()
+
+    y = net.eval().g_a(x, text)
+    net.g_a.register_forward_hook(lambda *_: y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        likelihoods = net(x, text)["likelihoods"]
+    assert all(torch.equal(likelihoods[name], p) for name, p in net(x, text)["likelihoods"].items())
 
 
 # The text adapter ----------------------------------------------------------------------------------------------------
@@ -666,7 +672,8 @@ def read_garbage() -> None:
     valid = (1 << 31).to_bytes(8, "little")  # the lowest state of the coder
     streams = [b"", b"\0", b"\xff", valid, valid[:-1], valid + bytes(1000), valid + b"\xff" * 100_000]
     streams += [bytes(n) for n in (7, 8, 9, 400, 100_000)] + [b"\xff" * n for n in (7, 8, 400, 100_000)]
-    streams += [b"\xff" * 7 + b"\x7f" + b"\xff" * n for n in (0, 1, 400, 100_000)]
+    # a single escape that fills the stream announces 15 nibbles for each of its own
+    streams += [b"\xff" * 7 + b"\x7f" + b"\xff" * n for n in (0, 1, 400, 100_000, 4_000_000)]
     streams += [rng.randbytes(300_000)[:-k] for k in range(1, 4)]
     for _ in range(3000):
         stream = rng.randbytes(rng.choice((8, 9, 12, 40, 200)))
@@ -682,6 +689,11 @@ def read_garbage() -> None:
         except DamagedFileError:
             outcomes["damaged"] += 1
     assert min(outcomes.values()) > 300, outcomes
+
+    # Where every symbol is an escape, so many cannot have been in so short a stream.
+    stream, indexes = rng.randbytes(7) + b"\x01" + rng.randbytes(200), torch.zeros(200_000, dtype=torch.int32)
+    with pytest.raises(DamagedFileError):
+        rans.Decoder(stream, models[1], len(indexes)).read(indexes)
 
     # Given a state of zero, CompressAI's decoder takes four bytes for every symbol, and soon none of its own.
     indexes = torch.zeros(20_000_000, dtype=torch.int32)

@@ -67,7 +67,7 @@ def spectrum(groups: Mapping[str, Sequence[Attention]]) -> Figure:
         template="plotly_white",
         height=420,
         xaxis={"title": "number of singular values", "range": [0.5, 40.5]},
-        yaxis={"title": "share of the energy", "range": [0, 1.02]},
+        yaxis={"title": "share of the energy"},
     )
     return figure
 

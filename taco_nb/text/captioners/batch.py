@@ -246,7 +246,13 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
             pause = min(1.5 * pause, 600)
 
     def _retrieve(self, client: OpenAI, job: Job) -> Batch:
-        return self._call(client.batches.retrieve, job.batch)
+        try:
+            return self._call(client.batches.retrieve, job.batch)
+        except UnknownToService:
+            raise ServiceError(
+                f"The service does not know {job.batch}, which is under way. Use the server and the account that it was "
+                f"submitted with; if it is lost, remove it from {Jobs(self.cache).path}."
+            ) from None
 
     def _collect(
         self, client: OpenAI, jobs: Jobs, job: Job, batch: Batch, cache: CaptionCache, reasons: dict[str, str]

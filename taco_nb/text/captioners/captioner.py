@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -155,16 +156,16 @@ class Captioner(ABC):
         self, survey: Survey, tasks: list[Task], cache: CaptionCache, confirm: bool
     ) -> tuple[Estimate | None, bool]:
         """Print what there is to do and what it costs; the estimate, and whether to go ahead."""
-        submitted = Jobs(self.cache).keys
-        unasked = without(tasks, submitted)
-        submitted = sum(len(task.keys) for task in tasks) - sum(len(task.keys) for task in unasked)
+        unasked = without(tasks, Jobs(self.cache).keys)
+        to_ask = sum(len(task.keys) for task in unasked)
+        submitted = sum(len(task.keys) for task in tasks) - to_ask
         estimate = self._estimate(unasked) if unasked else None
         cached = sum(cache.has_caption(key) for row in range(len(survey.images)) for key in survey.keys(row))
         text = f"{survey.dataset}: {len(survey.images):,} images, {survey.wanted:,} captions wanted, {cached:,} cached"
         if submitted:
             text += f", {submitted:,} submitted before"
         if unasked:
-            text += f", {estimate}" if estimate else f", {sum(len(task.keys) for task in unasked):,} to be written here"
+            text += f", {estimate}" if estimate else f", {to_ask:,} to be written here"
         print(f"{text}. Model: {self.question.model}.")
         return estimate, confirm or not (estimate or submitted)
 
@@ -211,7 +212,7 @@ class Captioner(ABC):
 
 
 class Survey:
-    """Which captions a data set needs: each image is read once, one after the other, for its `image_id` and size."""
+    """Which captions a data set needs; every image is read for its `image_id` and size, and not kept."""
 
     def __init__(self, dataset: CaptionedImages, question: Question, count: int):
         check_count(count, "count, the number of captions per image,")
@@ -219,12 +220,15 @@ class Survey:
         self.names = dataset.names
         self.question = question
         self.count = count
-        self.images: list[str] = []
-        self._sizes: list[tuple[int, int]] = []
-        for i in tqdm(range(len(dataset)), desc=f"Reading {dataset.name}", unit="image", leave=False):
+
+        def look(i: int) -> tuple[str, tuple[int, int]]:
             image = dataset[i].image
-            self.images.append(image_id(image))
-            self._sizes.append(image.size)
+            return image_id(image), image.size
+
+        rows = range(len(dataset))
+        with ThreadPoolExecutor() as pool:
+            seen = tqdm(pool.map(look, rows), f"Reading {dataset.name}", len(rows), unit="image", leave=False)
+            self.images, self._sizes = zip(*seen)
 
     @property
     def wanted(self) -> int:
@@ -254,7 +258,7 @@ class Survey:
             file.write("\n}\n")
 
 
-def without(tasks: list[Task], keys: set[str]) -> list[Task]:
+def without(tasks: list[Task], keys: Container[str]) -> list[Task]:
     """The tasks that remain once `keys` are answered."""
     left = (task._replace(keys=tuple(key for key in task.keys if key not in keys)) for task in tasks)
     return [task for task in left if task.keys]

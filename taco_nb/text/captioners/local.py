@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
     from taco_nb.data import CaptionedImages
 
-TOP_P = 0.9
-"""Words are drawn from the likeliest ones that make up this much probability (Holtzman et al. 2020, arXiv:1904.09751)."""
+TOP_K = 50
+"""Words are drawn from so many of the likeliest (Fan et al. 2018, arXiv:1805.04833): the rest is mostly noise."""
 
 
 @dataclass(kw_only=True)
 class CoCaCaptioner(Captioner):
     """Captions by a CoCa model of open_clip, fine-tuned on MS-COCO; nothing is paid, and nothing leaves the machine.
 
-    It sees the image's centre square at 224x224 and takes no prompt. A caption depends on the image, the model, the
-    temperature and its index, not on the other images of its batch.
+    It sees the image's centre square at 224x224 and takes no prompt. Chance is seeded by the image, the settings and the
+    caption's index: up to rounding, a caption does not depend on the other images of its batch.
     Raises `SettingError` for an unknown model or a setting out of range, `MissingWeightsError` where the weights are
     neither on this machine nor to be had, `CheckpointError` where they are damaged or another model's.
     """
@@ -92,7 +92,7 @@ def write_captions(
 ) -> list[Answer]:
     """Write a caption for each row of `image_embs` (B, tokens, width), word by word, with chance seeded by its key.
 
-    open_clip's own `generate` is no help: it needs the beam search that transformers has removed in version 4.56.
+    open_clip's own `generate` is no help: it needs a beam search that transformers 4.57 no longer has.
     """
     import torch
 
@@ -118,12 +118,11 @@ def write_captions(
 
 
 def draw(logits: torch.Tensor, temperature: float, chance: torch.Tensor) -> torch.Tensor:
-    """A token per row of logits (B, vocabulary), by numbers from [0, 1): likeliest, or drawn from the top 0.9."""
+    """A token per row of logits (B, vocabulary), the likeliest at temperature 0, else drawn by numbers in [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities, tokens = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
-    probabilities[probabilities.cumsum(-1) - probabilities >= TOP_P] = 0
-    reached = probabilities.cumsum(-1)
+    likeliest, tokens = logits.topk(min(TOP_K, logits.shape[-1]))
+    reached = (likeliest / temperature).softmax(-1).cumsum(-1)
     place = (reached <= chance[:, None] * reached[:, -1:]).sum(-1, keepdim=True)
     return tokens.gather(-1, place)[:, 0]
 

@@ -158,6 +158,8 @@ class OpenAICaptioner(Captioner):
     # --- The direct way -----------------------------------------------------------------------------------------------
 
     def _ask(self, dataset: CaptionedImages, tasks: list[Task], cache: CaptionCache) -> dict[str, str]:
+        from openai import OpenAIError
+
         reasons: dict[str, str] = {}
         in_a_row = 0
         rejected: list[tuple[str, Answer]] = []  # kept only once others are answered: else it is not about the image
@@ -166,12 +168,12 @@ class OpenAICaptioner(Captioner):
         total = sum(len(task.keys) for task in tasks)
         running: dict[Future, str] = {}
 
-        def settle(done: Iterable[Future]) -> list[tuple[str, OpenAIError | None]]:
-            """Save the answers first of all; what brought none is left to the caller."""
-            outcomes = [(running.pop(future), future.result()) for future in done]
-            cache.add((key, it) for key, it in outcomes if isinstance(it, Answer))
-            bar.update(len(outcomes))
-            return [(key, None if isinstance(it, Answer) else it) for key, it in outcomes]
+        def settle(done: Iterable[Future]) -> list[tuple[str, BaseException | None]]:
+            """Save the answers first of all; the errors are left to the caller."""
+            settled = [(running.pop(future), future) for future in done]
+            cache.add((key, future.result()) for key, future in settled if not future.exception())
+            bar.update(len(settled))
+            return [(key, future.exception()) for key, future in settled]
 
         with (
             ThreadPoolExecutor(self.workers) as pool,
@@ -190,6 +192,8 @@ class OpenAICaptioner(Captioner):
                             cache.add(rejected)
                             in_a_row, rejected = 0, []
                             continue
+                        if not isinstance(error, OpenAIError):
+                            raise error
                         in_a_row, verdict = in_a_row + 1, self._verdict(error)
                         if isinstance(verdict, Answer):
                             rejected.append((key, verdict))
@@ -202,19 +206,14 @@ class OpenAICaptioner(Captioner):
                             "in the cache. Put right what this says, or wait, and call again."
                         )
             except KeyboardInterrupt:
-                print(f"Waiting for {len(running)} answers that are being paid for; interrupt again to give them up.")
+                print(f"Interrupted; waiting for the {len(running)} answers that are being paid for.")
                 raise
             finally:
                 settle(wait(running).done)  # whatever ends the loop, what is in flight is being paid for
 
     @staticmethod
-    def _ask_once(client: OpenAI, body: dict[str, Any]) -> Answer | OpenAIError:
-        from openai import OpenAIError
-
-        try:
-            response = client.chat.completions.with_raw_response.create(**body)
-        except OpenAIError as error:
-            return error
+    def _ask_once(client: OpenAI, body: dict[str, Any]) -> Answer:
+        response = client.chat.completions.with_raw_response.create(**body)
         return read_answer(without_key(response.http_response.text))
 
     def _verdict(self, error: OpenAIError) -> Answer | str:
@@ -260,7 +259,10 @@ def without_key(text: str) -> str:
 def said_by(body: Any) -> str | None:
     """The message in the body of an error, shortened to a line; None if it has none."""
     message = body.get("message") if isinstance(body, dict) else None
-    return " ".join(without_key(message).split())[:200].rstrip(".") if isinstance(message, str) else None
+    if not isinstance(message, str):
+        return None
+    line = " ".join(without_key(message).split())[:200].rstrip(".")
+    return line.encode(errors="replace").decode()  # JSON can hold half a surrogate pair, which cannot be printed
 
 
 # Without structured output a model refuses in plain words, and the API's `refusal` stays empty.
@@ -280,7 +282,7 @@ def read_answer(body: Any) -> Answer:
         choice, usage = completion["choices"][0], completion.get("usage") or {}
         message, finish = choice["message"], choice.get("finish_reason")
         text, refusal = (message.get("content") or "").strip(), message.get("refusal")
-        text.encode()  # half a surrogate pair is valid JSON, but no text
+        f"{text}{refusal}".encode()  # half a surrogate pair is valid JSON, but no text
         tokens = int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         return Answer("", f"malformed: no chat completion ({type(error).__name__})")
