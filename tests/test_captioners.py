@@ -514,10 +514,11 @@ def test_a_batch_that_its_owner_cancels(server, pictures, batches, out):
     assert set(server.paid.values()) == {1} and server.paid.total() == 4
 
 
-def test_batches_that_bring_nothing_are_not_submitted_for_ever(server, pictures, batches, out):
+def test_batches_that_bring_nothing_are_not_submitted_for_ever(server, pictures, batches, out, monkeypatch):
+    monkeypatch.setattr(batch, "MAX_REQUESTS", 1)
     server.outcomes += ["failed"] * 9
-    report = batches().describe(pictures(2), out, confirm=True)
-    assert "batch_1 failed: Enqueued token limit" in str(report) and len(server.batches) == 1
+    report = batches(open_batches=2).describe(pictures(4), out, confirm=True)
+    assert "batch_1 failed: Enqueued token limit" in str(report) and len(server.batches) == 2
 
 
 def test_answers_and_errors_line_by_line(server, pictures, batches, out):

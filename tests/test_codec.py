@@ -14,7 +14,7 @@ import torch
 from conftest import make_codec, make_net
 from PIL import Image
 
-from taco_nb import Codec, codec
+from taco_nb import Codec, codec, load
 from taco_nb.codec import pad, read_header
 from taco_nb.data.images import to_image, to_rgb, to_tensor
 from taco_nb.errors import (
@@ -25,6 +25,7 @@ from taco_nb.errors import (
     SettingError,
     WrongWeightsError,
 )
+from taco_nb.files import REPOSITORY
 
 CAPTION = "a red barn under a cloudy sky"
 
@@ -408,3 +409,18 @@ def forge_large_images() -> None:
 
 def test_a_forged_header_costs_no_memory(apart):
     apart(forge_large_images)
+
+
+@pytest.mark.parametrize("writing, reading", [(1, 2), (2, 1), (1, 4)])
+def test_a_file_decodes_whatever_the_number_of_threads(writing, reading):
+    """With the bundled codec: convolutions of its size do differ in the last bits between thread counts."""
+    demo, image = load("demo"), REPOSITORY / "data" / "sample" / "images" / "coffee.png"
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(writing)
+        data = demo.encode(image, CAPTION)
+        torch.set_num_threads(reading)
+        assert demo.decode(data).size == (512, 341)
+        assert torch.get_num_threads() == reading
+    finally:
+        torch.set_num_threads(threads)

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import nbformat
@@ -46,6 +47,13 @@ def first_cells(path: Path) -> tuple[str, str]:
     return cells[at].source, cells[at + 1].source
 
 
+def defaults_in(path: Path) -> dict:
+    """The parameters that a notebook sets, with their values."""
+    namespace = {}
+    exec(first_cells(path)[0], namespace)
+    return {name: value for name, value in namespace.items() if not name.startswith("__")}
+
+
 # --- As they are in git -----------------------------------------------------------------------------------------------
 
 
@@ -74,25 +82,22 @@ def test_cells_are_short_and_one_holds_the_parameters(path):
 
 @every_notebook
 def test_papermill_explains_every_parameter(path):
-    source, _ = first_cells(path)
-    namespace = {}
-    exec(source, namespace)
     explained = papermill.inspect_notebook(str(path))
-    assert explained.keys() == namespace.keys() - {"__builtins__"}
+    assert explained.keys() == defaults_in(path).keys()
+    types = {field.name: field.type.partition(" | ")[0] for field in fields(Parameters)}
     for name, parameter in explained.items():
         assert len(parameter["help"]) > 5, name
-        assert parameter["inferred_type_name"] != "None" or parameter["default"], name
+        assert parameter["inferred_type_name"] == types.get(name, parameter["inferred_type_name"]) != "None", name
 
 
 @every_notebook
-def test_every_default_is_that_of_what_it_sets(path):
-    namespace = {}
-    exec(first_cells(path)[0], namespace)
-    del namespace["__builtins__"]
-    defaults = vars(Experiment()) | vars(Parameters())
-    assert namespace == {name: defaults[name] for name in namespace}
+def test_parameters_are_the_shared_ones_and_settings_of_an_experiment(path):
+    given, shared_ones = defaults_in(path), vars(Parameters())
+    assert {"profile", "out_dir", "epochs", "seed"} <= given.keys()
+    for name, value in given.items():
+        assert value == shared_ones[name] if name in shared_ones else name in vars(Experiment()), name
     if path == BASELINE:
-        assert namespace.keys() == vars(Parameters()).keys() - {"settings"}
+        assert given.keys() == shared_ones.keys() - {"settings"}
 
 
 # --- Parameters -------------------------------------------------------------------------------------------------------

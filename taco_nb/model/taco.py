@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,6 +34,22 @@ class _Tables:
     y: rans.CodingTables
     z: rans.CodingTables
     z_indexes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Convolutions that give the same bits each time, whatever the number of processor cores.
+
+    With more threads a convolution is cut up otherwise and summed in another order. What the decoder must repeat to the
+    last bit therefore runs on one thread at both ends, and on a GPU by cuDNN's deterministic algorithms in full float32.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class TACO(SpaceChannelModel):
@@ -102,6 +119,7 @@ class TACO(SpaceChannelModel):
         return {"x_hat": self.g_s(torch.cat(y_hat)).clamp_(0, 1)}
 
     @torch.inference_mode()
+    @repeatable()
     def encode_latents(self, y: Tensor) -> Encoded:
         """Code the y of one image, (1, M, h, w).
 
@@ -130,6 +148,7 @@ class TACO(SpaceChannelModel):
         return Encoded(y_string, z_string, y_hat)
 
     @torch.inference_mode()
+    @repeatable()
     def decode_latents(self, y_string: bytes, z_string: bytes, shape: tuple[int, int]) -> Tensor:
         """y_hat (1, M, h, w); `shape` is that of z. Any bytes are safe to give.
 
