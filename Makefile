@@ -9,6 +9,9 @@ OUT := out
 TESTED := $(shell $(PYTHON) -c 'import platform as p, sys; print(int(p.machine() == "x86_64" and p.system() == "Linux" and sys.version_info[:2] == (3, 11)))' 2>/dev/null)
 CONSTRAINTS := $(if $(filter 1,$(TESTED)),--constraint constraints.txt)
 
+# Threads that wait for each other by spinning make a busy machine crawl.
+export OMP_WAIT_POLICY := PASSIVE
+
 .PHONY: demo test lab clean
 
 demo: $(INSTALLED)
@@ -19,7 +22,7 @@ demo: $(INSTALLED)
 	@echo "The executed notebooks are in $(OUT)/. Open them with: make lab"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab

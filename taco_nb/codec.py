@@ -22,6 +22,7 @@ import hashlib
 import os
 import zlib
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -233,7 +234,7 @@ def load(
         experiment.get("text_tokens", 38),
         **{name: experiment[name] for name in named if name in experiment},
         keywords=about.get("keywords"),
-        name=about.get("name", str(source)),
+        name=about.get("name", Path(source).name),
         about={key: value for key, value in about.items() if key != "keywords"},
     )
 

@@ -82,13 +82,16 @@ class Parameters:
 def check_parameters(namespace: dict[str, Any], *own: str) -> Parameters:
     """The notebook's parameters, from its `globals()`, with the profile chosen and a sentence printed that says why.
 
-    `own` names the fields of an `Experiment` that are parameters of this notebook alone; they come as `settings`.
+    `own` names what is a parameter of this notebook alone: fields of an `Experiment`, which come as `settings`, or
+    "checkpoint".
 
     Raises `SettingError`, with one sentence, for a name that is not a parameter (papermill would pass it silently), for
     a value of the wrong type, and for a value out of range. A name that is refused is deleted, so that the corrected cell
     can be run again. After a check has passed, further names are the notebook's own, and running it again ignores them.
     """
-    known = {field.name: field.type for field in fields(Parameters) if field.name != "settings"} | dict.fromkeys(own)
+    shared = {field.name: field.type for field in fields(Parameters)}
+    known = {name: shared[name] for name in shared if name not in ("settings", "checkpoint")}
+    known |= {name: shared.get(name) for name in own}
     given = {
         name: value
         for name, value in namespace.items()
@@ -101,9 +104,9 @@ def check_parameters(namespace: dict[str, Any], *own: str) -> Parameters:
             hint = f"Did you mean {close[0]!r}?" if close else f"The parameters are {', '.join(known)}."
             del namespace[name]
             raise SettingError(f"This notebook has no parameter {name!r}. {hint}")
-        if name not in own:  # whose types the experiment checks
+        if known[name] is not None:  # the types of an experiment's fields it checks itself
             _check_type(name, value, known[name])
-    given["settings"] = {name: given.pop(name) for name in own if name in given}
+    given["settings"] = {name: given.pop(name) for name in own if name in given and name not in shared}
     parameters = Parameters(**given)
     profile, sentence = choose_profile(parameters.profile, parameters.data_dir)
     for name, least in (("eval_limit", 1), ("max_hours", 0)):

@@ -174,7 +174,7 @@ def test_published_captions_have_the_ids_of_transformers(hf_tokenizer):
 @pytest.mark.parametrize(
     "caption, cleaned",
     [
-        ("the dog’s “red” barn", "the dog's \"red\" barn"),
+        ("the dog’s “red” barn", 'the dog\'s "red" barn'),
         ("black &amp; white", "black & white"),
         ("ﬁve ｂａｒｎｓ", "five barns"),
         ("a\ufeff barn\0", "a barn"),

@@ -1,0 +1,226 @@
+"""The three ablations: each one field of an experiment, alone or together, run by its notebook and measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import nbformat
+import pandas as pd
+import pytest
+import torch
+from conftest import make_codec
+from PIL import Image
+
+from taco_nb import baseline, datasets, fit, load
+from taco_nb.ablation import beside_report, differences, same_steps
+from taco_nb.checkpoint import load_fitting, save_weights
+from taco_nb.data import training_pairs
+from taco_nb.errors import CheckpointError, DataError, SettingError
+from taco_nb.files import REPOSITORY
+from taco_nb.inspection import attentions, cost_table, text_contribution, word_positions
+from taco_nb.model import TACO, ModelConfig
+from taco_nb.notebook import Parameters
+from taco_nb.text import Conditioning, KeywordWeights, text_tower
+from taco_nb.training import Run
+
+CAPTION = "A red barn in Venice"
+TINY = {"N": 16, "M": 24, "groups": (4, 4, 4, 4, 8), "text_dim": 64, "heads": 8, "context_widths": (16, 16)}
+ALL_THREE = {"attention": "linformer", "captions": "context", "text_pooling": "keywords"}
+
+
+@pytest.fixture(scope="module")
+def keywords():
+    return KeywordWeights.fit(["a red barn", "a blue boat", "a dog on a boat"], "tfidf+rules")
+
+
+def tiny(**changes):
+    return baseline("sample", init="", sizes=TINY, crop=64, epochs=1, batch_size=6, **changes)
+
+
+# --- Conditioning -----------------------------------------------------------------------------------------------------
+
+
+def test_what_reaches_the_adapter(keywords):
+    tower = text_tower("untrained-64", length=38)
+    plain, mask = Conditioning(tower)([CAPTION])
+    assert torch.equal(plain, tower([CAPTION])) and mask is None
+    assert Conditioning(tower, pooling="keywords", keywords=keywords)([CAPTION])[0].shape == (1, 1, 64)
+    assert Conditioning(tower, pooling="keywords-tokens", keywords=keywords)([CAPTION])[0].shape == (1, 38, 64)
+    long, mask = Conditioning(tower, length="windows")([CAPTION, "word " * 200])
+    assert mask.shape == long.shape[:2] and mask[1].sum() > 200 > mask[0].sum()
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [({"length": "cut"}, "text_length"), ({"pooling": "keywords"}, "keyword weights"),
+     ({"length": "windows", "pooling": "keywords"}, "truncate")],
+)  # fmt: skip
+def test_conditioning_that_cannot_be(settings, said):
+    with pytest.raises(SettingError, match=said):
+        Conditioning(text_tower("untrained-16"), **settings)
+
+
+def test_one_key_gives_every_position_the_same_text(keywords):
+    codec = make_codec(text_dim=16)
+    image = Image.effect_noise((64, 64), 80).convert("RGB")
+    spread = {}
+    for pooling in ("none", "keywords", "keywords-tokens"):
+        codec.conditioning = Conditioning(codec.tower, pooling=pooling, keywords=keywords)
+        field = text_contribution(codec, image, CAPTION)
+        assert field.shape == (8, 16, 16)
+        spread[pooling] = float(field.std(dim=(1, 2)).norm() / field.norm())
+    assert spread["keywords"] < 1e-6 < 1e-4 < spread["none"]
+
+
+# --- Looking inside ---------------------------------------------------------------------------------------------------
+
+
+def test_attentions_are_those_that_ran():
+    codec = make_codec()
+    records = attentions(codec, Image.effect_noise((100, 70), 80).convert("RGB"), CAPTION)
+    assert [record.name for record in records] == ["Injector 8", "Extractor 14", "Injector 15"]
+    assert [tuple(r.weights.shape) for r in records] == [(2, 32 * 32, 8), (2, 8, 256), (2, 256, 8)]
+    for record in records:
+        torch.testing.assert_close(record.weights.sum(-1), torch.ones(record.weights.shape[:2]))
+        assert record.over_image(3).shape == record.grid
+    # of an Injector, what all tokens get of one position adds up to one
+    total = sum(records[0].over_image(token) for token in range(8))
+    torch.testing.assert_close(total, torch.ones(records[0].grid))
+
+
+def test_word_positions_are_where_the_tower_has_them():
+    tower = text_tower("untrained-16", length=9)
+    positions = word_positions(tower, "a tabby cat and an umbrella behind the windowsill")
+    ids, _ = tower.tokenize(["tabby"])
+    assert positions["tabby"] == 2 and tower.tokenize(["a tabby"])[0][0, 2] == ids[0, 1]
+    assert "windowsill" not in positions  # truncated
+
+
+def test_the_cost_of_long_captions():
+    rows = {row["tokens"]: row["Linformer / softmax"] for row in cost_table((256,), (8, 38, 4096), dim=192, k=32)}
+    assert rows[8] > 1 > rows[38] > rows[4096]
+
+
+# --- Experiments ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention": "linformer", "linformer_k": 5, "linformer_sharing": "layerwise"},
+        {"captions": "context", "text_tokens": 77},
+        {"captions": "context", "text_length": "windows"},
+        {"text_pooling": "keywords", "keyword_weight": 3.0},
+        {"text_pooling": "keywords-tokens"},
+        ALL_THREE,
+    ],
+    ids=lambda changes: "+".join(changes),
+)
+def test_a_change_trains_and_its_codec_writes_files(changes, tmp_path):
+    exp = tiny(**changes)
+    run = fit(exp, tmp_path)
+    sample = datasets("sample", captions=exp.captions)[0][0]
+    codec = run.codec
+    data = codec.encode(sample.image, sample.captions[0])
+    assert codec.decode(data).size == sample.image.size
+    assert load(tmp_path).encode(sample.image, sample.captions[0]) == data
+    assert (codec.text_length, codec.text_pooling) == (exp.text_length, exp.text_pooling)
+    assert codec.net.config == exp.model_config()
+    # a picture of another shape than the training crops'
+    assert codec.decode(codec.encode(sample.image.resize((200, 70)), "")).size == (200, 70)
+
+
+def test_the_diff_is_the_change():
+    exp = tiny()
+    table = differences(exp, exp.replace(**ALL_THREE))
+    assert dict(zip(table["setting"], table["here"])) == ALL_THREE
+
+
+def test_same_steps_for_fewer_captions():
+    exp = tiny().replace(epochs=3, batch_size=2)
+    changed = same_steps(exp, exp.replace(captions="context"))
+    steps = [e.epochs * -(-len(training_pairs("sample", 64, captions=e.captions)) // 2) for e in (exp, changed)]
+    assert steps[0] == steps[1] == 45
+    assert same_steps(exp, exp.replace(attention="linformer")).epochs == 3
+
+
+def test_context_captions_that_are_missing(tmp_path):
+    Image.new("RGB", (80, 80)).save(tmp_path / "a.png")
+    (tmp_path / "captions.json").write_text('{"a.png": "grey"}')
+    assert len(training_pairs(tmp_path, 64)) == 1
+    with pytest.raises(DataError, match="captions_context.json"):
+        training_pairs(tmp_path, 64, captions="context")
+    (tmp_path / "captions_context.json").write_text('{"b.png": "another"}')
+    with pytest.raises(DataError, match="a.png"):
+        training_pairs(tmp_path, 64, captions="context")
+    with pytest.raises(SettingError, match="published"):
+        training_pairs(tmp_path, 64, captions="long")
+
+
+def test_kodak_has_context_captions(shared, tmp_path):
+    (tmp_path / "kodak").symlink_to(shared / "kodak")
+    (kodak,) = datasets("kodak", data_dir=tmp_path, captions="context")
+    assert len(kodak) == 24 and all(len(kodak.captions(i)[0].split()) > 50 for i in range(24))
+
+
+# --- Starting from other weights --------------------------------------------------------------------------------------
+
+
+def test_weights_that_fit_are_loaded_and_the_others_named(tmp_path, capsys):
+    start = fit(tiny(), tmp_path / "start")
+    exp = tiny(attention="linformer").replace(init=str(start.dir))
+    fit(exp, tmp_path / "next")
+    said = capsys.readouterr().out
+    assert "6 weights start from random weights" in said and "project_k" in said
+    net = TACO(exp.model_config())
+    new, unused = load_fitting(net, start.dir / "weights.safetensors")
+    assert len(new) == 6 and not unused
+    saved = dict(start.codec.net.named_parameters())
+    assert all(torch.equal(p, saved[name]) for name, p in net.named_parameters() if name not in new)
+
+
+def test_another_model_is_no_start(tmp_path):
+    save_weights(tmp_path / "other.safetensors", make_codec().net, {})
+    net = TACO(ModelConfig(**TINY))
+    before = [p.clone() for p in net.parameters()]
+    with pytest.raises(CheckpointError, match="another model"):
+        load_fitting(net, tmp_path / "other.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+
+
+# --- Beside the report ------------------------------------------------------------------------------------------------
+
+
+def test_the_report_beside_the_measurement(tmp_path):
+    base = tiny()
+    runs = {"baseline": Run(tmp_path, base, 5, 5), "keywords": Run(tmp_path, base.replace(epochs=4), 3, 6)}
+    rows = [("baseline", "kodak", 30.0, 0.3), ("keywords", "kodak", 29.5, 0.2), ("keywords", "clic", 31.0, 0.5)]
+    rows += [("baseline", "clic", 30.0, 0.4)]
+    results = pd.DataFrame(rows, columns=["codec", "dataset", "psnr", "lpips_01"]).assign(
+        name="x", width=1, height=1, bpp=1.0
+    )
+    table = beside_report(Parameters(profile="sample"), "keywords", runs, results).set_index("what")
+    here = table.columns[2]
+    assert table.loc["lpips, CLIC", "the report"] == "0.0271" and table.loc["lpips, CLIC", here] == "0.5000"
+    assert table.loc["lpips, MS-COCO", here] == "–"
+    assert table.loc["psnr", here] == "kodak: psnr -0.5000; clic: psnr +1.0000"
+    assert set(table["its epochs"]) == {"27"} and set(table["epochs here"]) == {"2"}
+
+
+@pytest.mark.parametrize("name", ["02_context", "03_linformer", "04_keywords"])
+def test_the_notebook_runs(name, tmp_path):
+    """Headless, from an unrelated folder, on the bundled pictures."""
+    command = [sys.executable, "-m", "papermill", str(REPOSITORY / "notebooks" / f"{name}.ipynb"), "out.ipynb"]
+    command += ["-p", "profile", "sample", "-p", "epochs", "1", "-p", "eval_limit", "1", "-p", "out_dir", "here"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    notebook = nbformat.read(tmp_path / "out.ipynb", 4)
+    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in shown) >= 2
+    label = name.partition("_")[2]
+    (folder,) = (tmp_path / "here").glob(f"{label}-*")
+    about = json.loads((folder / "evaluation.json").read_text())
+    assert about["codec"] == label and about["weights"]["experiment"]["profile"] == "sample"
+    assert list(folder.glob("files/sample/*.taco"))
