@@ -148,11 +148,14 @@ def test_a_name_that_is_no_parameter_stops_every_notebook(path):
 )
 def test_bad_parameters_are_named_in_a_sentence(given, sentence):
     with pytest.raises(SettingError, match=sentence) as caught:
-        check_parameters({"profile": "sample", **given})
+        check_parameters({"profile": "sample", **given}, "checkpoint")
     assert "\n" not in str(caught.value) and str(caught.value).endswith((".", "?"))
 
 
 def test_a_notebook_has_parameters_of_its_own():
+    assert check_parameters({"profile": "sample", "checkpoint": "a"}, "checkpoint").checkpoint == "a"
+    with pytest.raises(SettingError, match="no parameter 'checkpoint'"):
+        check_parameters({"profile": "sample", "checkpoint": "a"})
     given = {"profile": "sample", "linformer_k": 8}
     assert check_parameters(dict(given), "linformer_k").settings == {"linformer_k": 8}
     with pytest.raises(SettingError, match="no parameter 'linformer_k'"):
@@ -291,7 +294,7 @@ def test_it_runs_without_error_or_warning(executed):
 
 def test_it_writes_real_files(executed):
     _, out_dir = executed
-    (run,) = out_dir.glob("01_baseline-*")
+    (run,) = out_dir.glob("baseline-*")
     image = datasets("sample")[0][0]
     for codec, folder in ((load("demo"), out_dir / "evaluation-demo"), (load(run), run)):
         (kept,) = folder.glob("files/sample/*.taco")
