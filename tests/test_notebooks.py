@@ -331,7 +331,7 @@ def test_its_summary_is_of_finite_numbers(executed):
     tables = [Cells(page).rows for page in outputs(executed[0], "text/html") if page.startswith("<table")]
     (summary,) = [rows for rows in tables if {"codec", "images", "bpp", "psnr", "ms_ssim"} <= set(rows[0])]
     codecs = [row[0] for row in summary[1:]]
-    assert codecs[0] == "demo" and codecs[1].startswith("01_baseline-") and "JPEG" in codecs
+    assert codecs[0] == "demo" and codecs[1].startswith("baseline-") and "JPEG" in codecs
     for row in summary[1:]:
         cells = dict(zip(summary[0], row))
         assert cells["images"] == "1" and cells["dataset"] == "sample"
