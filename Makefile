@@ -15,6 +15,7 @@ export OMP_WAIT_POLICY := PASSIVE
 .PHONY: demo test lab clean
 
 demo: $(INSTALLED)
+	@mkdir -p $(OUT)
 	@for notebook in notebooks/*.ipynb; do \
 		echo "== $$notebook"; \
 		$(BIN)/papermill $$notebook $(OUT)/$$(basename $$notebook) -p profile sample -p out_dir $(OUT)/runs || exit 1; \

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from taco_nb.model.adapter import Extractor, Injector
+from taco_nb.model.attention import LinformerAttention
 from taco_nb.model.layers import ResidualBottleneck
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ def _layers(net: TACO, side: int, tokens: int) -> list[dict[str, Any]]:
         if isinstance(module, (Injector, Extractor)):
             pixels = inputs[0].shape[2] * inputs[0].shape[3]
             queries, keys = (pixels, tokens) if isinstance(module, Injector) else (tokens, pixels)
-            layer["attention"] = f"{queries} x {keys} attention"
+            linear = isinstance(module.cross_attn, LinformerAttention)
+            seen = f"{keys}, by way of {net.config.linformer_k}" if linear else f"{keys} attention"
+            layer["attention"] = f"{queries} x {seen}"
         layers.append(layer)
 
     hooks = [layer.register_forward_hook(note) for layer in net.g_a.analysis_transform]
