@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from taco_nb.codec import load
 from taco_nb.data import training_pairs
 from taco_nb.evaluation import evaluate, means
 from taco_nb.experiment import Experiment
-from taco_nb.files import data_root
+from taco_nb.files import bundled
 from taco_nb.notebook import Parameters
 from taco_nb.report import COLUMNS, DATASETS
 from taco_nb.training import Run, fit
@@ -40,11 +41,15 @@ def same_steps(baseline: Experiment, changed: Experiment, data_dir: str | None =
 
 
 def train(p: Parameters, experiments: Mapping[str, Experiment]) -> dict[str, Run]:
-    """Train each experiment into a folder of its own below `p.runs`, or resume it, or find it finished."""
-    runs = {}
+    """Train each experiment into a folder of its own below `p.runs`, or resume it, or find it finished.
+
+    `p.max_hours` is for all of them together; one that its end stops is returned unfinished.
+    """
+    started, runs = time.monotonic(), {}
     for label, exp in experiments.items():
         folder = p.runs / f"{label.replace(' ', '-')}-{exp.key}"
-        runs[label] = fit(exp, folder, data_dir=p.data_dir, device=p.device, max_hours=p.max_hours)
+        hours = None if p.max_hours is None else max(0.0, p.max_hours - (time.monotonic() - started) / 3600)
+        runs[label] = fit(exp, folder, data_dir=p.data_dir, device=p.device, max_hours=hours)
         taken, total = runs[label].steps, runs[label].total_steps
         print(f"{label}: {taken} of {total} steps" + ("" if runs[label].finished else "; run this again to go on"))
     return runs
@@ -59,23 +64,26 @@ def measure(p: Parameters, runs: Mapping[str, Run]) -> pd.DataFrame:
         codec = load(run.dir, device=p.torch_device)
         codec.name = label
         tables.append(evaluate(codec, p.datasets(run.experiment.captions), run.dir))
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def beside_report(p: Parameters, ablation: str, runs: Mapping[str, Run], results: pd.DataFrame) -> pd.DataFrame:
     """What the report says of an ablation ("context", "linformer" or "keywords"), beside what `results` say.
 
     `runs` and `results` hold the baseline first and the ablation second. A figure is compared with the mean measured
-    under the same metric on the same data set; a sentence with the differences to the baseline on every data set here.
+    under the same metric on the same data set; a sentence with the differences to the baseline on every data set
+    that both were measured on.
     What is not measured (yet) is a dash.
     """
     import pandas as pd
 
-    report = json.loads((data_root(p.data_dir) / "reference" / "report.json").read_text(encoding="utf-8"))
+    report = json.loads(bundled("reference/report.json", p.data_dir).read_text(encoding="utf-8"))
     baseline, label = list(runs)[:2]
     table = means(results).set_index(["codec", "dataset"])
     epochs = report[ablation].get("epochs", report["protocol"]["epochs_baseline"])
     here = f"{runs[label].steps / runs[label].total_steps * runs[label].experiment.epochs:g}"
+    sets = {name: set(results["dataset"][results["codec"] == name]) for name in (baseline, label)}
+    both = [dataset for dataset in dict.fromkeys(results["dataset"]) if dataset in sets[baseline] & sets[label]]
     rows = []
     for dataset, figures in _figures(report[ablation]).items():
         for metric, value in figures.items():
@@ -87,7 +95,7 @@ def beside_report(p: Parameters, ablation: str, runs: Mapping[str, Run], results
         columns = ["bpp", "psnr"] if metric == "accuracy" else [column]
         changes = [
             f"{dataset}: {name} {table.loc[(label, dataset), name] - table.loc[(baseline, dataset), name]:+.4f}"
-            for dataset in dict.fromkeys(results["dataset"])
+            for dataset in both
             for name in columns
             if name in table
         ]

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from taco_nb.errors import CheckpointError, SettingError
-from taco_nb.files import atomic_write, data_root, sha256
+from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.model import TACO, ModelConfig
 from taco_nb.model.taco import modern_key
 
@@ -130,19 +130,19 @@ def find(source: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
         return path
     if (path / WEIGHTS).is_file():
         return path / WEIGHTS
-    shelf = data_root(data_dir) / "checkpoints"
-    bundled = shelf / f"{source}.safetensors"
-    if bundled.is_file() and bundled.parent == shelf:
-        card = bundled.with_suffix(".json")
+    codec = bundled(f"checkpoints/{source}.safetensors", data_dir)
+    if codec.is_file() and codec.name == f"{source}.safetensors":  # a name, and no path that leads there
+        card = codec.with_suffix(".json")
         try:
             expected = json.loads(card.read_text(encoding="utf-8"))["sha256"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"The card {card} of {bundled.name} cannot be read: {error!r}. Get both again."
+                f"The card {card} of {codec.name} cannot be read: {error!r}. Get both again."
             ) from None
-        if sha256(bundled) != expected:
-            raise CheckpointError(f"{bundled} is not the file that its card describes (SHA-256 differs): get it again.")
-        return bundled
+        if sha256(codec) != expected:
+            raise CheckpointError(f"{codec} is not the file that its card describes (SHA-256 differs): get it again.")
+        return codec
+    shelf = bundled("checkpoints", data_dir)
     names = ", ".join(sorted(p.stem for p in shelf.glob("*.safetensors"))) or "none"
     raise CheckpointError(
         f"No checkpoint {str(source)!r}: neither a file, nor a run's folder with {WEIGHTS} in it, nor one of the bundled "

@@ -13,7 +13,8 @@
 The last checksum tells a damaged file from a whole one before anything is decoded. The fingerprint tells wrong weights.
 The checksum of y_hat, to the last bit of every float, tells whether this machine computed the very numbers that the
 encoder's did, on which every learned entropy model depends. A decoded picture is therefore the right one, or there is
-none. 22 bytes for a Kodak image.
+none. (The synthesis after it may round a pixel otherwise on another machine or with other threads, by 1/255 and rarely.)
+22 or 23 bytes for a Kodak image.
 """
 
 from __future__ import annotations
@@ -103,8 +104,9 @@ class Codec:
     def conditioning(self) -> Conditioning:
         """From captions to what the encoder's adapter reads. Raises `MissingWeightsError` as `tower` does."""
         from taco_nb.text import Conditioning, KeywordWeights
+        from taco_nb.text.chat_keywords import chat_keywords
 
-        keywords = None if self.keywords is None else KeywordWeights.from_json(self.keywords)
+        keywords = None if self.keywords is None else KeywordWeights.from_json(self.keywords, [chat_keywords()])
         return Conditioning(self.tower, self.text_length, self.text_pooling, keywords)
 
     @cached_property
@@ -162,7 +164,7 @@ class Codec:
         shape = (-(-header.height // MULTIPLE), -(-header.width // MULTIPLE))
         drift = DriftError(
             "The file is whole and the weights are right, but the decoded latents are not those that were encoded. This "
-            "machine's arithmetic differs from the encoder's (another processor, device, thread count or PyTorch), or "
+            "machine's arithmetic differs from the encoder's (another kind of processor, device or PyTorch), or "
             "the file was forged. Decode it where it was encoded."
         )
         try:
@@ -222,7 +224,7 @@ def load(
 ) -> Codec:
     """A codec ready to use, from a bundled codec's name, a run's folder, or a checkpoint file, the authors' included.
 
-    `text_encoder` is needed only for a checkpoint that does not name its own; the authors' read CLIP ViT-B/32. Raises
+    `text_encoder` replaces the text tower that the weights name; the authors' name none and read CLIP ViT-B/32. Raises
     `CheckpointError` for weights that are missing, damaged or not TACO's.
     """
     net, about = checkpoint.load_net(checkpoint.find(source, data_dir))

@@ -17,10 +17,10 @@ from PIL import Image
 from taco_nb.codec import Codec
 from taco_nb.data import CaptionedImages, Sample
 from taco_nb.data.images import to_image, to_tensor
-from taco_nb.errors import MissingWeightsError, SettingError
+from taco_nb.errors import SettingError
 from taco_nb.files import atomic_write
 from taco_nb.metrics.distortion import distortion
-from taco_nb.metrics.perception import Lpips
+from taco_nb.metrics.perception import ALEXNET_BYTES, ALEXNET_COMMAND, Lpips, alexnet_path
 from taco_nb.metrics.rate import bpp
 from taco_nb.peers import PeerResult, available_peers, match_bpp, peer_curve
 from taco_nb.provenance import provenance
@@ -43,7 +43,7 @@ def evaluate(
 
     Columns: codec, dataset, name, caption, width, height, bytes (the file's size), bpp, psnr and ms_ssim of the 8-bit
     picture, psnr_taco and ms_ssim_taco by the reference's protocol, lpips (of the 8-bit picture, in [-1, 1] as the library
-    wants) and lpips_01 (of the floats, in [0, 1], as TACO published) where LPIPS's weights are to be had, encode_s and
+    wants) and lpips_01 (of the floats, in [0, 1], as TACO published) where LPIPS's weights are on the machine, encode_s and
     decode_s (seconds, wall clock, without the loading of tower and tables).
 
     With `out_dir`, `files/<dataset>/<name>.taco`, `evaluation.csv` and `evaluation.json` (means, experiment, versions,
@@ -135,12 +135,15 @@ def means(results: pd.DataFrame) -> pd.DataFrame:
 
 @cache
 def find_lpips() -> Lpips | None:
-    """LPIPS where its weights are on the machine or can be fetched; else None, after one line that says what to do, once."""
-    try:
-        return Lpips()
-    except MissingWeightsError as error:
-        print(f"Without LPIPS: {error}")
+    """LPIPS where its weights are on the machine; else None, after one line that says what to do, once.
+
+    An evaluation downloads nothing: it may run where there is no network, and 244 MB are nobody's to spend unasked.
+    """
+    path = alexnet_path()
+    if not path.exists():
+        print(f"Without LPIPS: {path} is not there ({ALEXNET_BYTES:,} bytes). To have it, run: {ALEXNET_COMMAND}")
         return None
+    return Lpips()
 
 
 def _samples(sets: Sequence[CaptionedImages], what: str) -> Iterator[tuple[CaptionedImages, Sample]]:

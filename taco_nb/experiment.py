@@ -73,7 +73,7 @@ class Experiment:
     keyword_weight: float = 1.5
     """Of a word that matters, where other words weigh 1."""
     keyword_sources: str = "tfidf+en_core_web_sm"
-    """What finds the words that matter: "tfidf", a spaCy model or "rules" for named entities, joined by "+"."""
+    """What finds the words that matter: "tfidf", a spaCy model or "rules" for named entities, "llm", joined by "+"."""
 
     train_data: str = "coco"
     """"coco", "sample", or a folder of images with its `captions.json`."""
@@ -115,6 +115,8 @@ class Experiment:
         self._check("seed", 0 <= self.seed < 1 << 32, "from 0 to 2^32 - 1")
         self._check("text_tokens", 2 <= self.text_tokens <= 77, "from 2 to 77, CLIP's limit")
         self._check("crop", self.crop >= 64 and self.crop % 64 == 0, "a multiple of 64")
+        if self.text_length == "windows" and self.text_pooling != "none":
+            raise SettingError('Keyword weights weigh one window: text_pooling needs text_length="truncate".')
         for name, choices in CHOICES.items():
             self._check(name, getattr(self, name) in choices, " or ".join(f'"{choice}"' for choice in choices))
 

@@ -27,6 +27,15 @@ def data_root(data_dir: str | os.PathLike | None = None) -> Path:
     return root
 
 
+def bundled(name: str, data_dir: str | os.PathLike | None = None) -> Path:
+    """A file or folder that comes with the repository, such as "reference/report.json", or the user's own instead.
+
+    The data folder in use wins where it has one of that name; a data folder elsewhere need not copy what is bundled.
+    """
+    own, here = data_root(data_dir) / name, REPOSITORY / "data" / name
+    return here if here.exists() and not own.exists() else own
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary neighbour of `path` for writing; it takes the name `path` only once it is whole and on disk.

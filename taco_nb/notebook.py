@@ -41,11 +41,18 @@ class Parameters:
     max_hours: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     """The notebook's own parameters: fields of the `Experiment` that it changes."""
+    started_in: Path = field(default_factory=Path.cwd)
+    """What a relative `out_dir` is relative to."""
 
     @property
     def runs(self) -> Path:
         """Where runs are kept, absolute, so that no later change of directory moves it."""
-        return Path(self.out_dir).expanduser().resolve()
+        return (self.started_in / Path(self.out_dir).expanduser()).resolve()
+
+    @property
+    def trains(self) -> bool:
+        """Whether to train: a checkpoint that is given is only validated, unless `epochs` is given too."""
+        return self.checkpoint is None or self.epochs is not None
 
     @property
     def torch_device(self) -> str:
@@ -90,7 +97,7 @@ def check_parameters(namespace: dict[str, Any], *own: str) -> Parameters:
     can be run again. After a check has passed, further names are the notebook's own, and running it again ignores them.
     """
     shared = {field.name: field.type for field in fields(Parameters)}
-    known = {name: shared[name] for name in shared if name not in ("settings", "checkpoint")}
+    known = {name: shared[name] for name in shared if name not in ("settings", "started_in", "checkpoint")}
     known |= {name: shared.get(name) for name in own}
     given = {
         name: value
@@ -106,7 +113,8 @@ def check_parameters(namespace: dict[str, Any], *own: str) -> Parameters:
             raise SettingError(f"This notebook has no parameter {name!r}. {hint}")
         if known[name] is not None:  # the types of an experiment's fields it checks itself
             _check_type(name, value, known[name])
-    given["settings"] = {name: given.pop(name) for name in own if name in given and name not in shared}
+    settings = {name: given.pop(name) for name in own if name in given and name not in shared}
+    given["settings"] = {name: value for name, value in settings.items() if value is not None}
     parameters = Parameters(**given)
     profile, sentence = choose_profile(parameters.profile, parameters.data_dir)
     for name, least in (("eval_limit", 1), ("max_hours", 0)):

@@ -14,7 +14,7 @@ from conftest import make_codec
 from PIL import Image
 
 from taco_nb import baseline, datasets, fit, load
-from taco_nb.ablation import beside_report, differences, same_steps
+from taco_nb.ablation import beside_report, differences, same_steps, train
 from taco_nb.checkpoint import load_fitting, save_weights
 from taco_nb.data import training_pairs
 from taco_nb.errors import CheckpointError, DataError, SettingError
@@ -23,6 +23,8 @@ from taco_nb.inspection import attentions, cost_table, text_contribution, word_p
 from taco_nb.model import TACO, ModelConfig
 from taco_nb.notebook import Parameters
 from taco_nb.text import Conditioning, KeywordWeights, text_tower
+from taco_nb.text.captioners.cache import Answer, CaptionCache
+from taco_nb.text.chat_keywords import chat_keywords
 from taco_nb.training import Run
 
 CAPTION = "A red barn in Venice"
@@ -206,6 +208,9 @@ def test_the_report_beside_the_measurement(tmp_path):
     assert table.loc["lpips, CLIC", "the report"] == "0.0271" and table.loc["lpips, CLIC", here] == "0.5000"
     assert table.loc["lpips, MS-COCO", here] == "–"
     assert table.loc["psnr", here] == "kodak: psnr -0.5000; clic: psnr +1.0000"
+    alone = results[~((results["codec"] == "keywords") & (results["dataset"] == "clic"))]
+    table_without = beside_report(Parameters(profile="sample"), "keywords", runs, alone).set_index("what")
+    assert table_without.loc["psnr", here] == "kodak: psnr -0.5000"
     assert set(table["its epochs"]) == {"27"} and set(table["epochs here"]) == {"2"}
 
 
@@ -224,3 +229,35 @@ def test_the_notebook_runs(name, tmp_path):
     about = json.loads((folder / "evaluation.json").read_text())
     assert about["codec"] == label and about["weights"]["experiment"]["profile"] == "sample"
     assert list(folder.glob("files/sample/*.taco"))
+
+
+def test_one_allowance_of_time_is_for_all_runs(tmp_path, monkeypatch):
+    p = Parameters(profile="sample", out_dir=str(tmp_path), max_hours=0.0, device="cpu")
+    runs = train(p, {"baseline": tiny(), "linformer": tiny(attention="linformer")})
+    assert [(run.steps, run.finished) for run in runs.values()] == [(1, False), (1, False)]
+
+
+def test_windows_with_keywords_is_refused_before_anything_is_loaded():
+    with pytest.raises(SettingError, match="text_pooling"):
+        tiny(text_length="windows", text_pooling="keywords")
+
+
+def test_words_that_a_language_model_chose(tmp_path, monkeypatch):
+    """A run with the source "llm" reads its answers from the data folder, when it trains and when it encodes."""
+    monkeypatch.setenv("TACO_NB_DATA", str(tmp_path))
+    exp = tiny(text_pooling="keywords", keyword_sources="tfidf+llm")
+    with pytest.raises(DataError, match="chat_keywords.jsonl has no keywords"):
+        fit(exp, tmp_path / "run")
+    captions = [c for part in ("sample", "sample-train") for c in all_captions(part)]
+    chat = chat_keywords()
+    with CaptionCache(chat.cache) as cache:
+        cache.note(chat._asker.question)
+        cache.add((chat._key(caption), Answer(caption.split()[1])) for caption in captions)
+    codec = fit(exp, tmp_path / "run").codec
+    assert any("llm" in word.why for word in codec.conditioning.keywords.words(captions[0]))
+    assert codec.encode(datasets("sample")[0][0].image, captions[0])
+
+
+def all_captions(name):
+    (dataset,) = datasets(name)
+    return [caption for i in range(len(dataset)) for caption in dataset.captions(i)]

@@ -315,9 +315,12 @@ def test_an_empty_name_is_none(shelf):
         load("", data_dir=shelf)
 
 
-def test_without_bundled_codecs_none_are_listed(tmp_path):
+def test_a_data_folder_without_codecs_leaves_the_bundled_ones(tmp_path):
+    with pytest.raises(CheckpointError, match=r"\(demo\)"):
+        load("other", data_dir=tmp_path)
+    (tmp_path / "checkpoints").mkdir()
     with pytest.raises(CheckpointError, match=r"\(none\)"):
-        load("demo", data_dir=tmp_path)
+        load("other", data_dir=tmp_path)
 
 
 def test_an_absent_file_is_named(tmp_path):

@@ -97,7 +97,7 @@ def test_parameters_are_the_shared_ones_and_settings_of_an_experiment(path):
     for name, value in given.items():
         assert value == shared_ones[name] if name in shared_ones else name in vars(Experiment()), name
     if path == BASELINE:
-        assert given.keys() == shared_ones.keys() - {"settings"}
+        assert given.keys() == shared_ones.keys() - {"settings", "started_in"}
 
 
 # --- Parameters -------------------------------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ def test_its_summary_is_of_finite_numbers(executed):
     tables = [Cells(page).rows for page in outputs(executed[0], "text/html") if page.startswith("<table")]
     beside_peers, after_training = [rows for rows in tables if {"codec", "images", "bpp", "psnr"} <= set(rows[0])]
     codecs = [row[0] for row in beside_peers[1:] + after_training[1:]]
-    assert codecs[:2] == ["demo", "JPEG"] and codecs[-2] == "demo" and codecs[-1].startswith("baseline-")
+    assert codecs[:2] == ["demo", "JPEG"] and codecs[-2] == "demo" and codecs[-1] == "baseline"
     for row in beside_peers[1:] + after_training[1:]:
         cells = dict(zip(beside_peers[0], row))
         assert cells["images"] == "1" and cells["dataset"] == "sample"

@@ -465,9 +465,10 @@ def test_a_damaged_state_is_named(pictures, begun, damage):
 def test_data_that_changed_during_a_run(tmp_path):
     one = paint(tmp_path / "pictures", barn="a red barn")
     fit(tiny(one), tmp_path / "run", device="cpu", max_hours=0)
-    (one / "captions.json").write_text(json.dumps({"barn.png": ["a red barn", "a barn", "another"]}))
-    with pytest.raises(SettingError, match="begun with 16 steps, but would now have 32.*pictures"):
-        fit(tiny(one), tmp_path / "run", device="cpu")
+    for captions in (["a red barn", "a barn", "another"], ["a blue barn"]):  # with more steps, and with as many
+        (one / "captions.json").write_text(json.dumps({"barn.png": captions}))
+        with pytest.raises(SettingError, match="other training data.*pictures.*have changed"):
+            fit(tiny(one), tmp_path / "run", device="cpu")
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_last_sound_state(pictures, tmp_path):

@@ -11,9 +11,18 @@ from typing import NamedTuple
 from taco_nb.data.captioned import CaptionedFolder, CaptionedImages, Sample, check_count
 from taco_nb.data.coco import Coco, TrainPairs
 from taco_nb.errors import DataError, SettingError
-from taco_nb.files import data_root
+from taco_nb.files import bundled
 
-__all__ = ["CaptionedFolder", "CaptionedImages", "Coco", "Sample", "TrainPairs", "datasets", "training_pairs"]
+__all__ = [
+    "CONTEXT",
+    "CaptionedFolder",
+    "CaptionedImages",
+    "Coco",
+    "Sample",
+    "TrainPairs",
+    "datasets",
+    "training_pairs",
+]
 
 CONTEXT = "captions_context.json"
 
@@ -109,11 +118,11 @@ def _captioned(
         return dataset
     if captions != "context":
         raise SettingError(f'captions must be "published" or "context", but is {captions!r}.')
-    places = [root / CONTEXT, data_root(data_dir) / "reference" / f"{dataset.name}_{CONTEXT}"]
-    found = [place for place in places if place.is_file()]
+    own = root / f"{dataset.name}_{CONTEXT}"
+    found = [place for place in (own, root / CONTEXT, bundled(f"reference/{own.name}", data_dir)) if place.is_file()]
     if not found:
         raise DataError(
-            f"There are no context captions for {dataset.name}: {places[0]} is missing. "
+            f"There are no context captions for {dataset.name}: neither {own} nor {CONTEXT} beside it is there. "
             'Notebook 02 generates it, or write one: {"file.png": "a paragraph", ...}.'
         )
     return dataset.recaptioned(found[0])
@@ -129,7 +138,7 @@ def _open(
             f"There is no data set {str(name)!r}; known: {', '.join(known)}{or_own}. Is {close!r} meant?"
         )
     folder, holds, read = known[str(name)]
-    root = data_root(data_dir) / folder
+    root = bundled(folder, data_dir)
     try:
         dataset = read(root)
     except DataError as error:

@@ -66,11 +66,16 @@ class Lpips:
         return self.model(x_hat, x, normalize=convention == "pm1").flatten()
 
 
+def alexnet_path() -> Path:
+    """Where torchvision keeps AlexNet's weights on this machine, or would."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE
+
+
 def _pretrained() -> nn.Module:
     """The calibrated `lpips.LPIPS(net="alex")`; torchvision fetches its backbone unless torch's cache has it."""
     import lpips
 
-    path = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE
+    path = alexnet_path()
     wanted = f"LPIPS needs AlexNet's weights, {ALEXNET_FILE} ({ALEXNET_BYTES:,} bytes)"
     if path.exists() and path.stat().st_size != ALEXNET_BYTES:
         raise MissingWeightsError(

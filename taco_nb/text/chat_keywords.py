@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from taco_nb.errors import DataError
+from taco_nb.files import data_root
 from taco_nb.text.captioners.cache import Answer, CaptionCache, answer_key
 from taco_nb.text.captioners.captioner import Estimate, Task
 from taco_nb.text.captioners.openai_captioner import OpenAICaptioner
@@ -23,6 +24,11 @@ PROMPT = (
     "You are given the caption of a picture. Name the words of the caption that matter most for what the picture looks "
     "like. Reply with these words only, spelled as in the caption and separated by commas."
 )
+
+
+def chat_keywords(data_dir: str | os.PathLike | None = None) -> ChatKeywords:
+    """The source called "llm" in an experiment's `keyword_sources`: answers in the data folder's chat_keywords.jsonl."""
+    return ChatKeywords(data_root(data_dir) / "chat_keywords.jsonl")
 
 
 class ChatKeywords:

@@ -7,6 +7,8 @@ was killed and started again ends, on a CPU, with the very bits of one that was 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import time
@@ -25,9 +27,10 @@ from taco_nb.codec import Codec, load
 from taco_nb.data import TrainPairs, training_pairs
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.experiment import Experiment
-from taco_nb.files import atomic_write
+from taco_nb.files import atomic_write, sha256
 from taco_nb.model import TACO
 from taco_nb.text import Conditioning, KeywordWeights, text_tower
+from taco_nb.text.chat_keywords import chat_keywords
 from taco_nb.training.loss import JointLoss, TacoLoss
 
 if TYPE_CHECKING:
@@ -126,7 +129,8 @@ class _Trainer:
             torch.optim.Adam(quantiles, exp.aux_learning_rate),
             loader,
         )
-        self.keywords = fit_keywords(exp, self.pairs)
+        self.keywords = fit_keywords(exp, self.pairs, data_dir)
+        self.data = training_digest(exp, self.pairs, data_dir)
         tower = text_tower(exp.text_encoder, length=exp.text_tokens, device=str(self.accelerator.device))
         self.conditioning = Conditioning(tower, exp.text_length, exp.text_pooling, self.keywords)
         if tower.dim != net.config.text_dim:
@@ -212,7 +216,7 @@ class _Trainer:
             "optimizer": self.optimizer.state_dict(),
             "aux_optimizer": self.aux_optimizer.state_dict(),
             "step": self.step,
-            "total": self.total,
+            "data": self.data,
             "rows": self.rows,
             "sums": dict(self.sums),
             "seconds": self.seconds,
@@ -235,14 +239,15 @@ class _Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.aux_optimizer.load_state_dict(state["aux_optimizer"])
             self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
-            self.sums, total = Counter(state["sums"]), state["total"]
+            self.sums, data = Counter(state["sums"]), state["data"]
         except Exception as error:  # torch and pickle each have errors of their own for a damaged file
             reason = str(error).split("\n")[0]
             raise CheckpointError(f"{path} cannot be read ({reason}). Delete it to start this run again.") from error
-        if total != self.total:
+        if data != self.data:
             raise SettingError(
-                f"The run in {self.folder} was begun with {total} steps, but would now have {self.total}: its training "
-                f"data ({self.exp.train_data}) has changed. Restore the data, or give another out_dir."
+                f"The run in {self.folder} was begun on other training data or other initial weights: the images or captions "
+                f"of {self.exp.train_data!r}, or what init={self.exp.init!r} names, have changed. Restore them, or give "
+                "another out_dir."
             )
 
     def _export(self) -> None:
@@ -296,12 +301,23 @@ def initial_net(exp: Experiment, data_dir: str | os.PathLike | None = None) -> T
     return net
 
 
-def fit_keywords(exp: Experiment, pairs: TrainPairs) -> KeywordWeights | None:
+def training_digest(exp: Experiment, pairs: TrainPairs, data_dir: str | os.PathLike | None) -> str:
+    """A digest of what a run is trained on: the images' names, their captions, and the initial weights."""
+    digest = hashlib.sha256(sha256(checkpoint.find(exp.init, data_dir)).encode() if exp.init else b"")
+    for i, name in enumerate(pairs.dataset.names):
+        digest.update(json.dumps([name, pairs.dataset.captions(i)]).encode())
+    return digest.hexdigest()
+
+
+def fit_keywords(
+    exp: Experiment, pairs: TrainPairs, data_dir: str | os.PathLike | None = None
+) -> KeywordWeights | None:
     """Keyword weights fitted on the training captions, each counted once; None where `exp` does not pool by them."""
     if exp.text_pooling == "none":
         return None
     captions = (caption for i in range(len(pairs.dataset)) for caption in pairs.dataset.captions(i))
-    return KeywordWeights.fit(captions, exp.keyword_sources, exp.keyword_weight)
+    sources = [chat_keywords(data_dir) if name == "llm" else name for name in exp.keyword_sources.split("+")]
+    return KeywordWeights.fit(captions, sources, exp.keyword_weight)
 
 
 def make_loss(exp: Experiment, device: torch.device) -> TacoLoss:
@@ -327,7 +343,10 @@ def _accelerator(device: str, precision: str) -> Any:
     if device == "cuda" and not torch.cuda.is_available():
         raise SettingError('device="cuda", but PyTorch sees no CUDA device here. Use device="auto" or "cpu".')
     AcceleratorState._reset_state(reset_partial_state=True)  # one process may train several experiments
-    return Accelerator(cpu=device == "cpu", mixed_precision="bf16" if precision == "bfloat16" else "no")
+    return Accelerator(
+        cpu=device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision="bf16" if precision == "bfloat16" else "no",
+    )
 
 
 def _finished(folder: Path, exp: Experiment) -> Run | None:

@@ -36,15 +36,20 @@ _SCRIPT = """
 """
 
 
+ROWS = 500
+"""Of a longer table only so many are shown, and a line says so; a page of thirty thousand rows is of use to nobody."""
+
+
 def sortable(table: pd.DataFrame, digits: int = 3) -> HTML:
     """`table` as HTML that sorts by the column whose heading is clicked; floats with `digits` decimals, NaN as a dash."""
     from IPython.display import HTML
 
     name = f"table-{uuid.uuid4().hex[:8]}"
     head = "".join(f'<th style="cursor:pointer" title="sort">{html.escape(str(c))}</th>' for c in table.columns)
-    rows = "".join(f"<tr>{''.join(_cell(v, digits) for v in row)}</tr>" for row in table.itertuples(index=False))
+    rows = "".join(f"<tr>{''.join(_cell(v, digits) for v in row)}</tr>" for row in table[:ROWS].itertuples(index=False))
+    more = f"<p>The first {ROWS} of {len(table)} rows.</p>" if len(table) > ROWS else ""
     return HTML(
-        f'<table id="{name}"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
+        f'<table id="{name}"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{more}'
         f"<script>{_SCRIPT.replace('ID', name)}</script>"
     )
 
