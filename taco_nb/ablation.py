@@ -15,6 +15,7 @@ from taco_nb.files import bundled
 from taco_nb.notebook import Parameters
 from taco_nb.report import COLUMNS, DATASETS
 from taco_nb.training import Run, fit
+from taco_nb.training.loop import Batches
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,8 +35,9 @@ def same_steps(baseline: Experiment, changed: Experiment, data_dir: str | None =
     Epochs differ in length where captions do in number: the published ones are five to an image, paragraphs may be one.
     """
     steps = [
-        -(-len(training_pairs(exp.train_data, exp.crop, data_dir, captions=exp.captions)) // exp.batch_size)
+        len(Batches(len(pairs), exp.batch_size, exp.seed))
         for exp in (baseline, changed)
+        for pairs in [training_pairs(exp.train_data, exp.crop, data_dir, captions=exp.captions)]
     ]
     return changed.replace(epochs=max(1, round(baseline.epochs * steps[0] / steps[1])))
 

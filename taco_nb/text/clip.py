@@ -214,7 +214,12 @@ def _load_clip(name: str) -> nn.Module:
 
     model, pretrained = name.split("/", 1)
     tag = open_clip.get_pretrained_cfg(model, pretrained)
-    path = _weights_file(tag, name) if tag else Path(pretrained).expanduser()
+    command = f"python -c \"from taco_nb.text import text_tower; text_tower('{name}')\""
+    path = (
+        weights_file(tag, f"CLIP model {name}", partial(_megabytes, name), command)
+        if tag
+        else Path(pretrained).expanduser()
+    )
     # Some configurations have the other GELU than the weights were trained with: ViT-B-32/openai is one.
     overrides = {"quick_gelu": tag.get("quick_gelu", False)} if tag else {}
     try:
@@ -227,8 +232,12 @@ def _load_clip(name: str) -> nn.Module:
         ) from error
 
 
-def _weights_file(tag: dict[str, Any], name: str) -> str:
-    """The file of a pretrained tag, from the Hugging Face cache or through open_clip's own download."""
+def weights_file(tag: dict[str, Any], what: str, megabytes: Callable[[], int], command: str) -> str:
+    """The file of a pretrained tag, from the Hugging Face cache or through open_clip's own download.
+
+    `what` the weights are of, their size and the `command` that fetches them are for the `MissingWeightsError` that is
+    raised where they are neither here nor to be fetched.
+    """
     import huggingface_hub
     import open_clip
     from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
@@ -243,10 +252,9 @@ def _weights_file(tag: dict[str, Any], name: str) -> str:
         return open_clip.download_pretrained(tag)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        command = f"python -c \"from taco_nb.text import text_tower; text_tower('{name}')\""
         raise MissingWeightsError(
-            f"The weights of the CLIP model {name} are not on this machine and could not be fetched ({reason}): "
-            f"{files[0]} of {repository} on the Hugging Face Hub, {_megabytes(name):,} MB in float32, which this "
+            f"The weights of the {what} are not on this machine and could not be fetched ({reason}): "
+            f"{files[0]} of {repository} on the Hugging Face Hub, {megabytes():,} MB in float32, which this "
             f"command fetches once there is a connection: {command}"
         ) from None
 

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from taco_nb.errors import SettingError
+from taco_nb.experiment import CHOICES
 from taco_nb.text.clip import TextTower
 from taco_nb.text.keywords import KeywordWeights, pool
 from taco_nb.text.long import tower_windows
-
-LENGTHS = ("truncate", "windows")
-POOLINGS = ("none", "keywords", "keywords-tokens")
 
 
 class Conditioning:
@@ -32,19 +30,14 @@ class Conditioning:
         pooling: str = "none",
         keywords: KeywordWeights | None = None,
     ):
-        if length not in LENGTHS or pooling not in POOLINGS:
-            raise SettingError(
-                f"text_length is one of {LENGTHS}, text_pooling of {POOLINGS}, not {length!r}, {pooling!r}."
-            )
+        for name, value in (("text_length", length), ("text_pooling", pooling)):
+            if value not in CHOICES[name]:
+                raise SettingError(f"{name} is one of {CHOICES[name]}, not {value!r}.")
         if pooling != "none" and length != "truncate":
             raise SettingError('Keyword weights need text_length="truncate": they weigh the positions of one window.')
         if pooling != "none" and keywords is None:
             raise SettingError(f'text_pooling="{pooling}" needs keyword weights, and none were given.')
         self.tower, self.length, self.pooling, self.keywords = tower, length, pooling, keywords
-
-    @property
-    def dim(self) -> int:
-        return self.tower.dim
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         captions = list(captions)

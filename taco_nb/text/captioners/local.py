@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from taco_nb.data.captioned import check_count
-from taco_nb.errors import CheckpointError, MissingWeightsError, SettingError
+from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.text.captioners.cache import Answer, CaptionCache, Question
 from taco_nb.text.captioners.captioner import Captioner, Report, Task, check_range
 
@@ -137,13 +137,21 @@ def _load(name: str, device: str) -> tuple[torch.nn.Module, Callable[[Image.Imag
     import open_clip
     import torch
 
+    from taco_nb.text.clip import weights_file
+
     model, _, pretrained = name.partition("/")
     config = open_clip.get_model_config(model) if model in open_clip.list_models() else {}
     if "multimodal_cfg" not in config:
         known = [f"{known}/{tag}" for known, tag in open_clip.list_pretrained() if known.startswith("coca")]
         raise SettingError(f"{name!r} is no CoCa model of open_clip. Known: {', '.join(known)}.")
     tag = open_clip.get_pretrained_cfg(model, pretrained)
-    path = _weights_file(tag, name, config) if tag else Path(pretrained).expanduser()
+    arguments = str((model, pretrained))
+    command = f'python -c "import open_clip as o; o.download_pretrained(o.get_pretrained_cfg{arguments})"'
+    path = (
+        Path(weights_file(tag, f"captioner {name}", partial(_megabytes, config), command))
+        if tag
+        else Path(pretrained).expanduser()
+    )
     if not tag and not path.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
         raise SettingError(f"{pretrained!r} is neither a pretrained tag of {model} ({tags}) nor a file of weights.")
@@ -158,29 +166,11 @@ def _load(name: str, device: str) -> tuple[torch.nn.Module, Callable[[Image.Imag
     return module.requires_grad_(False).eval().to(device), preprocess
 
 
-def _weights_file(tag: dict[str, Any], name: str, config: dict[str, Any]) -> Path:
-    """The file of a pretrained tag, from the Hugging Face cache or through open_clip's own download."""
-    import huggingface_hub
+def _megabytes(config: dict[str, Any]) -> int:
+    """Size in float32 of a CoCa model, without building it."""
     import open_clip
     import torch
-    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
-    repository = tag["hf_hub"].rstrip("/")
-    for file in (HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME):
-        if isinstance(cached := huggingface_hub.try_to_load_from_cache(repository, file), str):
-            return Path(cached)
-    try:
-        huggingface_hub.file_exists(repository, HF_SAFE_WEIGHTS_NAME)  # fails at once, the download only in a minute
-        return Path(open_clip.download_pretrained(tag))
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        with torch.device("meta"):
-            model = open_clip.CoCa(**{key: value for key, value in config.items() if key != "custom_text"})
-        megabytes = round(sum(weight.numel() for weight in model.parameters()) * 4e-6)
-        arguments = str(tuple(name.split("/", 1)))
-        command = f'python -c "import open_clip as o; o.download_pretrained(o.get_pretrained_cfg{arguments})"'
-        raise MissingWeightsError(
-            f"The weights of the captioner {name} are not on this machine and could not be fetched ({reason}): "
-            f"{HF_SAFE_WEIGHTS_NAME} of {repository} on the Hugging Face Hub, {megabytes:,} MB in float32, which this "
-            f"command fetches once there is a connection: {command}"
-        ) from None
+    with torch.device("meta"):
+        model = open_clip.CoCa(**{key: value for key, value in config.items() if key != "custom_text"})
+    return round(sum(weight.numel() for weight in model.parameters()) * 4e-6)
