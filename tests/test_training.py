@@ -22,7 +22,7 @@ from taco_nb.experiment import Experiment
 from taco_nb.files import REPOSITORY
 from taco_nb.model import TACO, ModelConfig
 from taco_nb.training import fit
-from taco_nb.training.loop import Batches
+from taco_nb.training.loop import Batches, learning_rate_factor
 from taco_nb.training.loss import TacoLoss
 
 SIZES = {"N": 16, "M": 24, "groups": (4, 4, 4, 4, 8), "text_dim": 64, "heads": 8, "context_widths": (16, 16)}
@@ -147,6 +147,20 @@ def test_the_learning_rate_is_scaled_to_the_length_of_the_run(whole):
     """Of 80 steps, those shares are 72 and 76.8. A row tells the rate of the last of its two steps."""
     assert list(whole.log["step"]) == list(range(2, 81, 2))
     assert list(whole.log["lr"]) == pytest.approx([1e-3] * 36 + [1e-4] * 2 + [1e-5] * 2)
+
+
+def test_the_cosine_rises_shortly_and_falls_to_zero():
+    factors = [learning_rate_factor("cosine", step, 1000) for step in range(1000)]
+    assert factors[0] == pytest.approx(1 / 10) and factors.index(max(factors)) == 9
+    assert max(factors) == pytest.approx(1, abs=1e-3) and factors[-1] < 1e-4
+    assert all(a > b for a, b in zip(factors[9:], factors[10:]))
+    assert learning_rate_factor("cosine", 0, 1) == 1  # a run of one step takes it
+
+
+def test_a_run_follows_its_schedule(pictures, tmp_path):
+    run = fit(tiny(pictures, schedule="cosine", epochs=8), tmp_path / "run", device="cpu")
+    expected = [1e-3 * learning_rate_factor("cosine", step, 40) for step in range(40)]
+    assert list(run.log["lr"]) == pytest.approx(expected)
 
 
 def test_two_optimizers_share_the_parameters_between_them(watched):

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 DECAYS = (45 / 50, 48 / 50)
 """Where the learning rate falls to a tenth, as shares of the run: the reference's epochs 45 and 48 of 50."""
+WARM_UP = 1 / 100
+"""The share of a run in which the schedule "cosine" rises from zero."""
 LOG_STEPS = 20
 """A row of the log is the mean over so many steps, or over a 40th of a short run."""
 _EXPERIMENT, _STATE, _LOG = "experiment.json", "state.pt", "log.csv"
@@ -125,8 +127,8 @@ class _Trainer:
         )
         self.net, self.optimizer, self.aux_optimizer, self.loader = self.accelerator.prepare(
             net,
-            torch.optim.Adam(others, exp.learning_rate),
-            torch.optim.Adam(quantiles, exp.aux_learning_rate),
+            torch.optim.Adam(others, exp.learning_rate, fused=True),
+            torch.optim.Adam(quantiles, exp.aux_learning_rate, fused=True),
             loader,
         )
         self.keywords = fit_keywords(exp, self.pairs, data_dir)
@@ -171,7 +173,7 @@ class _Trainer:
 
     def _train_step(self, x: torch.Tensor, captions: list[str]) -> None:
         torch.manual_seed(_mixed(self.exp.seed, self.step))  # the noise that stands for rounding
-        rate = self.exp.learning_rate * 0.1 ** sum(self.step >= share * self.total for share in DECAYS)
+        rate = self.exp.learning_rate * learning_rate_factor(self.exp.schedule, self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         out = self.net(x.contiguous(memory_format=torch.channels_last), *self.conditioning(captions))
@@ -279,6 +281,17 @@ class Batches(Sampler):
         generator = torch.Generator().manual_seed(_mixed(self.seed, self.epoch))
         order = torch.randperm(self.count, generator=generator)
         yield from (batch.tolist() for batch in order.split(self.batch_size)[self.skip :])
+
+
+def learning_rate_factor(schedule: str, step: int, total: int) -> float:
+    """The share of its highest value that the learning rate has at a step, 0 <= step < total.
+
+    "steps" falls to a tenth at each of `DECAYS`; "cosine" rises linearly over `WARM_UP`, then falls along half a period
+    (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts).
+    """
+    if schedule == "steps":
+        return 0.1 ** sum(step >= share * total for share in DECAYS)
+    return min((step + 1) / (WARM_UP * total), 1) * (1 + math.cos(math.pi * step / total)) / 2
 
 
 def _mixed(seed: int, number: int) -> int:
