@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,6 +40,7 @@ from taco_nb.model import TACO
 if TYPE_CHECKING:
     from PIL import Image
 
+    from taco_nb.model import Encoded
     from taco_nb.text import Conditioning, TextTower
 
 MAGIC = b"TACO"
@@ -127,19 +129,34 @@ class Codec:
         `DataError` for an image that cannot be read, `SettingError` for one too large or a caption that is not text,
         `CheckpointError` where the weights make no finite numbers of it.
         """
-        if not isinstance(caption, str):
-            raise SettingError(f"A caption is text, but this one is {caption!r}. An image without one takes ''.")
-        picture = to_rgb(image)
-        if not _fits(picture.width, picture.height):
+        return self.encode_batch([image], [caption])[0]
+
+    def encode_batch(self, images: Sequence[Any], captions: Sequence[str]) -> list[bytes]:
+        """A `.taco` file of each image under its caption, as `encode` takes them; the images are all of one size.
+
+        The transforms run on the batch, the entropy coder on each image by itself, since its decoder may get that file
+        alone. The latents, and so the files, may differ from those of `encode` by the rounding of a larger batch.
+        Raises what `encode` raises, and `SettingError` for images of different sizes or another number of captions.
+        """
+        for caption in captions:
+            if not isinstance(caption, str):
+                raise SettingError(f"A caption is text, but this one is {caption!r}. An image without one takes ''.")
+        pictures = [to_rgb(image) for image in images]
+        if len(pictures) != len(captions):
+            raise SettingError(f"Every image has one caption, but these are {len(pictures)} and {len(captions)}.")
+        size = _common_size("images", [picture.size for picture in pictures])
+        if not _fits(*size):
             raise SettingError(
-                f"{picture.width}x{picture.height}, padded to multiples of {MULTIPLE}, is more than the {MAX_PIXELS} "
+                f"{size[0]}x{size[1]}, padded to multiples of {MULTIPLE}, is more than the {MAX_PIXELS} "
                 "pixels a file may have. Scale the image down or cut it into parts."
             )
-        x = pad(to_tensor(picture)[None].to(self.device))
+        x = pad(torch.stack([to_tensor(picture) for picture in pictures]).to(self.device))
         with torch.inference_mode():
-            y = self.net.g_a(x.contiguous(memory_format=torch.channels_last), *self.conditioning([caption]))
-        coded = self.net.encode_latents(y)
-        size = _leb128(picture.width) + _leb128(picture.height)
+            y = self.net.g_a(x.contiguous(memory_format=torch.channels_last), *self.conditioning(captions))
+        return [self._file(size, self.net.encode_latents(latents)) for latents in y.split(1)]
+
+    def _file(self, size: tuple[int, int], coded: Encoded) -> bytes:
+        size = _leb128(size[0]) + _leb128(size[1])
         head = MAGIC + bytes([VERSION]) + self.fingerprint + size + _leb128(len(coded.z_string))
         body = head + _latents_crc(size, coded.y_hat).to_bytes(4, "little") + coded.z_string + coded.y_string
         return body + zlib.crc32(body).to_bytes(4, "little")
@@ -152,10 +169,26 @@ class Codec:
         """
         return to_image(self.decode_tensor(data))
 
-    @torch.inference_mode()
     def decode_tensor(self, data: bytes | str | os.PathLike) -> Tensor:
         """As `decode`, but x_hat itself: float32 (3, height, width), neither clamped nor rounded."""
-        header, z_string, y_string = read_header(data)
+        return self.decode_batch([data])[0]
+
+    @torch.inference_mode()
+    def decode_batch(self, files: Sequence[bytes | str | os.PathLike]) -> list[Tensor]:
+        """As `decode_tensor` for several files of pictures of one size, whose synthesis runs as one batch.
+
+        Raises what `decode` raises, and `SettingError` for pictures of different sizes.
+        """
+        parts = [read_header(data) for data in files]
+        width, height = _common_size("files", [(header.width, header.height) for header, _, _ in parts])
+        y_hat = torch.cat([self._latents(*part) for part in parts])
+        x_hat = self.net.g_s(y_hat.contiguous(memory_format=torch.channels_last))
+        if not torch.isfinite(x_hat).all():
+            raise DamagedFileError("The latents decode to a picture of values that are not finite: forged.")
+        return [picture.contiguous() for picture in x_hat[:, :, :height, :width]]
+
+    def _latents(self, header: Header, z_string: bytes, y_string: bytes) -> Tensor:
+        """y_hat (1, M, h, w), the very numbers that the encoder had."""
         if header.fingerprint != self.fingerprint:
             raise WrongWeightsError(
                 f"This file was written with the weights {header.fingerprint.hex()}, but this codec"
@@ -173,10 +206,7 @@ class Codec:
             raise drift from error
         if _latents_crc(_leb128(header.width) + _leb128(header.height), y_hat) != header.latents_crc:
             raise drift
-        x_hat = self.net.g_s(y_hat.contiguous(memory_format=torch.channels_last))
-        if not torch.isfinite(x_hat).all():
-            raise DamagedFileError("The latents decode to a picture of values that are not finite: forged.")
-        return x_hat[0, :, : header.height, : header.width].contiguous()
+        return y_hat
 
 
 def read_header(data: bytes | str | os.PathLike) -> tuple[Header, bytes, bytes]:
@@ -244,6 +274,13 @@ def load(
 def _fits(width: int, height: int) -> bool:
     """Whether an image is small enough for a file; padding counts, since a line of one pixel is padded to 64."""
     return -(-width // MULTIPLE) * -(-height // MULTIPLE) * MULTIPLE**2 <= MAX_PIXELS
+
+
+def _common_size(what: str, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    if len(set(sizes)) != 1:
+        found = ", ".join(f"{width}x{height}" for width, height in dict.fromkeys(sizes)) or "none at all"
+        raise SettingError(f"The {what} of a batch show pictures of one size, but these are {found}.")
+    return sizes[0]
 
 
 def _latents_crc(size: bytes, y_hat: Tensor) -> int:

@@ -162,6 +162,56 @@ def test_the_layout_is_the_documented_one(file):
     assert forge(file) == file
 
 
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_its_images(tiny_codec):
+    images, captions = [picture(100, 70, seed) for seed in range(3)], ["", "a red barn", CAPTION]
+    files = tiny_codec.encode_batch(images, captions)
+    together = tiny_codec.decode_batch(files)
+    assert len(files) == len(together) == 3
+    for image, caption, data, x_hat in zip(images, captions, files, together):
+        assert read_header(data)[0][:3] == read_header(tiny_codec.encode(image, caption))[0][:3]
+        alone = tiny_codec.decode_tensor(data)
+        assert alone.shape == (3, 70, 100) and alone.dtype == x_hat.dtype == torch.float32
+        assert (x_hat - alone).abs().max() < 1e-5
+        with torch.inference_mode():
+            expected = tiny_codec.net(pad(to_tensor(image)[None]), tiny_codec.tower([caption]))["x_hat"][
+                0, :, :70, :100
+            ]
+        assert (alone - expected).abs().max() < 1e-4
+
+
+def test_captions_of_different_lengths_share_a_batch():
+    codec = Codec(make_net(), "untrained-16", 8, text_length="windows")
+    images, captions = [picture(), picture()], ["a barn", "word " * 200]
+    for data, image, caption in zip(codec.encode_batch(images, captions), images, captions):
+        alone = codec.encode(image, caption)
+        assert (codec.decode_tensor(data) - codec.decode_tensor(alone)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "images, captions, said",
+    [([(64, 64), (64, 65)], ["", ""], "one size, but these are 64x64, 64x65"), ([], [], "none at all"),
+     ([(64, 64)], ["", ""], "1 and 2"), ([(64, 64)] * 2, ["", None], "caption is text")],
+)  # fmt: skip
+def test_a_batch_that_is_none_is_refused(tiny_codec, images, captions, said):
+    with pytest.raises(SettingError, match=said):
+        tiny_codec.encode_batch([picture(*size) for size in images], captions)
+
+
+def test_files_of_different_sizes_are_no_batch(tiny_codec, file):
+    with pytest.raises(SettingError, match="files .* one size, but these are 64x64, 63x64"):
+        tiny_codec.decode_batch([file, tiny_codec.encode(picture(63, 64), CAPTION)])
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: forge(data, fingerprint=b"none"),
+                                    lambda data: forge(data, latents_crc=0)])  # fmt: skip
+def test_one_bad_file_of_a_batch_is_an_error(tiny_codec, file, damage):
+    with pytest.raises(BitstreamError):
+        tiny_codec.decode_batch([file, damage(file)])
+
+
 # Errors --------------------------------------------------------------------------------------------------------------
 
 
