@@ -19,8 +19,9 @@ demo: $(INSTALLED)
 	@for notebook in notebooks/*.ipynb; do \
 		echo "== $$notebook"; \
 		$(BIN)/papermill $$notebook $(OUT)/$$(basename $$notebook) -p profile sample -p out_dir $(OUT)/runs || exit 1; \
+		$(BIN)/python -m taco_nb.export $(OUT)/$$(basename $$notebook) || exit 1; \
 	done
-	@echo "The executed notebooks are in $(OUT)/. Open them with: make lab"
+	@echo "The executed notebooks are in $(OUT)/: as notebooks (make lab opens them), and as HTML for any browser."
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile

@@ -1,0 +1,201 @@
+"""An executed notebook as one HTML file that opens without a network: `python -m taco_nb.export out/01_baseline.ipynb`.
+
+nbconvert lays the page out. What its page would fetch is brought along or made needless: plotly's script is embedded once,
+formulas become MathML, which browsers set by themselves, and a widget, which needs a kernel, is replaced by the static
+picture that it also yields.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from taco_nb.errors import DataError, TacoError
+from taco_nb.files import atomic_write
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+_PLOTLY, _WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
+_PICTURES = ("image/png", "image/jpeg")  # lossless where a picture comes as both
+_PLOTLY_SCRIPT = re.compile(
+    r"<script[^>]*>\s*/\*\*\s*\* plotly\.js v\d.*?</script>", re.DOTALL
+)  # of its notebook renderer
+_SCRIPT = re.compile(r"<script.*?</script>", re.DOTALL)
+_TEMPLATE = """{%- extends 'index.html.j2' -%}
+{%- block html_head_js_requirejs -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}{%- endblock -%}
+{%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block html_head_js -%}{{ resources.plotly_script }}{%- endblock -%}
+{%- block html_head_css -%}
+<style>.jp-OutputArea-output, .jp-InputArea-editor, .jp-InputArea-editor pre {overflow-x: auto}</style>
+{%- endblock -%}
+{%- block data_latex scoped -%}
+<div class="jp-RenderedHTMLCommon jp-OutputArea-output">{{ output.data['text/latex'] | markdown2html }}</div>
+{%- endblock -%}
+"""
+_FETCHING = (
+    "script[src], link[href], img[src], source[src], video[src], audio[src], iframe[src], embed[src], object[data]"
+)
+_FETCHING_CSS = re.compile(r"""@import\s|url\(\s*["']?(?!data:|#)""")
+
+
+def export_html(notebook_path: str | os.PathLike, html_path: str | os.PathLike | None = None) -> Path:
+    """Write the executed notebook as one HTML file, beside it unless `html_path` says where, and return that file's path.
+
+    Figures stay interactive; pictures have alt texts, their own (`IPython.display.Image(..., alt=...)`) or the heading they
+    stand under.
+    Raises `DataError` for a file that is no notebook, a formula that cannot be turned into MathML, and a page that would
+    fetch something, each named; whatever stood at `html_path` is then untouched.
+    """
+    import nbformat
+
+    source = Path(notebook_path)
+    target = source.with_suffix(".html") if html_path is None else Path(html_path)
+    try:
+        notebook = nbformat.read(source, as_version=4)
+    except FileNotFoundError:
+        raise DataError(f"There is no notebook {source}.") from None
+    except Exception as error:  # nbformat passes on whatever JSON and its schema raise
+        raise DataError(f"{source} cannot be read as a notebook: {str(error).splitlines()[0]}") from None
+    try:
+        page = _page(notebook, source)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
+    with atomic_write(target, "w") as file:
+        file.write(page)
+    return target
+
+
+def _page(notebook: NotebookNode, source: Path) -> str:
+    import bs4
+
+    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    script = ""
+    if any(_PLOTLY in data or "Plotly.newPlot" in data.get("text/html", "") for data in outputs):
+        from plotly.offline import get_plotlyjs
+
+        script = f"<script>{get_plotlyjs()}</script>"
+    headings = _prepare(notebook)
+    notebook.metadata["title"] = headings[0] if headings else source.stem
+    notebook.metadata.pop("widgets", None)
+    resources = {"metadata": {"name": source.stem, "path": str(source.resolve().parent)}, "plotly_script": script}
+    page, _ = _exporter().from_notebook_node(notebook, resources)
+    _refuse_fetching(bs4.BeautifulSoup(page, "html.parser"))
+    return page
+
+
+def _prepare(notebook: NotebookNode) -> list[str]:
+    """Leave in each output what a page without kernel and network can show; returns the notebook's headings."""
+    headings: list[str] = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            found = re.findall(r"^#+\s+(.+?)\s*$", cell.source, re.MULTILINE)
+            headings += [re.sub(r"[`*$\\]", "", heading) for heading in found]
+        elif cell.cell_type == "code":
+            where = headings[-1] if headings else "picture"
+            cell.outputs = [kept for output in cell.outputs for kept in _static(output, where)]
+    return headings
+
+
+def _static(output: NotebookNode, where: str) -> Iterator[NotebookNode]:
+    data = output.get("data", {})
+    if _PLOTLY in data:
+        data = output.data = {"text/html": _figure(data[_PLOTLY], where)}
+    elif _WIDGET in data:
+        del data[_WIDGET]
+        if data.keys() <= {"text/plain"}:
+            return  # a progress bar, or another whose text is the name of a Python class
+    elif _PLOTLY_SCRIPT.search(data.get("text/html", "")):
+        data["text/html"] = _PLOTLY_SCRIPT.sub("", data["text/html"])
+        if not _SCRIPT.sub("", data["text/html"]).strip():
+            return
+    if "text/html" not in data:
+        svg, kind = data.get("image/svg+xml"), next((kind for kind in _PICTURES if kind in data), "")
+        alt = html.escape(output.get("metadata", {}).get(kind, {}).get("alt", where), quote=True)
+        if svg:  # in the page itself, so that its text can be searched and read aloud
+            output.data = {"text/html": f'<div role="img" aria-label="{alt}">{svg[svg.index("<svg") :]}</div>'}
+        elif kind:
+            code = data[kind].replace("\n", "")
+            output.data = {"text/html": f'<img alt="{alt}" src="data:{kind};base64,{code}"/>'}
+    yield output
+
+
+def _figure(figure: dict[str, Any], where: str) -> str:
+    from plotly.io import to_html
+
+    title = figure.get("layout", {}).get("title", {}).get("text") or where
+    code = to_html(
+        {"data": figure.get("data", []), "layout": figure.get("layout", {})},
+        include_plotlyjs=False, include_mathjax=False, full_html=False, default_width="100%", validate=False,
+    )  # fmt: skip
+    return f'<div role="figure" aria-label="{html.escape(title, quote=True)}">{code}</div>'
+
+
+def _exporter() -> Any:
+    from jinja2 import pass_context
+    from math_core import LatexError, LatexToMathML
+    from nbconvert import HTMLExporter
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+    def mathml(code: str, block: bool) -> str:
+        try:
+            return LatexToMathML(fancy_error=False).convert_with_local_state(code.strip(), displaystyle=block)
+        except LatexError as error:
+            raise DataError(f"the formula {code.strip()!r} cannot be turned into MathML: {error}") from None
+
+    class Renderer(IPythonRenderer):
+        def block_math(self, body: str) -> str:
+            return mathml(body, True)
+
+        def inline_math(self, body: str) -> str:
+            return mathml(body, False)
+
+        def latex_environment(self, name: str, body: str) -> str:
+            return mathml(f"\\begin{{{name}}}{body}\\end{{{name}}}", True)
+
+    class Exporter(HTMLExporter):
+        raw_template = _TEMPLATE
+
+        @pass_context
+        def markdown2html(self, context: Any, source: str) -> str:
+            renderer = Renderer(
+                escape=False,
+                attachments=context.get("cell", {}).get("attachments", {}),
+                embed_images=True,
+                path=context["resources"]["metadata"]["path"],
+                exclude_anchor_links=True,
+            )
+            return MarkdownWithMath(renderer=renderer).render(source)
+
+    return Exporter()
+
+
+def _refuse_fetching(page: Any) -> None:
+    addresses = [tag.get("src") or tag.get("href") or tag.get("data") for tag in page.select(_FETCHING)]
+    addresses = [address for address in addresses if not address.startswith("data:")]
+    addresses += [style.string for style in page("style") if _FETCHING_CSS.search(style.string or "")]
+    if addresses:
+        raise DataError(f"the page would fetch {addresses[0][:200]!r}, and could not without a network. Embed it.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m taco_nb.export", description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("notebook", nargs="+", help="an executed notebook; name.html is written beside it")
+    try:
+        for notebook in parser.parse_args(arguments).notebook:
+            print(export_html(notebook))
+    except TacoError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
