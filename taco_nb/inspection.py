@@ -80,6 +80,19 @@ def text_contribution(codec: Codec, image: Any, caption: str) -> Tensor:
     return added[0].T.unflatten(1, (x.shape[2] // 4, x.shape[3] // 4)).float().cpu()
 
 
+@torch.inference_mode()
+def bit_map(codec: Codec, image: Any, caption: str) -> Tensor:
+    """Where the bits of a file go: those of each 16 x 16 pixels, (height / 16, width / 16), padding included.
+
+    The sum over channels of -log2 of the likelihoods that the entropy coder works with, so that the map adds up to nearly
+    the file's strings. A position of z, the side information, covers 64 x 64 pixels, and its bits are spread evenly.
+    """
+    x = pad(to_tensor(to_rgb(image))[None].to(codec.device))
+    likelihoods = codec.net(x, *codec.conditioning([caption]))["likelihoods"]
+    y, z = (-likelihoods[name].log2().sum(dim=1)[0].float().cpu() for name in ("y", "z"))
+    return y + z.repeat_interleave(4, 0).repeat_interleave(4, 1) / 16
+
+
 def word_positions(tower: TextTower, caption: str, letters: int = 4) -> dict[str, int]:
     """The words of at least so many letters, each with the position of its first token, as far as the tower reads."""
     starts = {span[0]: at for at, span in enumerate(tower.spans(caption)) if span and span[1] > span[0]}

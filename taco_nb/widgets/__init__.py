@@ -1,6 +1,7 @@
 """What the notebooks show; each also draws itself as a plain picture or plain HTML, without a kernel or a network."""
 
 from taco_nb.widgets.attention import attention_maps, shaded_caption, spectrum
+from taco_nb.widgets.compare import compare
 from taco_nb.widgets.diagram import encoder_diagram
 from taco_nb.widgets.figures import rate_distortion, training_curves
 from taco_nb.widgets.pictures import side_by_side
@@ -8,6 +9,7 @@ from taco_nb.widgets.table import sortable
 
 __all__ = [
     "attention_maps",
+    "compare",
     "encoder_diagram",
     "rate_distortion",
     "shaded_caption",

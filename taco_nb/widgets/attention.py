@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from taco_nb.inspection import Attention, energy
+from taco_nb.widgets.heat import COLD, HOT
 from taco_nb.widgets.pictures import side_by_side
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
     from taco_nb.text.keywords import Word
-
-_COLD, _HOT = np.array((20, 24, 60)), np.array((255, 214, 90))  # apart in lightness too, for eyes that see no hue
 
 
 def attention_maps(
@@ -47,7 +46,7 @@ def _overlay(grey: np.ndarray, field: Tensor, size: tuple[int, int]) -> Image.Im
     padded = tuple(-(-side // 64) * 64 for side in size)
     scaled = Image.fromarray((field.numpy() * 255).astype(np.uint8)).resize(padded, Image.Resampling.BICUBIC)
     heat = np.asarray(scaled.crop((0, 0, *size)).resize(grey.shape[1::-1]), dtype=np.float32)[..., None] / 255
-    colour = _COLD + heat * (_HOT - _COLD)
+    colour = COLD + heat * (HOT - COLD)
     return Image.fromarray((colour * (0.35 + 0.65 * grey)).astype(np.uint8))
 
 
