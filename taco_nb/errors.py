@@ -13,6 +13,10 @@ class DataError(TacoError, ValueError):
     """A data set, an image or a captions file is missing, unreadable or inconsistent; the message names the file."""
 
 
+class DownloadError(TacoError, RuntimeError):
+    """A file could not be fetched: no network, no room, or not the file that was expected; the message says which."""
+
+
 class MissingWeightsError(TacoError, RuntimeError):
     """Pretrained weights are not on this machine and could not be fetched; the message names file, size and command."""
 

@@ -20,9 +20,10 @@ from taco_nb.data.images import to_image, to_tensor
 from taco_nb.errors import SettingError
 from taco_nb.files import atomic_write
 from taco_nb.metrics.distortion import distortion
-from taco_nb.metrics.perception import ALEXNET_BYTES, ALEXNET_COMMAND, Lpips, alexnet_path
+from taco_nb.metrics.perception import Lpips
 from taco_nb.metrics.rate import bpp
 from taco_nb.peers import PeerResult, available_peers, match_bpp, peer_curve
+from taco_nb.pretrained import ALEXNET
 from taco_nb.provenance import provenance
 
 if TYPE_CHECKING:
@@ -139,9 +140,8 @@ def find_lpips() -> Lpips | None:
 
     An evaluation downloads nothing: it may run where there is no network, and 244 MB are nobody's to spend unasked.
     """
-    path = alexnet_path()
-    if not path.exists():
-        print(f"Without LPIPS: {path} is not there ({ALEXNET_BYTES:,} bytes). To have it, run: {ALEXNET_COMMAND}")
+    if ALEXNET.path is None:
+        print(f"Without LPIPS: {ALEXNET.missing}")
         return None
     return Lpips()
 

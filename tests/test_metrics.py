@@ -17,8 +17,9 @@ from scipy.interpolate import CubicHermiteSpline
 
 from taco_nb.errors import MissingWeightsError, SettingError
 from taco_nb.metrics.distortion import distortion, ms_ssim, psnr
-from taco_nb.metrics.perception import ALEXNET_BYTES, ALEXNET_FILE, Lpips
+from taco_nb.metrics.perception import Lpips
 from taco_nb.metrics.rate import bd_quality, bd_rate, bpp
+from taco_nb.pretrained import ALEXNET
 
 CODECS = json.loads(
     (Path(__file__).resolve().parents[1] / "data/reference/kodak_published_rd.json").read_text(encoding="utf-8")
@@ -373,7 +374,8 @@ except MissingWeightsError as error:
     )
     assert done.returncode == 0, done.stderr
     message = done.stdout.split("REFUSED ")[1]
-    for part in (ALEXNET_FILE, "244,408,911 bytes", str(tmp_path / "hub" / "checkpoints"), "refused", "run: python -c"):
+    file = str(tmp_path / "hub" / "checkpoints" / ALEXNET.file.name)
+    for part in (file, "244,408,911 bytes", "refused", "run: python -m taco_nb.data fetch alexnet"):
         assert part in message
     assert "Setting up" not in done.stdout and "deprecated" not in done.stderr
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -384,21 +386,26 @@ def test_a_backbone_in_the_cache_is_loaded_without_a_word(tmp_path, monkeypatch,
     import torchvision
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    file = tmp_path / "hub" / "checkpoints" / ALEXNET_FILE
+    file = tmp_path / "hub" / "checkpoints" / ALEXNET.file.name
     file.parent.mkdir(parents=True)
     weights = torchvision.models.alexnet().state_dict()
     torch.save(weights, file, _use_new_zipfile_serialization=False)
-    os.truncate(file, ALEXNET_BYTES)
+    os.truncate(file, ALEXNET.size)
     lpips = Lpips()
     file.unlink()
     assert torch.equal(lpips.model.net.slice5[0].bias, weights["features.10.bias"])
     assert capfd.readouterr() == ("", "") and not recwarn.list
 
 
-def test_half_a_backbone_is_named(tmp_path, monkeypatch):
+def test_half_a_backbone_is_named_and_stays_until_a_whole_one_is_there(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    half = tmp_path / "hub" / "checkpoints" / ALEXNET_FILE
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    half = tmp_path / "hub" / "checkpoints" / ALEXNET.file.name
     half.parent.mkdir(parents=True)
     half.write_bytes(b"x" * 1000)
-    with pytest.raises(MissingWeightsError, match=f"{ALEXNET_BYTES:,}.*has 1,000 bytes. Delete it and run"):
+    with pytest.raises(
+        MissingWeightsError, match="244,408,911.*has 1,000 bytes and cannot be whole.*refused.*run: python"
+    ):
         Lpips()
+    assert half.read_bytes() == b"x" * 1000

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import math
-import socket
 import warnings
-from http.client import HTTPException
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from taco_nb.errors import MissingWeightsError, SettingError
+from taco_nb.errors import SettingError
+from taco_nb.pretrained import ALEXNET
 
-ALEXNET_FILE, ALEXNET_BYTES = "alexnet-owt-7be5be79.pth", 244_408_911
-ALEXNET_COMMAND = "python -c \"import torchvision; torchvision.models.alexnet(weights='IMAGENET1K_V1')\""
 MIN_SIDE = 31  # below this AlexNet's second pooling has nothing left to pool
 
 
@@ -25,8 +21,8 @@ class Lpips:
     values the paper and the report print are another, smaller quantity. Both are kept, under names that differ:
     `lpips` follows the library (`convention="pm1"`), `lpips_01` follows TACO (`convention="01"`).
 
-    `model` is an `lpips.LPIPS` to use in place of the pretrained one. Without it the backbone comes from torchvision's
-    own download; raises `MissingWeightsError` where it is neither on the machine nor to be fetched.
+    `model` is an `lpips.LPIPS` to use in place of the pretrained one. Without it the backbone is torchvision's, fetched
+    where it is not on this machine; raises `MissingWeightsError` where that fails.
     """
 
     def __init__(self, device: str | torch.device = "cpu", model: nn.Module | None = None):
@@ -66,31 +62,11 @@ class Lpips:
         return self.model(x_hat, x, normalize=convention == "pm1").flatten()
 
 
-def alexnet_path() -> Path:
-    """Where torchvision keeps AlexNet's weights on this machine, or would."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE
-
-
 def _pretrained() -> nn.Module:
-    """The calibrated `lpips.LPIPS(net="alex")`; torchvision fetches its backbone unless torch's cache has it."""
+    """The calibrated `lpips.LPIPS(net="alex")`, whose backbone torchvision finds in torch's cache."""
     import lpips
 
-    path = alexnet_path()
-    wanted = f"LPIPS needs AlexNet's weights, {ALEXNET_FILE} ({ALEXNET_BYTES:,} bytes)"
-    if path.exists() and path.stat().st_size != ALEXNET_BYTES:
-        raise MissingWeightsError(
-            f"{wanted}, but {path} has {path.stat().st_size:,} bytes. Delete it and run: {ALEXNET_COMMAND}"
-        )
-    patience = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)  # torch.hub sets none, and would wait for ever behind a firewall that drops packets
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # lpips 0.1.4 calls torchvision by arguments that are deprecated
-            return lpips.LPIPS(net="alex", verbose=False)
-    except (OSError, RuntimeError, HTTPException) as error:
-        raise MissingWeightsError(
-            f"{wanted}: not found at {path}, and the download failed ({error}). "
-            f"With a network, run: {ALEXNET_COMMAND} (or copy the file there from a machine that has it)."
-        ) from error
-    finally:
-        socket.setdefaulttimeout(patience)
+    ALEXNET.fetch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lpips 0.1.4 calls torchvision by arguments that are deprecated
+        return lpips.LPIPS(net="alex", verbose=False)

@@ -13,7 +13,6 @@ same, since TACO's adapter attends to them too.
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
@@ -23,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from taco_nb.errors import CheckpointError, MissingWeightsError, SettingError
+from taco_nb.errors import CheckpointError, SettingError
+from taco_nb.pretrained import weights_file
 
 if TYPE_CHECKING:
     from open_clip import SimpleTokenizer
@@ -230,33 +230,6 @@ def _load_clip(name: str) -> nn.Module:
             f"The weights {path} cannot be loaded into {model}: the file is damaged or belongs to another model. "
             "Delete it and fetch it again, or name the model that it was made for."
         ) from error
-
-
-def weights_file(tag: dict[str, Any], what: str, megabytes: Callable[[], int], command: str) -> str:
-    """The file of a pretrained tag, from the Hugging Face cache or through open_clip's own download.
-
-    `what` the weights are of, their size and the `command` that fetches them are for the `MissingWeightsError` that is
-    raised where they are neither here nor to be fetched.
-    """
-    import huggingface_hub
-    import open_clip
-    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-
-    repository, file = os.path.split(tag["hf_hub"])
-    files = [str(Path(file).with_suffix(".safetensors")), file] if file else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
-    for file in files:
-        if isinstance(cached := huggingface_hub.try_to_load_from_cache(repository, file), str):
-            return cached
-    try:
-        huggingface_hub.file_exists(repository, files[0])  # fails at once, where the download retries for a minute
-        return open_clip.download_pretrained(tag)
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise MissingWeightsError(
-            f"The weights of the {what} are not on this machine and could not be fetched ({reason}): "
-            f"{files[0]} of {repository} on the Hugging Face Hub, {megabytes():,} MB in float32, which this "
-            f"command fetches once there is a connection: {command}"
-        ) from None
 
 
 def _megabytes(name: str) -> int:

@@ -137,7 +137,7 @@ def _load(name: str, device: str) -> tuple[torch.nn.Module, Callable[[Image.Imag
     import open_clip
     import torch
 
-    from taco_nb.text.clip import weights_file
+    from taco_nb.pretrained import weights_file
 
     model, _, pretrained = name.partition("/")
     config = open_clip.get_model_config(model) if model in open_clip.list_models() else {}

@@ -1,0 +1,158 @@
+"""Files from the web: resumed where they stopped, checked before they are trusted, under their name only when whole."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+from taco_nb.errors import DownloadError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+PATIENCE = 60  # seconds without a byte
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file on the web: its address, its size in bytes, and the checksums that it must have, "md5:… sha256:…".
+
+    `vouched` says where size and checksums were published. Without any, a file of the right size is taken as it comes.
+    """
+
+    url: str
+    size: int
+    checksums: str = ""
+    vouched: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[-1]
+
+
+def download(remote: Remote, path: Path) -> str:
+    """Fetch a file to `path`, and give its SHA-256; whatever stood there before is replaced by the whole file only.
+
+    Until then the bytes gather beside it in `.<name>.part`, and the next call, after a kill too, goes on from there with
+    a Range request, or from the start where the server knows none. A connection that breaks is taken up again as long
+    as that brings further bytes. Raises `DownloadError` where the file cannot be had, or is another one.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        while (had := _size(part)) < remote.size:
+            try:
+                _transfer(remote, part)
+            except OSError as error:  # those of requests are too
+                if error.errno in FULL or _size(part) <= had:
+                    raise
+        found = _digests(part, {"sha256", *(word.partition(":")[0] for word in remote.checksums.split())})
+        wrong = [word for word in remote.checksums.split() if word not in found]
+        if wrong or _size(part) != remote.size:
+            part.unlink()
+            raise DownloadError(
+                f"What came from {remote.url} is not the file that was expected: {' and '.join(wrong) or remote.size}, "
+                f"but it has {', '.join(sorted(found))}. It was deleted. Try again; if that does not help, the file has "
+                "changed at its source, or a proxy answers in its place."
+            )
+        os.replace(part, path)
+    except OSError as error:
+        kept = f" What has come so far, {shown(_size(part))}, is kept: the same command goes on."
+        if not _size(part):
+            part.unlink(missing_ok=True)
+            kept = ""
+        reason = f"the disk or quota of {path.parent} is full" if error.errno in FULL else _reason(error)
+        raise DownloadError(f"{remote.url} ({shown(remote.size)}) could not be fetched: {reason}.{kept}") from error
+    return next(word for word in found if word.startswith("sha256:"))
+
+
+def check_room(needs: Iterable[tuple[Path, int]]) -> None:
+    """Raise `DownloadError` unless the disks have room for all bytes that are needed, given per folder."""
+    disks: dict[int, tuple[Path, int]] = {}
+    for folder, size in needs:
+        folder = folder.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        disk = folder.stat().st_dev
+        disks[disk] = (folder, disks.get(disk, (folder, 0))[1] + size)
+    for folder, size in disks.values():
+        if size > (free := shutil.disk_usage(folder).free):
+            raise DownloadError(
+                f"The disk of {folder} has {shown(free)} free, but {shown(size)} are needed, unpacking included: nothing "
+                "was fetched. Make room, or let TACO_NB_DATA name a folder on a larger disk."
+            )
+
+
+def shown(size: int) -> str:
+    """A number of bytes as people say it: "13.5 GB"."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {name}" if size < 10 * unit else f"{size / unit:.0f} {name}"
+    return f"{size} bytes"
+
+
+def _transfer(remote: Remote, part: Path) -> None:
+    """One request, for what `part` lacks."""
+    from pooch import HTTPDownloader
+    from tqdm.auto import tqdm
+
+    had = _size(part)
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={had}-"} if had else {})
+    bar = tqdm(total=remote.size, initial=had, desc=remote.name, unit="B", unit_scale=True, unit_divisor=1000)
+    with open(part, "ab") as file, bar:
+
+        def begin(response, **_) -> None:
+            if not response.ok or response.is_redirect:
+                return
+            start = had if response.status_code == 206 else 0
+            if start < had:  # a server without Range begins again, and so must we
+                file.truncate(0)
+                bar.reset()
+            length = int(response.headers.get("Content-Length", remote.size - start))
+            if start + length != remote.size:
+                raise DownloadError(
+                    f"{remote.url} has {start + length:,} bytes, not {remote.size:,}: the file has changed at its source, "
+                    "or a proxy answers in its place."
+                )
+
+        def write(chunk: bytes) -> None:
+            if file.tell() + len(chunk) > remote.size:
+                raise DownloadError(f"{remote.url} sends more than its {remote.size:,} bytes.")
+            file.write(chunk)
+            bar.update(len(chunk))
+
+        fetch = HTTPDownloader(chunk_size=1 << 20, headers=headers, hooks={"response": begin}, timeout=PATIENCE)
+        fetch(remote.url, SimpleNamespace(write=write, flush=file.flush), None)
+
+
+def _digests(path: Path, algorithms: Iterable[str]) -> set[str]:
+    """Checksums of a file as "algorithm:hexadecimal", in one pass, which is also the last that waits for the disk."""
+    from tqdm.auto import tqdm
+
+    digests = [hashlib.new(name, usedforsecurity=False) for name in algorithms]
+    bar = tqdm(total=_size(path), desc=f"checking {path.name}", unit="B", unit_scale=True, leave=False, delay=2)
+    with open(path, "r+b") as file, bar:
+        os.fsync(file.fileno())
+        while block := file.read(1 << 20):
+            for digest in digests:
+                digest.update(block)
+            bar.update(len(block))
+    return {f"{digest.name}:{digest.hexdigest()}" for digest in digests}
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _reason(error: BaseException) -> str:
+    """What lies at the bottom of an error, without the layers of libraries around it."""
+    response = getattr(error, "response", None)
+    if response is not None:
+        return f"the server answers {response.status_code} {response.reason}"
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return str(error).rstrip(".") or type(error).__name__

@@ -1,0 +1,73 @@
+"""Pretrained networks: known by name, found where their libraries keep them, and missing in one line otherwise."""
+
+import pytest
+
+from taco_nb.pretrained import ALEXNET, CLIP_B32, CLIP_L14, EN_CORE_WEB_SM, INCEPTION, PRETRAINED, SpacyModel
+
+CHECKPOINTS = (ALEXNET, INCEPTION)
+
+
+@pytest.mark.parametrize("network", PRETRAINED.values(), ids=list(PRETRAINED))
+def test_every_network_says_what_it_is_for_and_how_to_get_it(network):
+    assert PRETRAINED[network.name] is network and network.use and network.size > 10**7
+    assert network.missing.endswith(f"run: python -m taco_nb.data fetch {network.name}")
+    assert str(network.home) in network.missing
+
+
+def test_sizes_of_clip_are_those_of_its_parameters():
+    """About, that is: a file of weights is a little larger than its weights."""
+    import open_clip
+    import torch
+
+    for network in (CLIP_B32, CLIP_L14):
+        with torch.device("meta"):
+            clip = open_clip.CLIP(**open_clip.get_model_config(network.name.split("/")[0]))
+        assert network.size == pytest.approx(sum(weight.numel() for weight in clip.parameters()) * 4, rel=1e-3)
+
+
+def test_files_of_torch_hub_are_those_their_libraries_look_for():
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+    from torchvision.models import AlexNet_Weights
+
+    assert (ALEXNET.url, INCEPTION.url) == (AlexNet_Weights.IMAGENET1K_V1.url, URL_INCEPTION_V3)
+    for network in CHECKPOINTS:  # torch.hub has the first digits of the checksum in the name
+        assert network.file.stem.rsplit("-", 1)[1] == network.sha256[:8] and len(network.sha256) == 64
+
+
+@pytest.mark.parametrize("network", CHECKPOINTS, ids=lambda network: network.name)
+def test_half_a_file_is_not_there(network, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert network.path is None and "is not there" in network.missing
+    network.home.mkdir(parents=True)
+    with open(network.file, "wb") as file:
+        file.truncate(network.size - 1)
+        assert network.path is None and f"has {network.size - 1:,} bytes" in network.missing
+        file.truncate(network.size)
+    assert network.path == network.file
+
+
+@pytest.mark.parametrize("network", [CLIP_B32, CLIP_L14], ids=lambda network: network.name)
+def test_clip_is_found_in_the_cache_of_the_hub(network, tmp_path, monkeypatch):
+    import huggingface_hub
+    import open_clip
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert network.path is None and str(tmp_path) in network.missing
+    repository = open_clip.get_pretrained_cfg(*network.name.split("/"))["hf_hub"].strip("/")
+    folder = tmp_path / f"models--{repository.replace('/', '--')}"
+    for name, content in (("refs/main", "abc"), ("snapshots/abc/open_clip_model.safetensors", "weights")):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text(content)
+    assert network.path == network.fetch() == folder / "snapshots" / "abc" / "open_clip_model.safetensors"
+
+
+def test_a_spacy_model_is_a_package(tmp_path, monkeypatch):
+    import spacy
+
+    assert (EN_CORE_WEB_SM.path is not None) == spacy.util.is_package(EN_CORE_WEB_SM.name)
+    model = SpacyModel("en_pretrained_test_sm", "a test", 1)
+    assert model.path is None
+    (tmp_path / model.name).mkdir()
+    (tmp_path / model.name / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert model.path == model.fetch() == tmp_path / model.name
