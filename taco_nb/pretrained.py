@@ -102,9 +102,9 @@ class Clip(Pretrained):
 
     @property
     def home(self) -> Path:
-        import huggingface_hub
+        from huggingface_hub import constants
 
-        return Path(huggingface_hub.constants.HF_HUB_CACHE)
+        return Path(constants.HF_HUB_CACHE)
 
     @property
     def path(self) -> Path | None:

@@ -48,10 +48,10 @@ def test_half_a_file_is_not_there(network, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("network", [CLIP_B32, CLIP_L14], ids=lambda network: network.name)
 def test_clip_is_found_in_the_cache_of_the_hub(network, tmp_path, monkeypatch):
-    import huggingface_hub
     import open_clip
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert network.path is None and str(tmp_path) in network.missing
     repository = open_clip.get_pretrained_cfg(*network.name.split("/"))["hf_hub"].strip("/")
     folder = tmp_path / f"models--{repository.replace('/', '--')}"
