@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taco_nb.data.download import Remote, download, shown
+from taco_nb.data.download import PROGRAM, Remote, download, shown
 from taco_nb.errors import DownloadError, MissingWeightsError
 
 
@@ -31,7 +31,7 @@ class Pretrained(ABC):
     @property
     def command(self) -> str:
         """What to type, on a machine with a network, to have it."""
-        return f"python -m taco_nb.data fetch {self.name}"
+        return f"{PROGRAM} fetch {self.name}"
 
     @property
     @abstractmethod
@@ -193,7 +193,7 @@ def _hub_files(tag: dict[str, Any]) -> tuple[str, list[str]]:
     )
 
 
-CLIP_B32 = Clip("ViT-B-32-quickgelu/openai", "reads captions; the loss J; CLIP score", 605_100_000)
+CLIP_B32 = Clip("ViT-B-32-quickgelu/openai", "captions, the loss J and CLIP score", 605_100_000)
 CLIP_L14 = Clip("ViT-L-14-336-quickgelu/openai", "CMMD", 1_711_800_000)
 ALEXNET = Checkpoint(
     "alexnet",
@@ -209,7 +209,7 @@ INCEPTION = Checkpoint(
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
 )
-EN_CORE_WEB_SM = SpacyModel("en_core_web_sm", "named entities, for keywords", 12_800_000)
+EN_CORE_WEB_SM = SpacyModel("en_core_web_sm", "named entities", 12_800_000)
 
 PRETRAINED: dict[str, Pretrained] = {
     network.name: network for network in (CLIP_B32, CLIP_L14, ALEXNET, INCEPTION, EN_CORE_WEB_SM)

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from taco_nb.data.captioned import CaptionedFolder, CaptionedImages, Sample, check_count
 from taco_nb.data.coco import Coco, TrainPairs
+from taco_nb.data.download import PROGRAM
+from taco_nb.data.fetch import STAGING
+from taco_nb.data.sources import SOURCES
 from taco_nb.errors import DataError, SettingError
 from taco_nb.files import bundled
 
@@ -142,5 +145,15 @@ def _open(
     try:
         dataset = read(root)
     except DataError as error:
-        raise DataError(f"The data set {name} cannot be read: {error} {root} must hold {holds}.") from error
+        raise DataError(
+            f"The data set {name} cannot be read: {error} {root} must hold {holds}.{_remedy(folder, root, data_dir)}"
+        ) from error
     return _captioned(dataset, root, data_dir, captions)
+
+
+def _remedy(folder: str, root: Path, data_dir: str | os.PathLike | None) -> str:
+    """How to get a data set that can be fetched, in a sentence that follows others."""
+    if folder not in SOURCES:
+        return ""
+    state = "Its download is unfinished; to go on" if (root / STAGING).exists() else "To fetch it"
+    return f" {state}, run: {PROGRAM} fetch {folder}" + (f" --data-dir {data_dir}" if data_dir else "")

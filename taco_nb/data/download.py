@@ -13,8 +13,10 @@ from types import SimpleNamespace
 
 from taco_nb.errors import DownloadError
 
+PROGRAM = "python -m taco_nb.data"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PATIENCE = 60  # seconds without a byte
+BLOCK = 1 << 16  # bytes written at a time, and lost at most when a connection breaks
 
 
 @dataclass(frozen=True)
@@ -35,39 +37,36 @@ class Remote:
 
 
 def download(remote: Remote, path: Path) -> str:
-    """Fetch a file to `path`, and give its SHA-256; whatever stood there before is replaced by the whole file only.
+    """Fetch a file to `path`, and give its SHA-256; a file that is there already and has the checksums is left.
 
-    Until then the bytes gather beside it in `.<name>.part`, and the next call, after a kill too, goes on from there with
-    a Range request, or from the start where the server knows none. A connection that breaks is taken up again as long
-    as that brings further bytes. Raises `DownloadError` where the file cannot be had, or is another one.
+    The bytes gather beside it in `.<name>.part`, and the next call, after a kill too, goes on from there with a Range
+    request, or from the start where the server knows none. A connection that breaks is taken up again as long as that
+    brings further bytes. Of several processes one fetches and the others wait. Raises `DownloadError` where the file
+    cannot be had, or is another one.
     """
+    from huggingface_hub.utils import WeakFileLock
+
     part = path.with_name(f".{path.name}.part")
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        while (had := _size(part)) < remote.size:
-            try:
-                _transfer(remote, part)
-            except OSError as error:  # those of requests are too
-                if error.errno in FULL or _size(part) <= had:
-                    raise
-        found = _digests(part, {"sha256", *(word.partition(":")[0] for word in remote.checksums.split())})
-        wrong = [word for word in remote.checksums.split() if word not in found]
-        if wrong or _size(part) != remote.size:
-            part.unlink()
-            raise DownloadError(
-                f"What came from {remote.url} is not the file that was expected: {' and '.join(wrong) or remote.size}, "
-                f"but it has {', '.join(sorted(found))}. It was deleted. Try again; if that does not help, the file has "
-                "changed at its source, or a proxy answers in its place."
-            )
-        os.replace(part, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(path.with_name(f".{path.name}.lock")):
+            if _size(path) == remote.size:
+                return _verify(remote, path)
+            while (had := _size(part)) < remote.size:
+                try:
+                    _transfer(remote, part)
+                except OSError as error:  # those of requests are too
+                    if error.errno in FULL or _size(part) <= had:
+                        raise
+            checksum = _verify(remote, part)
+            os.replace(part, path)
+            return checksum
     except OSError as error:
-        kept = f" What has come so far, {shown(_size(part))}, is kept: the same command goes on."
-        if not _size(part):
-            part.unlink(missing_ok=True)
-            kept = ""
+        kept = f" What has come so far, {shown(_size(part))}, is kept: the same command goes on." if _size(part) else ""
+        if part.exists() and not kept:
+            part.unlink()
         reason = f"the disk or quota of {path.parent} is full" if error.errno in FULL else _reason(error)
         raise DownloadError(f"{remote.url} ({shown(remote.size)}) could not be fetched: {reason}.{kept}") from error
-    return next(word for word in found if word.startswith("sha256:"))
 
 
 def check_room(needs: Iterable[tuple[Path, int]]) -> None:
@@ -91,7 +90,7 @@ def shown(size: int) -> str:
     """A number of bytes as people say it: "13.5 GB"."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if size >= unit:
-            return f"{size / unit:.1f} {name}" if size < 10 * unit else f"{size / unit:.0f} {name}"
+            return f"{size / unit:.1f} {name}" if size < 100 * unit else f"{size / unit:.0f} {name}"
     return f"{size} bytes"
 
 
@@ -102,7 +101,7 @@ def _transfer(remote: Remote, part: Path) -> None:
 
     had = _size(part)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={had}-"} if had else {})
-    bar = tqdm(total=remote.size, initial=had, desc=remote.name, unit="B", unit_scale=True, unit_divisor=1000)
+    bar = tqdm(total=remote.size, initial=had, desc=remote.name, unit="B", unit_scale=True, delay=1)
     with open(part, "ab") as file, bar:
 
         def begin(response, **_) -> None:
@@ -111,6 +110,7 @@ def _transfer(remote: Remote, part: Path) -> None:
             start = had if response.status_code == 206 else 0
             if start < had:  # a server without Range begins again, and so must we
                 file.truncate(0)
+                bar.initial = 0
                 bar.reset()
             length = int(response.headers.get("Content-Length", remote.size - start))
             if start + length != remote.size:
@@ -125,23 +125,32 @@ def _transfer(remote: Remote, part: Path) -> None:
             file.write(chunk)
             bar.update(len(chunk))
 
-        fetch = HTTPDownloader(chunk_size=1 << 20, headers=headers, hooks={"response": begin}, timeout=PATIENCE)
+        fetch = HTTPDownloader(chunk_size=BLOCK, headers=headers, hooks={"response": begin}, timeout=PATIENCE)
         fetch(remote.url, SimpleNamespace(write=write, flush=file.flush), None)
 
 
-def _digests(path: Path, algorithms: Iterable[str]) -> set[str]:
-    """Checksums of a file as "algorithm:hexadecimal", in one pass, which is also the last that waits for the disk."""
+def _verify(remote: Remote, path: Path) -> str:
+    """The SHA-256 of a file, as "sha256:…"; one that lacks any of the checksums is deleted, and a `DownloadError`."""
     from tqdm.auto import tqdm
 
-    digests = [hashlib.new(name, usedforsecurity=False) for name in algorithms]
-    bar = tqdm(total=_size(path), desc=f"checking {path.name}", unit="B", unit_scale=True, leave=False, delay=2)
+    wanted = remote.checksums.split()
+    digests = {name: hashlib.new(name) for name in {"sha256", *(word.partition(":")[0] for word in wanted)}}
+    bar = tqdm(total=_size(path), desc=f"checking {remote.name}", unit="B", unit_scale=True, leave=False, delay=2)
     with open(path, "r+b") as file, bar:
         os.fsync(file.fileno())
         while block := file.read(1 << 20):
-            for digest in digests:
+            for digest in digests.values():
                 digest.update(block)
             bar.update(len(block))
-    return {f"{digest.name}:{digest.hexdigest()}" for digest in digests}
+    found = {name: f"{name}:{digest.hexdigest()}" for name, digest in digests.items()}
+    if wrong := set(wanted) - set(found.values()):
+        path.unlink()
+        raise DownloadError(
+            f"What came from {remote.url} is not the file that was expected: it has {' '.join(sorted(found.values()))}, "
+            f"not {' '.join(sorted(wrong))}. It was deleted. Try again; if that does not help, the file has changed at its "
+            "source, or a proxy answers in its place."
+        )
+    return found["sha256"]
 
 
 def _size(path: Path) -> int:
