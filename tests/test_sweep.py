@@ -1,0 +1,152 @@
+"""A sweep runs real notebooks over lambda: resumed after a kill, undone by no single failure, never done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from taco_nb.errors import SettingError
+from taco_nb.files import REPOSITORY
+from taco_nb.sweep import LMBDAS, main, members, sweep, unfinished
+
+BODY = """
+import json, os, pathlib, time
+folder = pathlib.Path(out_dir) / f"run-{lmbda}"
+folder.mkdir(parents=True, exist_ok=True)
+with open(folder / "log", "a") as log:
+    print("began", file=log)
+while os.path.exists(os.environ.get("SLOW", "") + str(lmbda)):
+    time.sleep(0.05)
+if lmbda == 13.0:
+    raise ValueError("thirteen")
+steps = 1 if max_hours == 0 else 2
+(folder / "evaluation.json").write_text(json.dumps({"weights": {"steps": steps, "total_steps": 2}}))
+with open(folder / "log", "a") as log:
+    print(f"ended with {epochs!r}", file=log)
+"""
+
+
+def tiny_notebook(folder, name="tiny"):
+    parameters = "lmbda: float = 0.1\nout_dir: str = ''\nepochs: int = None\nmax_hours: float = None"
+    cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), new_code_cell(BODY)]
+    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    folder.mkdir(exist_ok=True)
+    nbformat.write(new_notebook(cells=cells, metadata=metadata), folder / f"{name}.ipynb")
+    return folder / f"{name}.ipynb"
+
+
+def log(out, lmbda):
+    path = out / f"lmbda-{lmbda:g}" / f"run-{lmbda}" / "log"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_it_runs_all_keeps_the_notebooks_and_does_nothing_twice(tmp_path, capsys):
+    notebooks = [tiny_notebook(tmp_path / "src", name) for name in ("first", "second")]
+    out = tmp_path / "out"
+    assert sweep(notebooks, (0.1, 0.25), out, {"epochs": 3}) == {}
+    for lmbda in (0.1, 0.25):
+        assert log(out, lmbda) == ["began", "ended with 3"] * 2
+        kept = [nbformat.read(out / f"lmbda-{lmbda:g}" / f"{name}.ipynb", 4) for name in ("first", "second")]
+        assert [n.metadata.papermill.parameters["lmbda"] for n in kept] == [lmbda, lmbda]
+    assert sweep(notebooks, (0.1, 0.25), out, {"epochs": 3}) == {}
+    assert log(out, 0.1) == log(out, 0.25) == ["began", "ended with 3"] * 2
+    assert [member.done for member in members(notebooks, (0.1, 0.25), out, {"epochs": 3})] == [True] * 4
+    # other parameters, or another text of the notebook, are another matter; how long it may take is not
+    assert not any(member.done for member in members(notebooks, (0.1, 0.25), out, {"epochs": 4}))
+    assert all(member.done for member in members(notebooks, (0.1,), out, {"epochs": 3, "max_hours": 5.0}))
+    edited = nbformat.read(notebooks[0], 4)
+    edited.cells[1].source += "\n1"
+    nbformat.write(edited, notebooks[0])
+    assert [m.done for m in members(notebooks, (0.1,), out, {"epochs": 3})] == [False, True]
+
+
+def test_one_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
+    notebook, out = tiny_notebook(tmp_path / "src"), tmp_path / "out"
+    arguments = [str(notebook), "--lmbda", "0.1", "13", "0.2", "--out", str(out), "-p", "epochs", "None"]
+    assert main(arguments) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "Failed: lambda 13, tiny: ValueError: thirteen"
+    assert log(out, 0.2) == ["began", "ended with None"] and log(out, 13.0) == ["began"]
+    assert (out / "lmbda-13" / "tiny.ipynb").is_file(), "with the error in it"
+    assert main([*arguments, "--list"]) == 0
+    states = [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert states == ["done", "to do", "done"]
+
+
+def test_killed_in_the_middle_it_goes_on(tmp_path):
+    notebook, out = tiny_notebook(tmp_path / "src"), tmp_path / "out"
+    slow = tmp_path / "slow-"
+    (tmp_path / "slow-0.2").touch()
+    command = [sys.executable, "-m", "taco_nb.sweep", str(notebook), "--lmbda", "0.1", "0.2", "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "SLOW": str(slow)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    patience = time.monotonic() + 60
+    while not log(out, 0.2):
+        assert time.monotonic() < patience and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=10)
+    (tmp_path / "slow-0.2").unlink()
+    done = [member.done for member in members([notebook], (0.1, 0.2), out)]
+    assert done == [True, False]
+    assert subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode == 0
+    assert log(out, 0.1) == ["began", "ended with None"]
+    assert log(out, 0.2).count("began") == 2 and "ended with None" in log(out, 0.2)
+    assert all(member.done for member in members([notebook], (0.1, 0.2), out))
+
+
+def test_training_that_its_time_stopped_is_not_done(tmp_path):
+    notebook, out = tiny_notebook(tmp_path / "src"), tmp_path / "out"
+    failed = sweep([notebook], (0.1,), out, {"max_hours": 0})
+    assert failed == {"lambda 0.1, tiny": "run-0.1 not trained to the end; run the sweep again to go on"}
+    assert sweep([notebook], (0.1,), out) == {} and unfinished(out / "lmbda-0.1") == []
+
+
+def test_a_slurm_array_runs_a_lambda_for_each_task(tmp_path):
+    notebook, out = tiny_notebook(tmp_path / "src"), tmp_path / "out"
+    arguments = [str(notebook), "--lmbda", "0.1", "0.2", "--out", str(out)]
+    assert main([*arguments, "--task", "1"]) == 0
+    assert [path.name for path in out.iterdir()] == ["lmbda-0.2"]
+    with pytest.raises(SettingError, match="from 0 to 1"):
+        sweep([notebook], (0.1, 0.2), out, task=2)
+
+
+def test_the_real_notebooks_make_a_sweep():
+    notebooks = sorted((REPOSITORY / "notebooks").glob("0[1-4]_*.ipynb"))
+    todo = members(notebooks, parameters={"profile": "sample", "epochs": 1})
+    assert len(todo) == 4 * len(LMBDAS) and len({member.executed for member in todo}) == len(todo)
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["-p", "epoch", "2"], "tiny.ipynb has no parameter 'epoch'. Did you mean 'epochs'"),
+        (["-p", "lmbda", "2"], "lmbda is the sweep's to set"),
+        (["--lmbda", "0.1", "0.1"], "given twice"),
+        (["--task", "6"], "Tasks count from 0 to 5"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_refused_before_anything_runs(given, said, tmp_path, capsys):
+    notebook = tiny_notebook(tmp_path / "src")
+    assert main([str(notebook), "--out", str(tmp_path / "out"), *given]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert main([str(tmp_path / "none.ipynb")]) == 2
+    assert "There is no notebook" in capsys.readouterr().err
+
+
+def test_a_damaged_record_counts_as_nothing_done(tmp_path):
+    notebook, out = tiny_notebook(tmp_path / "src"), tmp_path / "out"
+    assert sweep([notebook], (0.1,), out) == {}
+    (member,) = members([notebook], (0.1,), out)
+    assert member.done
+    kept = json.loads(member.executed.read_text(encoding="utf-8"))
+    member.executed.write_text(json.dumps(kept)[:-100], encoding="utf-8")
+    assert not member.done
