@@ -7,14 +7,13 @@ import subprocess
 import sys
 
 import nbformat
-import pandas as pd
 import pytest
 import torch
 from conftest import make_codec
 from PIL import Image
 
 from taco_nb import baseline, datasets, fit, load
-from taco_nb.ablation import beside_report, differences, same_steps, train
+from taco_nb.ablation import differences, same_steps, train
 from taco_nb.checkpoint import load_fitting, save_weights
 from taco_nb.data import training_pairs
 from taco_nb.errors import CheckpointError, DataError, SettingError
@@ -25,7 +24,6 @@ from taco_nb.notebook import Parameters
 from taco_nb.text import Conditioning, KeywordWeights, text_tower
 from taco_nb.text.captioners.cache import Answer, CaptionCache
 from taco_nb.text.chat_keywords import chat_keywords
-from taco_nb.training import Run
 
 CAPTION = "A red barn in Venice"
 TINY = {"N": 16, "M": 24, "groups": (4, 4, 4, 4, 8), "text_dim": 64, "heads": 8, "context_widths": (16, 16)}
@@ -192,26 +190,7 @@ def test_another_model_is_no_start(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
 
 
-# --- Beside the report ------------------------------------------------------------------------------------------------
-
-
-def test_the_report_beside_the_measurement(tmp_path):
-    base = tiny()
-    runs = {"baseline": Run(tmp_path, base, 5, 5), "keywords": Run(tmp_path, base.replace(epochs=4), 3, 6)}
-    rows = [("baseline", "kodak", 30.0, 0.3), ("keywords", "kodak", 29.5, 0.2), ("keywords", "clic", 31.0, 0.5)]
-    rows += [("baseline", "clic", 30.0, 0.4)]
-    results = pd.DataFrame(rows, columns=["codec", "dataset", "psnr", "lpips_01"]).assign(
-        name="x", width=1, height=1, bpp=1.0
-    )
-    table = beside_report(Parameters(profile="sample"), "keywords", runs, results).set_index("what")
-    here = table.columns[2]
-    assert table.loc["lpips, CLIC", "the report"] == "0.0271" and table.loc["lpips, CLIC", here] == "0.5000"
-    assert table.loc["lpips, MS-COCO", here] == "–"
-    assert table.loc["psnr", here] == "kodak: psnr -0.5000; clic: psnr +1.0000"
-    alone = results[~((results["codec"] == "keywords") & (results["dataset"] == "clic"))]
-    table_without = beside_report(Parameters(profile="sample"), "keywords", runs, alone).set_index("what")
-    assert table_without.loc["psnr", here] == "kodak: psnr -0.5000"
-    assert set(table["its epochs"]) == {"27"} and set(table["epochs here"]) == {"2"}
+# --- The notebooks ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["02_context", "03_linformer", "04_keywords"])

@@ -4,14 +4,17 @@ from taco_nb.widgets.attention import attention_maps, shaded_caption, spectrum
 from taco_nb.widgets.compare import compare
 from taco_nb.widgets.diagram import encoder_diagram
 from taco_nb.widgets.figures import rate_distortion, training_curves
+from taco_nb.widgets.panels import difference_plot, rate_panels
 from taco_nb.widgets.pictures import side_by_side
 from taco_nb.widgets.table import sortable
 
 __all__ = [
     "attention_maps",
     "compare",
+    "difference_plot",
     "encoder_diagram",
     "rate_distortion",
+    "rate_panels",
     "shaded_caption",
     "side_by_side",
     "sortable",

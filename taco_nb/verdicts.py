@@ -1,0 +1,227 @@
+"""What the runs say of the published figures: each beside what was measured, with the difference and a verdict.
+
+The rules, which notebook 06 states to its readers as well:
+
+- Only a run that follows the report's protocol is judged: the profile `paper`, its settings, at least as many epochs, every
+  image of the data set (`unjudged` in `taco_nb.report.collect` says what is amiss). All others are shown, and are
+  "not yet measured".
+- A **figure** is "reproduced" if the measured mean is within `TOLERANCE` of it, else "not reproduced". Beside it stands
+  a 95 % bootstrap interval of the mean, and whether the figure lies in it; that speaks of the choice of images alone.
+- A **sentence** ("better on all data sets") is judged on each data set by the difference to the baseline at the same lambda
+  and number of steps, paired by image: "reproduced" if the whole 95 % interval of the mean difference is on the side that the
+  sentence says, else "not reproduced", which so includes differences too small to tell. "Similar" means within `TOLERANCE` of
+  the baseline's mean. Metrics of a whole data set (FID, CMMD) have no interval; there the difference itself is judged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from taco_nb.experiment import Experiment
+from taco_nb.files import bundled
+from taco_nb.report import ABLATION_FIELDS, DATASETS, MEASURES, PUBLISHED_AS, WHOLE_SET, points
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+REPRODUCED, NOT_REPRODUCED, NOT_MEASURED = "reproduced", "not reproduced", "not yet measured"
+TOLERANCE = 0.05
+"""The share of a published figure by which a measured one may differ."""
+DRAWS = 2000
+"""Bootstrap samples."""
+SAME_STEPS = 0.05
+"""The share by which two runs' numbers of steps may differ and still be compared: whole epochs differ in length."""
+COMPARED = tuple(name for name in MEASURES if not name.endswith("_s"))
+"""The metrics of which `paired` takes differences: all but the times, which other work on the machine changes."""
+
+
+class Claim(NamedTuple):
+    """A sentence of the report on an ablation against the baseline, in a form that a measurement can decide."""
+
+    ablation: str
+    text: str
+    """Its key in `report.json`, under the ablation's "text"."""
+    metric: str
+    sides: dict[str, str]
+    """Our names of data sets: "lower", "higher" or "similar" than the baseline."""
+    limit: float = math.inf
+    """The largest difference, in the metric's unit, that the sentence allows."""
+
+
+def _everywhere(side: str) -> dict[str, str]:
+    return dict.fromkeys(DATASETS.values(), side)
+
+
+CLAIMS = (
+    Claim("context", "lpips", "lpips", _everywhere("lower")),
+    Claim("context", "psnr", "psnr", _everywhere("higher")),
+    Claim("context", "fid", "fid", _everywhere("similar")),
+    Claim(
+        "linformer", "accuracy", "psnr", _everywhere("lower")
+    ),  # "accuracy" is not defined there; this is our reading
+    Claim("linformer", "accuracy", "lpips", _everywhere("higher")),
+    Claim("keywords", "psnr", "psnr", {"coco": "lower", "kodak": "lower", "clic": "higher"}, limit=0.5),
+    Claim("keywords", "fid", "fid", {"clic": "higher"}),
+)
+
+
+def interval(values: Sequence[float], draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of the mean of `values`, one per image (Efron and Tibshirani 1993, ch. 13).
+
+    NaN for fewer than two values, which say nothing of a spread.
+    """
+    from scipy.stats import bootstrap
+
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2 or not np.isfinite(values).all():
+        return math.nan, math.nan
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    result = bootstrap(
+        (values,), np.mean, n_resamples=draws, batch=max(1, 4_000_000 // len(values)), method="percentile",
+        confidence_level=0.95, random_state=np.random.default_rng(seed),
+    )  # fmt: skip
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def paired(runs: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
+    """Every ablation against every baseline that differs from it in nothing else, image by image.
+
+    A row per pair of runs, data set and metric: the means over the images that both have, the mean difference (ablation
+    less baseline), its bootstrap interval low and high (NaN for metrics of a whole data set), and images. Pairs have the
+    same lambda and seed, and numbers of steps within `SAME_STEPS` of each other.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    pairs, rows = list(_pairs(points(runs))), []
+    for changed, base in tqdm(pairs, desc="bootstrap", disable=len(runs) < 10_000):
+        of = [runs[(runs["run"] == r["run"]) & (runs["dataset"] == r["dataset"])] for r in (changed, base)]
+        both = of[0].merge(of[1], on="name", suffixes=("", "_baseline"))
+        about = {name: changed[name] for name in ("ablation", "dataset", "lmbda", "label", "run")}
+        about |= {"baseline_run": base["run"], "epochs": changed["epochs"], "baseline_epochs": base["epochs"]}
+        about["unjudged"] = "; ".join(dict.fromkeys(r["unjudged"] for r in (changed, base) if r["unjudged"]))
+        for metric in COMPARED:
+            values = both[[metric, f"{metric}_baseline"]].dropna()
+            if values.empty:
+                continue
+            here, there = values.to_numpy().T
+            low, high = (math.nan, math.nan) if metric in WHOLE_SET else interval(here - there, draws, seed)
+            figures = {"metric": metric, "baseline": there.mean(), "here": here.mean()}
+            rows.append({**about, **figures, "difference": (here - there).mean(), "low": low, "high": high})
+            rows[-1]["images"] = len(values)
+    columns = [
+        "ablation", "dataset", "lmbda", "label", "run", "baseline_run", "epochs", "baseline_epochs", "unjudged", "metric",
+        "baseline", "here", "difference", "low", "high", "images",
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=columns)
+
+
+def verdicts(
+    runs: pd.DataFrame, ablation: str | None = None, data_dir: str | os.PathLike | None = None, seed: int = 0
+) -> pd.DataFrame:
+    """What the report states, of one ablation ("baseline" is one too) or of all, beside what `runs` measured.
+
+    A row per statement and run that bears on it, or one with NaN where none does: of, what, published, measured, difference
+    (to the published figure; for a sentence, to the baseline), its 95 % interval or the mean's, verdict, and the run or the
+    reason. See the module for the rules.
+    """
+    import pandas as pd
+
+    stated = json.loads(bundled("reference/report.json", data_dir).read_text(encoding="utf-8"))
+    names = [name for name in ("baseline", "context", "linformer", "keywords") if ablation in (None, name)]
+    means, pairs, rows = points(runs), paired(runs, seed=seed), []
+    for name in names:
+        for dataset in DATASETS:
+            for metric, value in stated[name].get(dataset, {}).items():
+                rows += _figure_rows(runs, means, name, dataset, metric, value, stated, seed)
+        for key, sentence in stated[name].get("text", {}).items():
+            claims = [claim for claim in CLAIMS if (claim.ablation, claim.text) == (name, key)]
+            rows += [row for claim in claims for row in _claim_rows(pairs, claim, sentence)]
+            if not claims:
+                rows.append(_row(name, key, sentence, why="notebook 05 measures time"))
+    return pd.DataFrame(rows)
+
+
+def _figure_rows(runs, means, ablation, dataset, metric, value, stated, seed) -> list[dict[str, Any]]:
+    column, ours = PUBLISHED_AS.get(metric, metric), DATASETS[dataset]
+    lmbda = stated["keywords"]["lmbda"]  # the only one that the report states
+    found = means[(means["ablation"] == ablation) & (means["dataset"] == ours) & means[column].notna()]
+    bearing = found[(found["unjudged"] == "") & np.isclose(found["lmbda"], lmbda)]
+    rows = []
+    for _, run in (found if bearing.empty else bearing).iterrows():
+        other = "" if np.isclose(run["lmbda"], lmbda) else f"lambda {run['lmbda']:g}, taken as published at {lmbda}"
+        amiss = "; ".join(filter(None, [run["unjudged"], other]))
+        values = runs.loc[(runs["run"] == run["run"]) & (runs["dataset"] == ours), column].dropna()
+        low, high = (math.nan, math.nan) if metric in WHOLE_SET else interval(values, seed=seed)
+        within = abs(run[column] - value) <= TOLERANCE * value
+        rows.append(
+            _row(
+                ablation, f"{metric}, {dataset}", value, run[column], run[column] - value, low, high,
+                NOT_MEASURED if amiss else REPRODUCED if within else NOT_REPRODUCED, amiss or run["run"],
+            )
+        )  # fmt: skip
+    return rows or [_row(ablation, f"{metric}, {dataset}", value, why="no run here has measured it")]
+
+
+def _claim_rows(pairs, claim: Claim, sentence: str) -> list[dict[str, Any]]:
+    column = PUBLISHED_AS.get(claim.metric, claim.metric)
+    found = pairs[(pairs["ablation"] == claim.ablation) & (pairs["metric"] == column)]
+    bearing = found[found["dataset"].isin(claim.sides) & (found["unjudged"] == "")]
+    rows = []
+    for _, pair in (found if bearing.empty else bearing).iterrows():
+        verdict = NOT_MEASURED if pair["unjudged"] else REPRODUCED if holds(claim, pair) else NOT_REPRODUCED
+        rows.append(
+            _row(
+                claim.ablation, f"{claim.metric}, {pair['dataset']}, lambda {pair['lmbda']:g}", sentence, pair["here"],
+                pair["difference"], pair["low"], pair["high"], verdict,
+                pair["unjudged"] or f"{pair['run']}, {pair['baseline_run']}",
+            )
+        )  # fmt: skip
+    why = "no pair of runs at the same lambda and number of steps has measured it"
+    return rows or [_row(claim.ablation, claim.metric, sentence, why=why)]
+
+
+def holds(claim: Claim, pair: Any) -> bool:
+    """Whether a difference, as a row of `paired`, is what the sentence says, by the module's rules."""
+    side = claim.sides[pair["dataset"]]
+    low, high = (pair["difference"],) * 2 if math.isnan(pair["low"]) else (pair["low"], pair["high"])
+    if side == "similar":
+        return abs(pair["difference"]) <= TOLERANCE * abs(pair["baseline"])
+    return (high < 0 if side == "lower" else low > 0) and abs(pair["difference"]) <= claim.limit
+
+
+def _row(
+    of,
+    what,
+    published,
+    measured=math.nan,
+    difference=math.nan,
+    low=math.nan,
+    high=math.nan,
+    verdict=NOT_MEASURED,
+    why="",
+) -> dict[str, Any]:
+    span = "–" if math.isnan(low) else f"{low:.4f} to {high:.4f}"
+    inside = "–" if math.isnan(low) or isinstance(published, str) else "yes" if low <= published <= high else "no"
+    return {
+        "of": of, "what": what, "published": published, "measured": measured, "difference": difference,
+        "95 % interval": span, "published in it": inside, "verdict": verdict, "run, or why not": why,
+    }  # fmt: skip
+
+
+def _pairs(means: pd.DataFrame):
+    """Rows of `points` of an ablation and of its baseline, on one data set."""
+    told = means[means["experiment"] != ""]
+    for _, changed in told[told["ablation"] != "baseline"].iterrows():
+        exp = Experiment.from_json(changed["experiment"])
+        for _, base in told[(told["ablation"] == "baseline") & (told["dataset"] == changed["dataset"])].iterrows():
+            others = Experiment.from_json(base["experiment"]).diff(exp).keys() - {*ABLATION_FIELDS, "epochs"}
+            if not others and abs(changed["steps"] - base["steps"]) <= SAME_STEPS * base["steps"]:
+                yield changed, base

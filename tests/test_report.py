@@ -1,0 +1,337 @@
+"""Runs on disk become one table, damaged ones are named, and notebook 06 makes a page of it, with runs and without."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+
+import bs4
+import nbformat
+import pandas as pd
+import pytest
+import torch
+from conftest import make_net
+
+from taco_nb import baseline, datasets, evaluate, fit, load
+from taco_nb.evaluation import means
+from taco_nb.experiment import Experiment
+from taco_nb.export import export_html
+from taco_nb.files import REPOSITORY
+from taco_nb.report import IMAGES, MEASURES, _commands, ablation_of, bd_rates, cards, collect, points, published_curves
+from taco_nb.verdicts import NOT_MEASURED, verdicts
+from taco_nb.widgets import difference_plot, rate_panels
+
+SIZES = {"N": 16, "M": 24, "groups": (4, 4, 4, 4, 8), "text_dim": 64, "heads": 8, "context_widths": (16, 16)}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder of real runs: baseline and linformer, a checkpoint as the authors publish theirs, one that was just begun."""
+    home = tmp_path_factory.mktemp("runs")
+    sets = datasets("sample", limit=2)
+    exp = baseline("sample", init="", sizes=SIZES, crop=64, epochs=2, batch_size=6)
+    for name, changed in {"baseline": exp, "linformer": exp.replace(attention="linformer", linformer_k=8)}.items():
+        run = fit(changed, home / "deeper" / name)
+        evaluate(run.codec, sets, run.dir)
+    fit(exp.replace(lmbda=0.5), home / "begun", max_hours=0)
+    torch.save({"state_dict": make_net().state_dict(), "epoch": 49}, home / "0.0004.pth.tar")
+    evaluate(load(home / "0.0004.pth.tar", text_encoder="untrained-16"), sets, home / "authors")
+    return home
+
+
+@pytest.fixture
+def run(home, tmp_path):
+    """A copy of one run, to be damaged."""
+    return shutil.copytree(home / "deeper" / "baseline", tmp_path / "run")
+
+
+def edit(run, **changes):
+    path = run / "evaluation.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# --- The table --------------------------------------------------------------------------------------------------------
+
+
+def test_every_run_is_in_the_table_and_the_one_begun_is_named(home, capsys):
+    table = collect(home)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("Left out: ") and "begun: it has not been evaluated" in line
+    assert list(table.groupby("run", sort=False).size().items()) == [
+        ("authors", 2), ("deeper/baseline", 2), ("deeper/linformer", 2),
+    ]  # fmt: skip
+    by_run = table.drop_duplicates("run").set_index("run")
+    assert by_run["ablation"].to_dict() == {
+        "authors": "baseline", "deeper/baseline": "baseline", "deeper/linformer": "linformer",
+    }  # fmt: skip
+    assert by_run.loc["authors", "lmbda"] == 0.0004 and by_run.loc["deeper/baseline", "lmbda"] == 0.0067
+    assert by_run.loc["authors", "label"] == "TACO's own weights"
+    assert by_run.loc["deeper/linformer", "label"] == "linformer, linformer_k=8, sample, 2 epochs"
+    assert by_run.loc["deeper/linformer", "fingerprint"] == load(home / "deeper" / "linformer").fingerprint.hex()
+    assert by_run.loc["deeper/linformer", "epochs"] == 2 and by_run.loc["deeper/linformer", "steps"] > 0
+    said = json.loads((home / "authors" / "evaluation.json").read_text())
+    assert by_run.loc["authors", "data_sha256"] == said["data"]["sample"]["sha256"]
+    assert tuple(table["name"].unique()) == datasets("sample", limit=2)[0].names
+
+
+def test_its_figures_are_those_of_the_evaluations(home):
+    table = points(collect(home)).set_index("run")
+    for run in table.index:
+        (said,) = json.loads((home / run / "evaluation.json").read_text())["means"]
+        for metric in set(MEASURES) & said.keys():
+            assert table.loc[run, metric] == pytest.approx(said[metric], rel=1e-12)
+    rows = pd.read_csv(home / "deeper" / "linformer" / "evaluation.csv")
+    assert table.loc["deeper/linformer", "psnr"] == pytest.approx(float(means(rows)["psnr"].iloc[0]))
+
+
+def test_folders_one_by_one_and_none(home, tmp_path, capsys):
+    both = collect(home / "deeper" / "baseline", home / "authors")
+    assert list(both["run"].unique()) == ["baseline", "authors"]
+    twice = collect(home / "authors", shutil.copytree(home / "authors", tmp_path / "authors"))
+    assert twice["run"].nunique() == 2
+    empty = collect(tmp_path / "nowhere")
+    assert empty.empty and set(both.columns) - {"caption", "width", "height", "bytes"} == set(empty.columns)
+    assert "no folder" in capsys.readouterr().out
+    assert points(empty).empty and cards(empty).empty and bd_rates(empty, published_curves()).empty
+
+
+def test_names_are_text_and_what_lies_in_a_run_is_its_own(run, home):
+    rows = pd.read_csv(run / "evaluation.csv", dtype=str)
+    rows.assign(name=["007", "NA"], caption=["", "None"]).to_csv(run / "evaluation.csv", index=False)
+    shutil.copytree(home / "authors", run / "files" / "nested")
+    table = collect(run)
+    assert list(table["name"]) == ["007", "NA"] and list(table["caption"]) == ["", "None"]
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGE = {
+    "evaluation.json is damaged": lambda run: halve(run / "evaluation.json"),
+    "evaluation.json does not say weights": lambda run: (run / "evaluation.json").write_text(
+        json.dumps({k: v for k, v in json.loads((run / "evaluation.json").read_text()).items() if k != "weights"})
+    ),
+    "evaluation.json is damaged (": lambda run: (run / "evaluation.json").write_text("[1]"),
+    "there is no evaluation.json": lambda run: (run / "evaluation.json").unlink(),
+    "its evaluation is unfinished": lambda run: ((run / "evaluation.json").unlink(), (run / "unfinished").mkdir()),
+    "evaluation.csv is missing or damaged": lambda run: (run / "evaluation.csv").unlink(),
+    "evaluation.csv": lambda run: halve(run / "evaluation.csv"),
+    "evaluation.csv has no psnr": lambda run: pd.read_csv(run / "evaluation.csv").drop(columns="psnr").to_csv(
+        run / "evaluation.csv"
+    ),
+    "{'sample': 1}, but evaluation.json says {'sample': 2}": lambda run: pd.read_csv(run / "evaluation.csv")[:1].to_csv(
+        run / "evaluation.csv", index=False
+    ),
+    "has rows of": lambda run: pd.read_csv(run / "evaluation.csv").assign(name="twice").to_csv(run / "evaluation.csv"),
+    "its experiment cannot be read": lambda run: halve(run / "experiment.json"),
+    "not what experiment.json describes": lambda run: (run / "experiment.json").write_text(Experiment(seed=1).to_json()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", DAMAGE)
+def test_a_damaged_run_is_named_and_the_others_are_there(said, run, home, capsys):
+    DAMAGE[said](run)
+    table = collect(run, home / "authors")
+    assert list(table["run"].unique()) == ["authors"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"Left out: {run}: ") and said in line
+
+
+# --- What may be judged -----------------------------------------------------------------------------------------------
+
+PAPER = Experiment()
+
+
+@pytest.mark.parametrize(
+    "experiment, steps, dataset, images, reasons",
+    [
+        (PAPER, 100, "kodak", 24, ""),
+        (PAPER.replace(precision="bfloat16", seed=3, lmbda=0.009), 100, "kodak", 24, ""),
+        (PAPER.replace(text_pooling="keywords", epochs=27), 100, "clic", 428, ""),
+        (PAPER.replace(attention="linformer", epochs=30, linformer_k=64), 100, "kodak", 24, ""),
+        (PAPER, 50, "kodak", 24, "25 of 50 epochs"),
+        (PAPER.replace(attention="linformer", epochs=20), 100, "kodak", 24, "20 of 30 epochs"),
+        (PAPER, 100, "kodak", 23, "23 of 24 images"),
+        (PAPER.replace(init="demo", batch_size=4), 100, "clic", 428, "init is demo; batch_size is 4"),
+        (PAPER.replace(keyword_weight=3.0, text_pooling="keywords"), 100, "kodak", 24, "keyword_weight is 3.0"),
+        (baseline("sample"), 100, "kodak", 24, "profile sample"),
+        (baseline("sample"), 100, "sample", 3, "profile sample; sample is not a data set of the report"),
+    ],
+)
+def test_who_follows_the_protocol(experiment, steps, dataset, images, reasons, run):
+    (run / "experiment.json").write_text(experiment.to_json())
+    weights = {"experiment": json.loads(experiment.to_json()), "steps": steps, "total_steps": 100}
+    edit(run, weights=weights, data={dataset: {"images": images, "sha256": "0" * 64}})
+    row = pd.read_csv(run / "evaluation.csv").iloc[:1].assign(dataset=dataset)
+    rows = pd.concat([row] * images, ignore_index=True)
+    rows.assign(name=[f"{i}.png" for i in rows.index]).to_csv(run / "evaluation.csv", index=False)
+    table = collect(run)
+    assert len(table) == images and set(table["unjudged"]) == {reasons}
+    assert table["epochs"].iloc[0] == experiment.epochs * steps / 100
+
+
+def test_the_authors_weights_count_through_clip_alone(home, tmp_path):
+    run = shutil.copytree(home / "authors", tmp_path / "authors")
+    assert set(collect(run)["unjudged"]) == {
+        "captions read through untrained-16; sample is not a data set of the report"
+    }
+    edit(run, text_encoder="ViT-B-32-quickgelu/openai")
+    assert set(collect(run)["unjudged"]) == {"sample is not a data set of the report"}
+
+
+def test_nothing_of_the_sample_reproduces_or_refutes_anything(home):
+    table = verdicts(collect(home))
+    assert set(table["verdict"]) == {NOT_MEASURED}
+    on_kodak = collect(home).assign(dataset="kodak", cmmd=0.069)
+    assert set(verdicts(on_kodak)["verdict"]) == {NOT_MEASURED}
+    assert "profile sample" in " ".join(verdicts(on_kodak)["run, or why not"])
+
+
+def test_ablations_have_names():
+    assert ablation_of(PAPER) == "baseline"
+    all_three = PAPER.replace(attention="linformer", captions="context", text_pooling="keywords-tokens")
+    assert ablation_of(all_three) == "context + linformer + keywords-tokens"
+
+
+# --- BD-rates ---------------------------------------------------------------------------------------------------------
+
+
+def curve(label, ablation, bpp, psnr, dataset="kodak"):
+    """A row per point, as `collect` gives them for runs of one image."""
+    rows = pd.DataFrame({"run": [f"{label} {i}" for i in range(len(bpp))], "bpp": bpp, "psnr": psnr})
+    rows = rows.assign(
+        label=label, ablation=ablation, dataset=dataset, profile="paper", name="a", lmbda=0.0004, images=24
+    )
+    return rows.assign(unjudged="").reindex(columns=collect().columns)
+
+
+def test_bd_rates_against_baseline_and_published():
+    published = published_curves(up_to=1.0)
+    vtm = published["VTM"]
+    fewer = [0.9 * rate for rate in vtm["bpp"]]
+    runs = pd.concat([curve("b", "baseline", vtm["bpp"], vtm["psnr"]), curve("l", "linformer", fewer, vtm["psnr"])])
+    table = bd_rates(runs, published).set_index(["curve", "anchor", "metric"])["BD-rate in %"]
+    assert table["l", "b", "psnr"] == pytest.approx(-10)
+    assert table["b", "VTM", "psnr"] == pytest.approx(0, abs=1e-6) and table["l", "VTM", "psnr"] == pytest.approx(-10)
+    assert table["b", "JPEG", "psnr"] < -50
+    assert ("b", "b", "psnr") not in table.index
+    elsewhere = bd_rates(runs.assign(dataset="clic"), published)
+    assert set(elsewhere["anchor"]) == {"b"}
+
+
+def test_bd_rates_that_cannot_be_say_why():
+    three = curve("b", "baseline", [0.1, 0.2, 0.3], [30.0, 31.0, 32.0])
+    (row,) = bd_rates(three).to_dict("records")
+    assert row["points"] == 3 and "a BD-rate needs 4" in row["note"] and math.isnan(row["BD-rate in %"])
+    bent = curve("b", "baseline", [0.1, 0.2, 0.3, 0.4], [30.0, 31.0, 30.5, 32.0])
+    notes = bd_rates(bent, {"other": {"bpp": [0.1, 0.2, 0.3, 0.4], "psnr": [29.0, 30.0, 31.0, 32.0]}})["note"]
+    assert list(notes.str.contains("turns or stands still")) == [True]
+
+
+# --- The card ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_and_the_evaluation_it_repeats(tmp_path, monkeypatch):
+    sets = datasets("sample", limit=1)
+    evaluate(load("demo"), sets, tmp_path / "runs" / "evaluation-demo")
+    (card,) = cards(collect(tmp_path / "runs")).to_dict("records")
+    assert card["fingerprint"] == load("demo").fingerprint.hex()
+    assert card["data, SHA-256"] == f"sample: 1 images, {sets[0].checksum()[:12]}"
+    assert f"torch {torch.__version__.partition('+')[0]}" in card["versions"]
+    before = (tmp_path / "runs" / "evaluation-demo" / "evaluation.csv").read_text()
+    shutil.move(tmp_path / "runs", tmp_path / "before")
+    command = re.sub("^python", f"{sys.executable} -W ignore", card["to repeat it"])
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    untimed = [[row[:-2] for row in map(lambda line: line.split(","), text.splitlines())] for text in
+               (before, (tmp_path / "runs" / "evaluation-demo" / "evaluation.csv").read_text())]  # fmt: skip
+    assert untimed[0] == untimed[1]
+
+
+@pytest.mark.parametrize("exp", [baseline("sample", epochs=3, init=""), PAPER.replace(text_pooling="keywords")])
+def test_the_command_that_trains_names_all_settings(exp):
+    run = pd.Series({"run": "x", "codec": "x", "experiment": exp.to_json()})
+    train, measure = _commands(run, pd.DataFrame({"dataset": ["kodak"], "images": [24]}))
+    words = train.split()
+    sets = [words[i + 1].partition("=")[::2] for i, word in enumerate(words) if word == "--set"]
+    changes = {name: value if isinstance(getattr(exp, name), str) else json.loads(value) for name, value in sets}
+    assert baseline(words[words.index("--profile") + 1]).replace(**changes) == exp
+    assert 'datasets("kodak", captions="published")' in measure and IMAGES["kodak"] == 24
+
+
+# --- Figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_panels_show_what_there_is_and_name_what_there_is_not():
+    runs = pd.concat([
+        curve("b", "baseline", [0.3, 0.1], [32.0, 30.0]).assign(cmmd=0.07),
+        curve("l", "linformer", [0.1], [30.0]).assign(unjudged="profile sample"),
+    ])  # fmt: skip
+    figure = rate_panels(
+        points(runs), published={"VTM": {"bpp": [0.1], "psnr": [31]}}, stated={"baseline": {"cmmd": 0.069}}
+    )
+    drawn = [(trace.name, trace.yaxis or "y", list(trace.x)) for trace in figure.data]
+    assert drawn == [
+        ("b", "y", [0.1, 0.3]), ("l", "y", [0.1]), ("VTM, published", "y", [0.1]), ("b", "y2", [0.1, 0.3]),
+        ("the report, baseline", "y2", [0, 0.3]),
+    ]  # fmt: skip
+    assert [list(trace.marker.symbol) for trace in figure.data[:2]] == [["circle", "circle"], ["circle-open"]]
+    assert "lpips, fid" in figure.layout.title.text
+    assert [trace.name for trace in figure.data if trace.showlegend] == [
+        "b",
+        "l",
+        "VTM, published",
+        "the report, baseline",
+    ]
+    nothing = rate_panels(points(collect()), title="Kodak")
+    assert not nothing.data and "lpips, psnr, fid, cmmd" in nothing.layout.title.text
+
+
+# --- Notebook 06 ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["with runs", "with none"])
+def page(request, home, tmp_path_factory):
+    """Notebook 06, run by papermill somewhere else, and its exported page."""
+    folder = tmp_path_factory.mktemp("report")
+    runs = home if request.param == "with runs" else folder / "nothing"
+    command = [sys.executable, "-m", "papermill", str(REPOSITORY / "notebooks" / "06_report.ipynb"), "06.ipynb"]
+    command += ["-p", "profile", "sample", "-p", "out_dir", str(runs)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    soup = bs4.BeautifulSoup(export_html(folder / "06.ipynb").read_text(encoding="utf-8"), "html.parser")
+    return request.param, nbformat.read(folder / "06.ipynb", 4), soup
+
+
+def test_the_report_opens_with_runs_and_without(page):
+    which, notebook, soup = page
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    said = "".join(output.get("text", "") for output in outputs)
+    figures = [output for output in outputs if "application/vnd.plotly.v1+json" in output.get("data", {})]
+    assert len(figures) == len(soup.select("[role=figure]")) == (5 if which == "with runs" else 3)
+    assert "0 reproduced; 0 not reproduced; " in said
+    if which == "with runs":
+        assert "begun: it has not been evaluated" in said
+        assert "1 of the 4 points that a BD-rate needs" in said
+        assert "taco_nb.training --experiment runs/deeper/linformer/experiment.json" in said
+    else:
+        assert "No runs in" in said and "papermill notebooks/01_baseline.ipynb" in said
+        assert "Notebooks 02 to 04 train both" in said
+    headings = [heading.get_text() for heading in soup.select("h2")]
+    assert headings[-3:] == ["Reproducibility card", "What this shows, and what it does not", "Exercises"]
+
+
+def test_differences_are_drawn_only_where_there_are_intervals(home):
+    from taco_nb.verdicts import paired
+
+    pairs = paired(collect(home))
+    figure = difference_plot(pairs)
+    assert [list(trace.x) for trace in figure.data] == [
+        [pytest.approx(d)] for d in pairs.set_index("metric").loc[["bpp", "psnr", "ms_ssim"], "difference"]
+    ]
