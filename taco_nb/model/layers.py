@@ -27,16 +27,21 @@ class ResidualBottleneck(nn.Module):
     def __init__(self, N: int):
         super().__init__()
         self.branch = nn.Sequential(
-            conv(N, N // 2, 1, 1), nn.ReLU(), conv(N // 2, N // 2, 3, 1), nn.ReLU(), conv(N // 2, N, 1, 1)
+            conv(N, N // 2, 1, 1), relu(), conv(N // 2, N // 2, 3, 1), relu(), conv(N // 2, N, 1, 1)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch(x)
+        return self.branch(x).add_(x)
+
+
+def relu() -> nn.ReLU:
+    """In place: a fresh tensor of a large image costs more time than the operation, since its pages come from the system."""
+    return nn.ReLU(inplace=True)
 
 
 def relu_stack(*layers: nn.Module) -> nn.Sequential:
     """The layers in order with a ReLU between each two, so layer i has the key 2i."""
     stack: list[nn.Module] = []
     for layer in layers:
-        stack += [layer, nn.ReLU()]
+        stack += [layer, relu()]
     return nn.Sequential(*stack[:-1])

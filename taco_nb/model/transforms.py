@@ -1,11 +1,54 @@
 """ELIC's four transforms, g_a with TACO's text adapter inside; the index of a layer is its key in a state dict."""
 
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
 from compressai.layers import AttentionBlock
 from torch import Tensor, nn
 
 from taco_nb.model.adapter import Extractor, Injector, attentions
 from taco_nb.model.config import ModelConfig
 from taco_nb.model.layers import ResidualBottleneck, conv, deconv, relu_stack
+
+
+STRIP = {"cpu": 26 << 20, "cuda": 1 << 30}
+"""Bytes of the widest tensor inside a strip. From 32 MiB on, Linux's malloc asks the system for every tensor anew, and its
+zeroing of fresh pages takes as long as the arithmetic."""
+
+
+def in_strips(
+    layers: Iterable[nn.Module], x: Tensor, *, halo: int, widest: float, down: int = 1, up: int = 1
+) -> Tensor:
+    """The layers applied to x (B, C, H, W) one strip of rows after the other, so that memory does not grow with H.
+
+    The result is that of the whole: strips overlap by the `halo` rows of x on either side that their outputs depend on.
+    `up / down` is the height of the output over that of x; `widest`, in channels at the size of x, is the largest tensor
+    between the layers. In training, and where x is small, there is one strip.
+    """
+    kept = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    height, row = x.shape[2], x.shape[0] * x.shape[3] * widest * kept.itemsize
+    count = 1 if torch.is_grad_enabled() else math.ceil(height * row / STRIP.get(x.device.type, 1 << 30))
+    rows = math.ceil(height / count / down) * down
+    if rows >= height:
+        return _apply(layers, x)
+    out = None
+    for top in range(0, height, rows):
+        above, bottom = min(halo, top), min(top + rows, height)
+        part = _apply(layers, x[:, :, top - above : bottom + halo])[:, :, above * up // down :]
+        if out is None:
+            shape = (*part.shape[:2], height * up // down, part.shape[3])
+            out = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
+        out[:, :, top * up // down : bottom * up // down] = part[:, :, : (bottom - top) * up // down]
+    return out
+
+
+def _apply(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
 
 
 class AnalysisTransform(nn.Module):
@@ -37,14 +80,15 @@ class AnalysisTransform(nn.Module):
         )
 
     def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
-        for layer in self.analysis_transform:
-            if isinstance(layer, Injector):
-                x = layer(x, text, mask)
-            elif isinstance(layer, Extractor):
-                text = layer(x, text)
-            else:
-                x = layer(x)
-        return x
+        layers = self.analysis_transform
+        N = layers[0].out_channels
+        x = in_strips(layers[:5], x, halo=12, down=4, widest=N / 4)
+        x = in_strips(layers[5:8], x, halo=3, widest=N)
+        x = layers[8](x, text, mask)
+        x = in_strips(layers[9:11], x, halo=6, down=2, widest=N)
+        x = in_strips(layers[11:14], x, halo=3, widest=N)
+        x = layers[15](x, layers[14](x, text), mask)
+        return layers[17](layers[16](x))
 
 
 class SynthesisTransform(nn.Module):
@@ -65,7 +109,10 @@ class SynthesisTransform(nn.Module):
         )
 
     def forward(self, y_hat: Tensor) -> Tensor:
-        return self.synthesis_transform(y_hat)
+        layers = self.synthesis_transform
+        N = layers[1].out_channels
+        x = in_strips(layers[6:10], layers[:6](y_hat), halo=6, widest=N)
+        return in_strips(layers[10:], x, halo=3, up=4, widest=4 * N)
 
 
 class HyperAnalysis(nn.Module):
