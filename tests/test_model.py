@@ -18,10 +18,11 @@ from torch import nn
 from torch.testing import assert_close
 
 from taco_nb.errors import CheckpointError, DamagedFileError, SettingError
-from taco_nb.model import TACO, ModelConfig, rans
+from taco_nb.model import TACO, ModelConfig, rans, transforms
 from taco_nb.model.adapter import Extractor, Injector, to_tokens
 from taco_nb.model.attention import CrossAttention
 from taco_nb.model.entropy import SCALE_TABLE, squeeze, unsqueeze
+from taco_nb.model.repeatable import Conv2d, ConvTranspose2d, both, repeatable
 
 TABLES = [
     f"{model}.{table}"
@@ -392,6 +393,118 @@ def test_local_context_looks_no_further_than_two_positions():
     near[6:11, 7:12] = True
     others_only = unsqueeze(torch.zeros(1, 1, 16, 8), torch.ones(1, 1, 16, 8))[0, 0].bool()
     assert torch.equal(changed, near & others_only)
+
+
+@torch.inference_mode()
+def test_local_context_is_the_convolution_of_the_board_with_its_others_zero():
+    net = make_net()
+    for layer in net.local_context:
+        anchors = torch.randn(2, layer.in_channels, 6, 5)
+        board = nn.functional.conv2d(unsqueeze(anchors, torch.zeros_like(anchors)), layer.weight, layer.bias, padding=2)
+        assert_close(layer(anchors), squeeze(board, False), rtol=0, atol=1e-5)
+
+
+# Threads and strips --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads():
+    """`torch.set_num_threads`, put right again afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def latents_model(seed: int = 0) -> TACO:
+    """Wide enough that convolutions are cut, and that a library would block them differently for other threads."""
+    return make_net(seed, N=48, M=96, groups=(8, 24, 64), context_widths=(64, 48))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", [(3, 4), (1, 2)])
+def test_latents_are_the_same_bits_for_any_number_of_threads(threads, shape):
+    net, hyper = latents_model(), torch.randn(1, 48, *shape, generator=torch.Generator().manual_seed(0))
+    results = []
+    for count in (1, 2, 3, 4):
+        threads(count)
+        with repeatable():
+            assert torch.get_num_threads() == 1
+            parameters: list[torch.Tensor] = []
+
+            def visit(step, scales, means):
+                parameters.extend((scales, means))  # noqa: B023  (called before the next turn)
+                return means.round()
+
+            y_hat = net.walk(net.h_s(hyper), visit)
+        assert torch.get_num_threads() == count
+        results.append([y_hat, *parameters])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "layer", [Conv2d(24, 53, 5, padding=2), ConvTranspose2d(24, 53, 5, 2, 2, 1)], ids=["conv", "deconv"]
+)
+def test_halves_of_a_convolution_are_the_convolution(threads, layer):
+    threads(2)
+    x = torch.randn(1, 24, 32, 33)
+    whole = layer(x)
+    with repeatable():
+        cut = layer(x)
+    assert_close(cut, whole, rtol=0, atol=1e-5)
+    assert cut.shape[1] == 53
+    narrow = Conv2d(64, 16, 5)
+    with repeatable():
+        assert narrow(torch.randn(1, 64, 64, 64)).shape == (1, 16, 60, 60)
+
+
+def test_an_error_in_either_half_is_the_callers(threads):
+    threads(2)
+
+    def fail():
+        raise DamagedFileError("no")
+
+    for parts in ((fail, lambda: 1), (lambda: 1, fail)):
+        with repeatable(), pytest.raises(DamagedFileError):
+            both(*parts)
+    assert torch.get_num_threads() == 2
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [(512, 64), (448, 192), (64, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strips_give_what_the_whole_gives(monkeypatch, size, dtype):
+    net, (x, text) = make_net(), inputs(2, *size)
+    y_hat = torch.randn(2, 16, size[0] // 16, size[1] // 16, generator=torch.Generator().manual_seed(1))
+
+    def run() -> tuple[list[torch.Tensor], int]:
+        seen = []
+        hooks = [layer.register_forward_hook(lambda *args: seen.append(args[2].nbytes))
+                 for layer in (*net.g_a.analysis_transform[:14], *net.g_s.synthesis_transform[6:])]  # fmt: skip
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            results = [net.g_a(x, text), net.g_s(y_hat)]
+        for hook in hooks:
+            hook.remove()
+        return results, max(seen)
+
+    whole, largest = run()
+    monkeypatch.setitem(transforms.STRIP, "cpu", largest // 6)
+    strips, narrow = run()
+    for a, b in zip(whole, strips):
+        assert_close(b, a, rtol=0, atol=1e-5 * a.abs().max().item() if dtype == torch.float32 else 0.1)
+        assert b.shape == a.shape and b.dtype == a.dtype
+    if size[0] > 256:
+        assert narrow < largest / 2
+
+
+def test_training_is_not_cut_into_strips(monkeypatch):
+    net, (x, text) = make_net(), inputs(1, 128)
+    monkeypatch.setitem(transforms.STRIP, "cpu", 1)
+    calls = []
+    net.g_a.analysis_transform[0].register_forward_hook(lambda *args: calls.append(1))
+    net.g_a(x, text).sum().backward()
+    assert len(calls) == 1
 
 
 # Rate, batches, training, precision ----------------------------------------------------------------------------------------

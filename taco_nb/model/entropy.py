@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor, nn
 
 from taco_nb.model.layers import conv, relu_stack
+from taco_nb.model.repeatable import both
 
 SCALE_TABLE = torch.linspace(torch.tensor(0.11).log(), torch.tensor(256.0).log(), 64).exp().tolist()
 
@@ -38,6 +40,28 @@ def unsqueeze(anchors: Tensor, others: Tensor) -> Tensor:
     even = torch.stack((o[:, :, :, 0], a[:, :, :, 0]), dim=-1)
     odd = torch.stack((a[:, :, :, 1], o[:, :, :, 1]), dim=-1)
     return torch.stack((even, odd), dim=3).reshape(B, C, H, 2 * W)
+
+
+class LocalContext(nn.Conv2d):
+    """A 5x5 look at the anchors from the other positions: anchors (B, c, h, w/2), squeezed, -> (B, 2c, h, w/2).
+
+    What a convolution of the whole board with its other positions zero gives there, for a quarter of the arithmetic: of
+    the kernel's 25 taps 12 meet anchors, in rows of three and of two.
+    """
+
+    def __init__(self, c: int):
+        super().__init__(c, 2 * c, 5, padding=2)
+
+    def forward(self, anchors: Tensor) -> Tensor:
+        even, odd = both(lambda: self._rows(anchors, 0), lambda: self._rows(anchors, 1))
+        return torch.stack((even, odd), dim=3).flatten(2, 3)
+
+    def _rows(self, anchors: Tensor, odd: int) -> Tensor:
+        """The even rows of the result, or the odd ones. Where a row has two taps, they lie left or right of the position."""
+        kernel = self.weight.new_zeros(*self.weight.shape[:3], 3)
+        kernel[:, :, 0::2, odd : odd + 2] = self.weight[:, :, 0::2, 1::2]
+        kernel[:, :, 1::2] = self.weight[:, :, 1::2, 0::2]
+        return F.conv2d(F.pad(anchors, (1, 1, 2 - odd, 1 + odd)), kernel, self.bias, stride=(2, 1))
 
 
 class ChannelContext(nn.Module):
@@ -86,7 +110,7 @@ class SpaceChannelModel(nn.Module):
         super().__init__()
         self.groups = groups
         before = [sum(groups[:k]) for k in range(len(groups))]
-        self.local_context = nn.ModuleList([conv(c, 2 * c, 5, 1) for c in groups])
+        self.local_context = nn.ModuleList([LocalContext(c) for c in groups])
         self.channel_context = nn.ModuleDict(
             {str(k): ChannelContext(before[k], c, context_widths) for k, c in enumerate(groups) if k}
         )
@@ -113,7 +137,7 @@ class SpaceChannelModel(nn.Module):
             scales, means = self.entropy_parameters_anchor[k](torch.cat(known[True], 1)).chunk(2, 1)
             anchors = visit(Step(channels, True), scales, means)
 
-            local = squeeze(self.local_context[k](unsqueeze(anchors, torch.zeros_like(anchors))), False)
+            local = self.local_context[k](anchors)
             scales, means = self.entropy_parameters_nonanchor[k](torch.cat([local, *known[False]], 1)).chunk(2, 1)
             others = visit(Step(channels, False), scales, means)
 

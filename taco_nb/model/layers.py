@@ -5,15 +5,17 @@ CompressAI's `AttentionBlock` (Cheng et al., CVPR 2020, arXiv:2001.01568) is use
 
 from torch import Tensor, nn
 
+from taco_nb.model.repeatable import Conv2d, ConvTranspose2d
+
 
 def conv(in_channels: int, out_channels: int, kernel_size: int = 5, stride: int = 2) -> nn.Conv2d:
     """A convolution that divides height and width by `stride` exactly."""
-    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
+    return Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
 
 
 def deconv(in_channels: int, out_channels: int, kernel_size: int = 5, stride: int = 2) -> nn.ConvTranspose2d:
     """A transposed convolution that multiplies height and width by `stride` exactly."""
-    return nn.ConvTranspose2d(
+    return ConvTranspose2d(
         in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, output_padding=stride - 1
     )
 

@@ -7,6 +7,7 @@ followed by zeros, as many as it could possibly read, and stops when it has read
 from __future__ import annotations
 
 import math
+from array import array
 
 import torch
 from compressai.ans import BufferedRansEncoder, RansDecoder
@@ -80,14 +81,14 @@ class Decoder:
         reach = _BYTES_PER_SYMBOL * total + _BYTES_PER_ESCAPE * min(self._escapes_left + CHUNK, total) + 64
         # the last run of full nibbles may start inside the stream, and announce 15 times its own length
         self._decoder = RansDecoder()
-        self._decoder.set_stream(stream + bytes(reach + 16 * len(stream)))
+        self._decoder.set_stream(stream.ljust(17 * len(stream) + reach, b"\0"))
 
     def read(self, indexes: Tensor) -> Tensor:
         """The next `len(indexes)` symbols, int32, one for each of the 1-d `indexes`."""
         tables, parts = self._tables, []
         for part in indexes.split(CHUNK):
             values = self._decoder.decode_stream(part.tolist(), tables.cdfs, tables.lengths, tables.offsets)
-            symbols = torch.tensor(values, dtype=torch.int32)
+            symbols = torch.frombuffer(array("i", values), dtype=torch.int32)  # a third of torch.tensor(values)'s time
             self._escapes_left -= tables.escapes(symbols, part)
             if self._escapes_left < 0:
                 raise DamagedFileError("The compressed latents end before all symbols are read: damaged or forged.")

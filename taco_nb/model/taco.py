@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from taco_nb.errors import CheckpointError, DamagedFileError
 from taco_nb.model import rans
 from taco_nb.model.config import ModelConfig
 from taco_nb.model.entropy import SCALE_TABLE, SpaceChannelModel, Step, squeeze, ste_round, unsqueeze
+from taco_nb.model.repeatable import repeatable
 from taco_nb.model.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
 
 _RENAMED = {f"entropy_bottleneck._{old}": f"entropy_bottleneck.{new}."
@@ -34,22 +34,6 @@ class _Tables:
     y: rans.CodingTables
     z: rans.CodingTables
     z_indexes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-
-
-@contextmanager
-def repeatable() -> Iterator[None]:
-    """Convolutions that give the same bits each time, whatever the number of processor cores.
-
-    With more threads a convolution is cut up otherwise and summed in another order. What the decoder must repeat to the
-    last bit therefore runs on one thread at both ends, and on a GPU by cuDNN's deterministic algorithms in full float32.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class TACO(SpaceChannelModel):
@@ -119,7 +103,6 @@ class TACO(SpaceChannelModel):
         return {"x_hat": self.g_s(torch.cat(y_hat)).clamp_(0, 1)}
 
     @torch.inference_mode()
-    @repeatable()
     def encode_latents(self, y: Tensor) -> Encoded:
         """Code the y of one image, (1, M, h, w).
 
@@ -137,10 +120,11 @@ class TACO(SpaceChannelModel):
         def quantize(step: Step, scales: Tensor, means: Tensor) -> Tensor:
             rounded = (halves[step.anchor][:, step.channels] - means).round().int()
             symbols.append(rounded.flatten())
-            indexes.append(self.gaussian_conditional.build_indexes(scales).flatten())
+            indexes.append(self._y_indexes(scales))
             return rounded + means
 
-        y_hat = self.walk(self.h_s(z_symbols + medians), quantize)
+        with repeatable():
+            y_hat = self.walk(self.h_s(z_symbols + medians), quantize)
         if not all(torch.isfinite(values).all() for values in (y, z, y_hat)):
             raise CheckpointError("The encoder produced values that are not finite numbers: the weights are broken.")
         y_string = rans.encode(torch.cat(symbols).cpu(), torch.cat(indexes).cpu(), tables.y)
@@ -164,8 +148,8 @@ class TACO(SpaceChannelModel):
         decoder = rans.Decoder(y_string, tables.y, 16 * self.config.M * shape[0] * shape[1])
 
         def read(step: Step, scales: Tensor, means: Tensor) -> Tensor:
-            indexes = self.gaussian_conditional.build_indexes(scales).cpu()
-            return decoder.read(indexes.flatten()).to(device).reshape(means.shape) + means
+            symbols = decoder.read(self._y_indexes(scales).cpu())
+            return symbols.to(device).reshape(means.shape) + means
 
         z_hat = z_symbols.to(device).reshape(1, -1, *shape) + self.medians()
         y_hat = self.walk(self.h_s(z_hat), read)
@@ -192,6 +176,12 @@ class TACO(SpaceChannelModel):
                 rans.CodingTables(self.entropy_bottleneck, self.config.N),
             )
         return self._tables
+
+    def _y_indexes(self, scales: Tensor) -> Tensor:
+        """For each scale the number of the smallest that the table has above it: CompressAI's `build_indexes`, flattened."""
+        return torch.bucketize(
+            scales.contiguous(), self.gaussian_conditional.scale_table[:-1], out_int32=True
+        ).flatten()
 
     def _z_indexes(self, shape: tuple[int, int]) -> Tensor:
         """The distribution of z's symbols is that of their channel."""

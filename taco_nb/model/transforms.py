@@ -13,7 +13,6 @@ from taco_nb.model.adapter import Extractor, Injector, attentions
 from taco_nb.model.config import ModelConfig
 from taco_nb.model.layers import ResidualBottleneck, conv, deconv, relu_stack
 
-
 STRIP = {"cpu": 26 << 20, "cuda": 1 << 30}
 """Bytes of the widest tensor inside a strip. From 32 MiB on, Linux's malloc asks the system for every tensor anew, and its
 zeroing of fresh pages takes as long as the arithmetic."""
