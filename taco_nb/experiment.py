@@ -219,7 +219,7 @@ def choose_profile(profile: str = "auto", data_dir: str | None = None) -> tuple[
     if missing:
         return "sample", (
             f'Profile "sample", because there is {" and ".join(missing)}: the bundled pictures and a small model. '
-            'profile="paper" asks for the full experiment.'
+            'profile="paper" asks for the full experiment, and `python -m taco_nb.data fetch --profile paper` gets its data.'
         )
     return "paper", (
         'Profile "paper", because a CUDA device and MS-COCO are both here. '

@@ -161,6 +161,9 @@ def test_half_a_file_that_goes_on_as_another_is_found_out(server, tmp_path):
 def test_without_a_published_checksum_the_size_still_counts(server, tmp_path):
     bare = remote(server, checksums="")
     assert download(bare, tmp_path / "a.bin") == f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
+    (tmp_path / ".c.bin.part").write_bytes(CONTENT + b"x")  # of another edition
+    with pytest.raises(DownloadError, match="1,500,001 bytes, not 1,500,000 bytes. It was deleted"):
+        download(bare, tmp_path / "c.bin")
     with pytest.raises(DownloadError, match="1,500,000 bytes, not 1,499,999"):
         download(remote(server, checksums="", size=1_499_999), tmp_path / "b.bin")
 
@@ -524,6 +527,15 @@ def test_what_somebody_else_put_there_is_left_and_said_to_be_so(server, sources,
     assert datasets("coco", data_dir=tmp_path) and len(training_pairs("coco", 64, data_dir=tmp_path)) == 640
 
 
+def test_what_is_whole_is_not_written_to(server, sources, tmp_path, shared):
+    """A data set may be a link to somebody else's folder."""
+    fetch_set(tmp_path / "kodak", sources["kodak"])
+    (tmp_path / "kodak" / "manifest.json").unlink()
+    before = (tmp_path / "kodak").stat().st_mtime_ns
+    fetch_set(tmp_path / "kodak", sources["kodak"])
+    assert (tmp_path / "kodak").stat().st_mtime_ns == before and not manifest(tmp_path / "kodak")
+
+
 def test_a_first_checksum_holds_for_the_next_time(server, sources, tmp_path):
     """Nobody published one for TACO's list, so that what came first is what must come again."""
     fetch_set(tmp_path, sources["coco"])
@@ -602,6 +614,8 @@ class Weights:
     def fetch(self) -> None:
         if not self.to_be_had:
             raise MissingWeightsError(f"{self.name} is not to be had.")
+        if self.name == "slow":
+            raise KeyboardInterrupt
         (self.home / self.name).write_bytes(b"w" * self.size)
 
 
@@ -669,6 +683,19 @@ def test_the_room_for_what_has_come_is_not_asked_for_again(server, sources, tmp_
     with pytest.raises(DownloadError, match="train2014.zip"):
         fetch_set(tmp_path / "coco", sources["coco"])
     assert room_needed(tmp_path / "coco", sources["coco"]) == before - 3 * BLOCK
+
+
+def test_stopping_by_hand_is_a_sentence(sources, tmp_path, capsys):
+    assert run(tmp_path, sources, "fetch", "slow", networks=[Weights(tmp_path, "slow")]) == 130
+    assert capsys.readouterr().err == "Stopped. The same command goes on where it was.\n"
+
+
+def test_a_damaged_manifest_is_named(sources, tmp_path, capsys):
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco" / "manifest.json").write_text("{")
+    for command in ("status", "fetch"):
+        assert run(tmp_path, sources, command, "coco") == 1
+        assert "manifest.json is not JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,21 @@
 """Pretrained networks: known by name, found where their libraries keep them, and missing in one line otherwise."""
 
-import pytest
+import hashlib
 
-from taco_nb.pretrained import ALEXNET, CLIP_B32, CLIP_L14, EN_CORE_WEB_SM, INCEPTION, PRETRAINED, SpacyModel
+import pytest
+from file_server import FileServer
+
+from taco_nb.errors import MissingWeightsError
+from taco_nb.pretrained import (
+    ALEXNET,
+    CLIP_B32,
+    CLIP_L14,
+    EN_CORE_WEB_SM,
+    INCEPTION,
+    PRETRAINED,
+    Checkpoint,
+    SpacyModel,
+)
 
 CHECKPOINTS = (ALEXNET, INCEPTION)
 
@@ -46,6 +59,25 @@ def test_half_a_file_is_not_there(network, tmp_path, monkeypatch):
     assert network.path == network.file
 
 
+def test_a_checkpoint_is_fetched_once_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    content = bytes(range(256)) * 1000
+    with FileServer() as server:
+        server.files["net-40d61e29.pth"] = content
+        about = "net", "a test", len(content), server.url("net-40d61e29.pth")
+        network = Checkpoint(*about, hashlib.sha256(content).hexdigest())
+        other = Checkpoint(*about, hashlib.sha256(b"other").hexdigest())
+        with pytest.raises(
+            MissingWeightsError, match="pth .256,000 bytes. is not there. .* not the file .* fetch net .or copy"
+        ):
+            other.fetch()
+        assert network.path is None
+        for _ in range(2):
+            assert network.fetch() == network.path == tmp_path / "hub" / "checkpoints" / "net-40d61e29.pth"
+        assert network.path.read_bytes() == content and len(server.asked) == 2
+
+
 @pytest.mark.parametrize("network", [CLIP_B32, CLIP_L14], ids=lambda network: network.name)
 def test_clip_is_found_in_the_cache_of_the_hub(network, tmp_path, monkeypatch):
     import open_clip
@@ -71,3 +103,11 @@ def test_a_spacy_model_is_a_package(tmp_path, monkeypatch):
     (tmp_path / model.name / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     assert model.path == model.fetch() == tmp_path / model.name
+
+
+def test_a_spacy_model_that_cannot_be_had_is_a_sentence(monkeypatch):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(
+        MissingWeightsError, match="could not be installed .*run: python -m taco_nb.data fetch en_absent_test_sm"
+    ):
+        SpacyModel("en_absent_test_sm", "a test", 1).fetch()

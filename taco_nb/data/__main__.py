@@ -50,8 +50,15 @@ def main(
     names = known if asked.profile == "paper" or not asked.names else asked.names
     sets = {root / name: parts for name, parts in sources.items() if name in names}
     weights = [network for name, network in networks.items() if name in names]
-    well = asked.command == "status" or _fetch(sets, weights)
-    missing = _show(sets, weights)
+    try:
+        well = asked.command == "status" or _fetch(sets, weights)
+        missing = _show(sets, weights)
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on where it was.", file=sys.stderr)
+        return 130
+    except (TacoError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
     if missing:
         where = f" --data-dir {asked.data_dir}" if asked.data_dir else ""
         print(f"With a network, this fetches what is missing: {PROGRAM} fetch {' '.join(missing)}{where}")
@@ -62,9 +69,8 @@ def _fetch(sets: dict[Path, tuple[Part, ...]], weights: list[Pretrained]) -> boo
     """Get all that is missing; what fails is said, and keeps nothing else from being fetched."""
     weights = [network for network in weights if network.path is None]
     rooms = [(folder, room_needed(folder, parts)) for folder, parts in sets.items()]
-    rooms += [(network.home, network.size) for network in weights]
-    steps = [partial(check_room, rooms)]
-    steps += [network.fetch for network in weights]
+    check_room(rooms + [(network.home, network.size) for network in weights])
+    steps = [network.fetch for network in weights]
     steps += [partial(_prepare, folder, parts) for folder, parts in sets.items()]
     well = True
     for step in steps:
@@ -73,8 +79,6 @@ def _fetch(sets: dict[Path, tuple[Part, ...]], weights: list[Pretrained]) -> boo
         except TacoError as error:
             print(error, file=sys.stderr)
             well = False
-            if step is steps[0]:
-                break
     return well
 
 

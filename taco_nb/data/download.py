@@ -130,7 +130,7 @@ def _transfer(remote: Remote, part: Path) -> None:
 
 
 def _verify(remote: Remote, path: Path) -> str:
-    """The SHA-256 of a file, as "sha256:…"; one that lacks any of the checksums is deleted, and a `DownloadError`."""
+    """The SHA-256 of a file, as "sha256:…"; of another size or checksum it is deleted, and a `DownloadError`."""
     from tqdm.auto import tqdm
 
     wanted = remote.checksums.split()
@@ -143,12 +143,13 @@ def _verify(remote: Remote, path: Path) -> str:
                 digest.update(block)
             bar.update(len(block))
     found = {name: f"{name}:{digest.hexdigest()}" for name, digest in digests.items()}
-    if wrong := set(wanted) - set(found.values()):
+    if (wrong := set(wanted) - set(found.values())) or _size(path) != remote.size:
+        found["size"] = f"{_size(path):,} bytes"
         path.unlink()
         raise DownloadError(
-            f"What came from {remote.url} is not the file that was expected: it has {' '.join(sorted(found.values()))}, "
-            f"not {' '.join(sorted(wrong))}. It was deleted. Try again; if that does not help, the file has changed at its "
-            "source, or a proxy answers in its place."
+            f"What came from {remote.url} is not the file that was expected: it has {', '.join(found.values())}, "
+            f"not {', '.join(sorted(wrong)) or f'{remote.size:,} bytes'}. It was deleted. Try again; if that does not "
+            "help, the file has changed at its source, or a proxy answers in its place."
         )
     return found["sha256"]
 

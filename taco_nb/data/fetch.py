@@ -37,6 +37,8 @@ def fetch_set(folder: Path, parts: Sequence[Part]) -> None:
     from huggingface_hub.utils import WeakFileLock
 
     staging = folder / STAGING
+    if not missing_parts(folder, parts) and not staging.exists():
+        return  # without a write: the folder may be somebody else's
     try:
         staging.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(staging / "lock", timeout=1):

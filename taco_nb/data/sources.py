@@ -111,7 +111,7 @@ SOURCES: dict[str, tuple[Part, ...]] = {
                 "sha256:2025f07a6c652270e534640de4271feef3b3dd3260beed4ac4821064837aa732",
                 TFDS,
             ),
-            "", "*.png", 178, 760_000_000,
+            "", "*.png", 178, 900_000_000,
         ),
         Part(
             Remote(
@@ -120,7 +120,7 @@ SOURCES: dict[str, tuple[Part, ...]] = {
                 "sha256:857df244fc2bfa5da28d4c66bf0db16ee99bfc79eb807be8afa89cd507852884",
                 TFDS,
             ),
-            "", "*.png", 250, 940_000_000,
+            "", "*.png", 250, 1_100_000_000,
         ),
         Part(
             Remote(
