@@ -50,6 +50,65 @@ def make_codec(seed: int = 0, **sizes):
     return Codec(make_net(seed, **sizes), "untrained-16", 8, name=f"tiny {seed}")
 
 
+def make_lpips(seed: int = 0):
+    """LPIPS over an AlexNet of random weights: no number of it means anything."""
+    import warnings
+
+    import lpips
+    import torch
+
+    from taco_nb.metrics.perception import Lpips
+
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        return Lpips(model=lpips.LPIPS(pnet_rand=True, verbose=False, eval_mode=False))
+
+
+def make_inception(features: int = 6):
+    """In the place of Inception: one layer of random weights."""
+    import torch
+    from torch import nn
+    from torchvision.transforms import ConvertImageDtype
+
+    from taco_nb.metrics.fid import Inception
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = (nn.Conv2d(3, features, 8, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        return Inception(nn.Sequential(ConvertImageDtype(torch.float), *layers))
+
+
+def make_clip(image_size: int = 32):
+    """A small CLIP of random weights."""
+    import open_clip
+    import torch
+
+    sizes = {
+        "embed_dim": 12,
+        "vision_cfg": {"image_size": image_size, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return open_clip.CLIP(**sizes, quick_gelu=True).eval()
+
+
+def make_networks() -> dict:
+    """All that metrics look through, with random weights: how they are used can be tested, what they say means nothing."""
+    import open_clip
+
+    from taco_nb.metrics.clip_score import ClipScore
+    from taco_nb.metrics.cmmd import CmmdEmbedding
+
+    return {
+        "lpips": make_lpips(),
+        "fid": make_inception(),
+        "cmmd": CmmdEmbedding(make_clip(40)),
+        "clip_score": ClipScore(make_clip(), open_clip.SimpleTokenizer()),
+    }
+
+
 @pytest.fixture(scope="session")
 def tiny_codec():
     """A codec with random weights that no test may change."""

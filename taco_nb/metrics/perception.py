@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from taco_nb.errors import SettingError
 from taco_nb.pretrained import ALEXNET
 
+PROTOCOL = (
+    "LPIPS 0.1, AlexNet; lpips: of the 8-bit picture, shown to the network in [-1, 1] as the library wants; lpips_01: of "
+    "the decoder's floats, shown in [0, 1] as TACO published"
+)
 MIN_SIDE = 31  # below this AlexNet's second pooling has nothing left to pool
 
 

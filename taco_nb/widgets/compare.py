@@ -14,8 +14,8 @@ from torch import Tensor
 
 from taco_nb.data.images import to_tensor
 from taco_nb.errors import SettingError
-from taco_nb.evaluation import find_lpips
 from taco_nb.metrics.distortion import distortion
+from taco_nb.metrics.networks import find_lpips
 from taco_nb.metrics.rate import bpp
 from taco_nb.widgets.heat import heat
 from taco_nb.widgets.page import img, self_contained, source

@@ -16,6 +16,9 @@ METRICS = {
     "ms_ssim": "MS-SSIM",
     "lpips": "LPIPS ([-1, 1] inputs, lower is better)",
     "lpips_01": "LPIPS as TACO measures it ([0, 1] inputs, lower is better)",
+    "clip_score": "CLIP score (100 cos, picture and caption)",
+    "fid": "FID (lower is better)",
+    "cmmd": "CMMD (lower is better)",
 }
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 _LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 460, "margin": {"l": 60, "r": 20, "t": 50, "b": 50}}
