@@ -1,36 +1,66 @@
-"""Real files, measured: a row per image, and where every number came from."""
+"""Real files, measured: a row per image, and where every number came from.
+
+    accelerate launch -m taco_nb.evaluation runs/mine --sets kodak clic coco
+
+does on the command line, and on all GPUs, what `evaluate` does in a notebook: the same files in the same folder.
+"""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
 import os
+import pickle
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime, timezone
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
 
-from taco_nb.codec import Codec
-from taco_nb.data import CaptionedImages, Sample
-from taco_nb.data.images import to_image, to_tensor
-from taco_nb.errors import SettingError
-from taco_nb.files import atomic_write
+from taco_nb import errors
+from taco_nb.checkpoint import save_weights
+from taco_nb.codec import MODES, Codec, load
+from taco_nb.data import CaptionedImages, Sample, datasets
+from taco_nb.data.captioned import check_count
+from taco_nb.data.images import to_tensor
+from taco_nb.errors import MissingWeightsError, SettingError, TacoError
+from taco_nb.files import atomic_write, sha256
+from taco_nb.measure import CAPTIONS, measure, rate
+from taco_nb.metrics.cmmd import cmmd
 from taco_nb.metrics.distortion import distortion
-from taco_nb.metrics.perception import Lpips
-from taco_nb.metrics.rate import bpp
+from taco_nb.metrics.fid import frechet_distance
+from taco_nb.metrics.networks import PROTOCOLS, Network, find_networks, given_networks, say_missing, state_digest
+from taco_nb.metrics.patches import PATCH_SIZE, check_patch_size
 from taco_nb.peers import PeerResult, available_peers, match_bpp, peer_curve
-from taco_nb.pretrained import ALEXNET
-from taco_nb.provenance import provenance
+from taco_nb.provenance import code_digest, provenance
+from taco_nb.unfinished import Part, Unfinished
 
 if TYPE_CHECKING:
     import pandas as pd
 
 QUALITIES = (5, 10, 20, 35, 50, 65, 80, 90)
 """Of the other codecs' own scales, for their rate-distortion curves."""
+BATCH_SIZE = 16
+"""Crops of one size that go through the networks together."""
+_MEASURES = (
+    "model",
+    "text",
+    "metrics",
+    "codec.py",
+    "measure.py",
+    "evaluation.py",
+    "data/captioned.py",
+    "data/images.py",
+)
+"""The code that figures depend on."""
+_TEXT = ("codec", "dataset", "name", "caption")  # the columns of a table that are not numbers
 
 
 def evaluate(
@@ -38,48 +68,85 @@ def evaluate(
     sets: Sequence[CaptionedImages],
     out_dir: str | os.PathLike | None = None,
     *,
-    lpips: Lpips | None = None,
+    caption: str = "first",
+    batch_size: int = BATCH_SIZE,
+    patch_size: int = PATCH_SIZE,
+    num_processes: int = 1,
+    networks: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
-    """Encode every image with its first caption to a `.taco` file, decode the file, and measure both: a row per image.
+    """Encode every image with a caption to a `.taco` file, decode the file, and measure both: a row per image.
 
-    Columns: codec, dataset, name, caption, width, height, bytes (the file's size), bpp, psnr and ms_ssim of the 8-bit
-    picture, psnr_taco and ms_ssim_taco by the reference's protocol, lpips (of the 8-bit picture, in [-1, 1] as the library
-    wants) and lpips_01 (of the floats, in [0, 1], as TACO published) where LPIPS's weights are on the machine, encode_s and
-    decode_s (seconds, wall clock, without the loading of tower and tables).
+    Columns: codec, dataset, name, width, height, bytes (the file's size), bpp, caption, psnr and ms_ssim of the 8-bit
+    picture, psnr_taco and ms_ssim_taco by the reference's protocol; then, where the weights are on the machine, lpips (of
+    the 8-bit picture, in [-1, 1] as the library wants) and lpips_01 (of the floats, in [0, 1], as TACO published),
+    clip_score (0 to 100, picture against caption), and fid and cmmd of the whole data set, the same in each of its rows
+    (`taco_nb.metrics` says by which protocol); encode_s and decode_s (seconds, wall clock, without the loading of tower
+    and tables; of a batch, each image has its share).
 
-    With `out_dir`, `files/<dataset>/<name>.taco`, `evaluation.csv` and `evaluation.json` (means, experiment, versions,
-    commit, hardware, checksums of the data) are kept there. Raises `DataError` for an image that cannot be read,
-    `SettingError` if `sets` is no list of data sets with names of their own.
+    Args:
+        caption: which of an image's captions: "first"; "last", as the reference's released script; or "best", the one with
+            the lowest lpips_01, as the paper meant it for the five of MS-COCO.
+        batch_size: how many images of a data set that is cropped to one size go through the networks together. Others go
+            one by one.
+        patch_size: side in pixels of the patches that FID is measured on where a data set is not cropped to one size.
+        num_processes: how many processes share the images, each on a GPU of its own if the codec is on one. In a
+            process of `accelerate launch` the processes there do, and this is ignored.
+        networks: {"lpips": Lpips, "fid": Inception, "cmmd": CmmdEmbedding, "clip_score": ClipScore}, any of them, to look
+            through in place of those on this machine.
+
+    With `out_dir`, `files/<dataset>/<name>.taco`, `evaluation.csv` and `evaluation.json` (means, protocols, experiment,
+    versions, commit, hardware, checksums of the data) are kept there. Killed, it goes on from the image, or batch, where it
+    was when it is called again; finished, it returns what is there, at once; but if weights, data, settings or this program
+    have changed, it says so and starts over.
+
+    Raises `DataError` for an image that cannot be read, `SettingError` if `sets` is no list of data sets with names of
+    their own or a setting is out of range, `MissingWeightsError` for caption="best" without LPIPS.
     """
+    from accelerate import PartialState
+
+    _check_sets(sets)
+    processes = PartialState()
+    found, absent = find_networks() if networks is None else given_networks(networks)
+    if networks is None and processes.is_main_process:
+        for metric in absent:
+            say_missing(metric)
+    settings = {"caption": caption, "batch_size": batch_size, "patch_size": patch_size}
+    _check_settings(settings, num_processes, found, absent)
+    if processes.num_processes > 1 and out_dir is None:
+        raise SettingError("Several processes need a folder that they share: give out_dir.")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch if out_dir is None else out_dir)
+        unfinished = Unfinished(folder)
+        parts = _parts(sets, batch_size)
+        if processes.is_main_process:
+            subject = _subject(codec, sets, settings, found)
+            _begin(folder, subject, parts)
+        processes.wait_for_everyone()
+        if unfinished.exists:
+            if num_processes > 1 and processes.num_processes == 1:
+                _launch(codec, sets, folder, settings, networks, num_processes)
+            else:
+                _share(codec, sets, folder, settings, found, processes.process_index, processes.num_processes)
+            processes.wait_for_everyone()
+            if processes.is_main_process:
+                _finish(codec, sets, folder, settings, found, absent)
+            processes.wait_for_everyone()
+        return read_evaluation(folder)
+
+
+def read_evaluation(folder: str | os.PathLike) -> pd.DataFrame:
+    """The table that `evaluate` left in a folder, every number and caption as it was."""
     import pandas as pd
 
-    lpips = lpips or find_lpips()
-    started = time.time()
-    codec.decode(codec.encode(Image.new("RGB", (64, 64)), ""))  # what is loaded once is no part of the first row's time
-    with tempfile.TemporaryDirectory() as scratch:
-        files = Path(scratch if out_dir is None else out_dir) / "files"
-        rows = [
-            {"codec": codec.name, "dataset": dataset.name, **_measure(codec, sample, files / dataset.name, lpips)}
-            for dataset, sample in _samples(sets, f"evaluating {codec.name}")
-        ]
-    results = pd.DataFrame(rows)
-    if out_dir is not None:
-        about = {
-            "codec": codec.name,
-            "fingerprint": codec.fingerprint.hex(),
-            "weights": codec.about,
-            "text_encoder": codec.text_encoder,
-            "data": {dataset.name: {"images": len(dataset), "sha256": dataset.checksum()} for dataset in sets},
-            "means": json.loads(means(results).to_json(orient="records", double_precision=15)),  # null for NaN
-            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(time.time() - started, 1),
-            **provenance(),
-        }
-        with atomic_write(Path(out_dir) / "evaluation.csv", "w") as file:
-            results.to_csv(file, index=False)
-        with atomic_write(Path(out_dir) / "evaluation.json", "w") as file:
-            json.dump(about, file, indent=1)
-    return results
+    path = Path(folder, "evaluation.csv")
+    numbers = pd.read_csv(path, nrows=0).columns.difference(_TEXT)
+    return pd.read_csv(
+        path,
+        float_precision="round_trip",
+        dtype=dict.fromkeys(_TEXT, str),
+        keep_default_na=False,  # "" and "nan" are captions
+        na_values=dict.fromkeys(numbers, ""),
+    )
 
 
 def evaluate_peers(
@@ -134,26 +201,11 @@ def means(results: pd.DataFrame) -> pd.DataFrame:
     return table.assign(images=results.groupby(keys, sort=False, dropna=False).size()).reset_index()
 
 
-@cache
-def find_lpips() -> Lpips | None:
-    """LPIPS where its weights are on the machine; else None, after one line that says what to do, once.
-
-    An evaluation downloads nothing: it may run where there is no network, and 244 MB are nobody's to spend unasked.
-    """
-    if ALEXNET.path is None:
-        print(f"Without LPIPS: {ALEXNET.missing}")
-        return None
-    return Lpips()
-
-
 def _samples(sets: Sequence[CaptionedImages], what: str) -> Iterator[tuple[CaptionedImages, Sample]]:
     """One image in memory at a time, under a progress bar."""
     from tqdm.auto import tqdm
 
-    if isinstance(sets, CaptionedImages) or not sets:
-        raise SettingError("The data sets are a list with at least one in it, as taco_nb.datasets gives them.")
-    if len({dataset.name for dataset in sets}) < len(sets):
-        raise SettingError(f"Two data sets have the same name, of {[dataset.name for dataset in sets]}: rename one.")
+    _check_sets(sets)
     with tqdm(total=sum(map(len, sets)), desc=what, unit="image") as bar:
         for dataset in sets:
             for i in range(len(dataset)):
@@ -161,43 +213,340 @@ def _samples(sets: Sequence[CaptionedImages], what: str) -> Iterator[tuple[Capti
                 bar.update()
 
 
-def _measure(codec: Codec, sample: Sample, folder: Path, lpips: Lpips | None) -> dict[str, Any]:
-    path = folder / f"{sample.name}.taco"
-    caption = sample.captions[0]
-
-    clock = time.perf_counter()
-    data = codec.encode(sample.image, caption)
-    encode_s = time.perf_counter() - clock
-    with atomic_write(path) as file:
-        file.write(data)
-
-    clock = time.perf_counter()
-    x_hat = codec.decode_tensor(path).cpu()
-    decode_s = time.perf_counter() - clock
-
-    x, picture = to_tensor(sample.image), to_tensor(to_image(x_hat))
-    taco = {f"{key}_taco": value for key, value in distortion(x, x_hat, "taco").items()}
-    perceived = {"lpips": lpips(x, picture)["lpips"], "lpips_01": lpips(x, x_hat)["lpips_01"]} if lpips else {}
-    return {
-        **_rate(sample, path.stat().st_size),
-        "caption": caption,
-        **distortion(x, x_hat),
-        **taco,
-        **perceived,
-        "encode_s": encode_s,
-        "decode_s": decode_s,
-    }
-
-
 def _peer_row(dataset: CaptionedImages, sample: Sample, result: PeerResult) -> dict[str, Any]:
     return {
         "codec": result.format,
         "dataset": dataset.name,
-        **_rate(sample, len(result.data)),
+        **rate(sample, len(result.data)),
         **distortion(to_tensor(sample.image), to_tensor(result.image)),
     }
 
 
-def _rate(sample: Sample, size: int) -> dict[str, Any]:
-    width, height = sample.image.size
-    return {"name": sample.name, "width": width, "height": height, "bytes": size, "bpp": bpp(size, width, height)}
+def _check_sets(sets: Sequence[CaptionedImages]) -> None:
+    if isinstance(sets, CaptionedImages) or not sets:
+        raise SettingError("The data sets are a list with at least one in it, as taco_nb.datasets gives them.")
+    if len({dataset.name for dataset in sets}) < len(sets):
+        raise SettingError(f"Two data sets have the same name, of {[dataset.name for dataset in sets]}: rename one.")
+
+
+def _check_settings(
+    settings: Mapping[str, Any], num_processes: int, found: Mapping[str, Network], absent: Mapping[str, str]
+) -> None:
+    check_caption(settings["caption"])
+    check_count(settings["batch_size"], "batch_size")
+    check_count(num_processes, "num_processes")
+    check_patch_size(settings["patch_size"])
+    if settings["caption"] == "best" and "lpips" not in found:
+        raise MissingWeightsError(f'caption="best" is chosen by LPIPS, and there is none: {absent["lpips"]}.')
+
+
+def check_caption(caption: str) -> None:
+    """Raise `SettingError` unless `caption` is a rule by which `evaluate` chooses among an image's captions."""
+    if caption not in CAPTIONS:
+        raise SettingError(f"caption must be {' or '.join(map(json.dumps, CAPTIONS))}, but is {caption!r}.")
+
+
+def _parts(sets: Sequence[CaptionedImages], batch_size: int) -> list[Part]:
+    """What is measured together, in order. It depends on nothing else, so neither do the figures."""
+    steps = [batch_size if dataset.crop else 1 for dataset in sets]
+    return [
+        Part(dataset.name, start, min(start + step, len(dataset)))
+        for dataset, step in zip(sets, steps)
+        for start in range(0, len(dataset), step)
+    ]
+
+
+def _subject(
+    codec: Codec, sets: Sequence[CaptionedImages], settings: Mapping[str, Any], found: Mapping[str, Network]
+) -> dict[str, Any]:
+    """All that the figures depend on; where it is the same, they are."""
+    tower = Path(codec.text_encoder.partition("/")[2]).expanduser()
+    keywords = codec.keywords and hashlib.sha256(codec.keywords.encode()).hexdigest()
+    text = [codec.text_encoder, codec.text_tokens, codec.text_length, codec.text_pooling, keywords]
+    return {
+        "name of the codec": codec.name,
+        "weights": state_digest(codec.net),
+        "mode": codec.mode,
+        "text encoder": [*text, sha256(tower) if tower.is_file() else None],
+        "data": {dataset.name: [len(dataset), dataset.crop, dataset.checksum()] for dataset in sets},
+        **settings,
+        "networks": {metric: network.weights for metric, network in found.items()},
+        "kind of device": codec.device.type,
+        "program": code_digest(*_MEASURES),
+        "packages": provenance()["packages"],
+    }
+
+
+def _begin(folder: Path, subject: dict[str, Any], parts: Sequence[Part]) -> None:
+    """Leave `unfinished` to be gone on with, or fresh, or, if all is done, none; and say which, but for a fresh one."""
+    unfinished = Unfinished(folder)
+    finished = _finished(folder)
+    if finished and not _changed(finished, subject):
+        unfinished.forget()
+        print(f"Evaluated before, and nothing has changed since: the figures are those of {folder / 'evaluation.csv'}.")
+        return
+    before = unfinished.about() if unfinished.exists else None
+    if before == subject:
+        total = sum(part.stop - part.start for part in parts)
+        print(f"Going on with the evaluation in {folder}: {_done(unfinished, parts)} of {total} images are done.")
+        return
+    if before is not None or finished:
+        changes = ", ".join(_changed(before or finished or {}, subject)) or "networks"
+        print(f"Evaluating from the start in {folder}: other than the last time are {changes}.")
+    unfinished.begin(subject)
+
+
+def _done(unfinished: Unfinished, parts: Iterable[Part]) -> int:
+    """How many images are measured."""
+    return sum(part.stop - part.start for part in parts if unfinished.path(part).exists())
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """Of what the whole evaluation in a folder is, None where there is none, or its table is not the one it was."""
+    try:
+        said = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+        return said["subject"] if said["csv_sha256"] == sha256(folder / "evaluation.csv") else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _changed(before: Mapping[str, Any], subject: Mapping[str, Any]) -> list[str]:
+    """In what they differ, by name. Networks that are not there any more do not count: their figures are."""
+    still = {**(before.get("networks") or {}), **subject["networks"]}
+    return [
+        key
+        for key, value in subject.items()
+        if key not in before or before[key] != (still if key == "networks" else value)
+    ]
+
+
+def _share(
+    codec: Codec,
+    sets: Sequence[CaptionedImages],
+    folder: Path,
+    settings: Mapping[str, Any],
+    found: Mapping[str, Network],
+    index: int,
+    count: int,
+) -> None:
+    """Measure what is not measured yet, every `count`-th part of it, from part `index` on."""
+    from tqdm.auto import tqdm
+
+    unfinished, by_name = Unfinished(folder), {dataset.name: dataset for dataset in sets}
+    parts = _parts(sets, settings["batch_size"])[index::count]
+    left = [part for part in parts if not unfinished.path(part).exists()]
+    if not left:
+        return
+    codec.decode(codec.encode(Image.new("RGB", (64, 64)), ""))  # what is loaded once is no part of the first row's time
+    networks = {metric: network.load(codec.device) for metric, network in found.items()}
+    what = f"evaluating {codec.name}" + (f", 1 process of {count}" if count > 1 else "")
+    with tqdm(total=sum(p.stop - p.start for p in left), desc=what, unit="image", disable=index > 0) as bar:
+        for part in left:
+            clock, dataset = time.perf_counter(), by_name[part.dataset]
+            rows, features = measure(
+                codec,
+                [dataset[i] for i in range(part.start, part.stop)],
+                folder / "files" / part.dataset,
+                networks,
+                caption=settings["caption"],
+                patch_size=None if dataset.crop else settings["patch_size"],
+            )
+            unfinished.write(part, rows, features, time.perf_counter() - clock)
+            bar.update(len(rows))
+
+
+def _finish(
+    codec: Codec,
+    sets: Sequence[CaptionedImages],
+    folder: Path,
+    settings: Mapping[str, Any],
+    found: Mapping[str, Network],
+    absent: Mapping[str, str],
+) -> None:
+    """Put the parts together: the table and what is to be known of it; then the parts are forgotten."""
+    import pandas as pd
+
+    unfinished, clock = Unfinished(folder), time.perf_counter()
+    subject, seconds, tables = unfinished.about(), 0.0, []
+    metrics = {metric: {"protocol": PROTOCOLS[metric], "weights": found[metric].weights} for metric in found}
+    for dataset in sets:
+        parts = _parts([dataset], settings["batch_size"])
+        rows = []
+        for part in parts:
+            some, spent = unfinished.rows(part)
+            rows += some
+            seconds += spent
+        table = pd.DataFrame(rows)
+        table.insert(0, "codec", codec.name)
+        table.insert(1, "dataset", dataset.name)
+        if "fid" in found:
+            figure, about = _fid(dataset, unfinished, parts, settings["patch_size"])
+            table.insert(table.columns.get_loc("encode_s"), "fid", figure)
+            metrics["fid"].setdefault("sets", {})[dataset.name] = about
+        if "cmmd" in found:
+            x, x_hat = (torch.cat(list(unfinished.features(parts, f"cmmd.{name}"))) for name in ("x", "x_hat"))
+            table.insert(table.columns.get_loc("encode_s"), "cmmd", cmmd(x, x_hat, codec.device))
+            metrics["cmmd"].setdefault("sets", {})[dataset.name] = {"images": len(x)}
+        tables.append(table)
+    results = pd.concat(tables, ignore_index=True)
+    with atomic_write(folder / "evaluation.csv", "w") as file:
+        results.to_csv(file, index=False)
+    about = {
+        "codec": codec.name,
+        "fingerprint": codec.fingerprint.hex(),
+        "weights": codec.about,
+        "mode": codec.mode,
+        "text_encoder": codec.text_encoder,
+        "data": {name: {"images": images, "sha256": digest} for name, (images, _, digest) in subject["data"].items()},
+        "caption": {"rule": settings["caption"], "chosen": CAPTIONS[settings["caption"]]},
+        "batch_size": settings["batch_size"],
+        "metrics": metrics,
+        "absent": dict(absent),
+        "means": json.loads(means(results).to_json(orient="records", double_precision=15)),  # null for NaN
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds + time.perf_counter() - clock, 1),  # of all processes together
+        **provenance(),
+        "subject": subject,
+        "csv_sha256": sha256(folder / "evaluation.csv"),
+    }
+    with atomic_write(folder / "evaluation.json", "w") as file:
+        json.dump(about, file, indent=1)
+    unfinished.forget()
+
+
+def _fid(
+    dataset: CaptionedImages, unfinished: Unfinished, parts: list[Part], patch_size: int
+) -> tuple[float, dict[str, Any]]:
+    """FID of a data set, and what it is over; figures of too few pictures come with a warning."""
+    of = "crops" if dataset.crop else f"patches of {patch_size}x{patch_size}"
+    counted = [0, 0]
+
+    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for pair in zip(*(unfinished.features(parts, f"fid.{name}") for name in ("x", "x_hat"))):
+            counted[:] = counted[0] + len(pair[0]), pair[0].shape[1]
+            yield pair
+
+    figure = frechet_distance(pairs())
+    count, features = counted
+    if count < 2:
+        print(f"No FID of {dataset.name}: there are {count} {of} in its images, and two are the least.")
+    elif count <= features:
+        print(
+            f"FID of {dataset.name} is over {count:,} {of}, no more than the {features:,} features of each: it comes out too "
+            "high. Compare it only with figures over as many."
+        )
+    return figure, {"of": of, "images": len(dataset), "count": count}
+
+
+# --- Several processes ------------------------------------------------------------------------------------------------
+
+
+def _launch(
+    codec: Codec,
+    sets: Sequence[CaptionedImages],
+    folder: Path,
+    settings: Mapping[str, Any],
+    networks: Mapping[str, Any] | None,
+    count: int,
+) -> None:
+    """Measure in `count` new processes, by PyTorch's launcher, which ends all of them when one fails.
+
+    New rather than forked ones: a GPU or an OpenMP in use does not survive a fork. Raises the error that ended them.
+    """
+    from tqdm.auto import tqdm
+
+    unfinished, parts = Unfinished(folder), _parts(sets, settings["batch_size"])
+    with tempfile.TemporaryDirectory() as scratch:
+        home = Path(scratch)
+        experiment = {
+            name: getattr(codec, name) for name in ("text_encoder", "text_tokens", "text_length", "text_pooling")
+        }
+        about = {
+            **codec.about,
+            "experiment": codec.about.get("experiment", {}) | experiment,
+            "keywords": codec.keywords,
+        }
+        save_weights(home / "codec.safetensors", codec.net, {**about, "name": codec.name})
+        job = (codec.device.type, codec.mode, list(sets), folder.resolve(), settings, networks)
+        (home / "job.pickle").write_bytes(pickle.dumps(job))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+        command += ["-m", "taco_nb.evaluation", "--job", str(home)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        with (
+            open(home / "log", "wb") as log,
+            subprocess.Popen(command, stdout=log, stderr=log, env=environment) as launched,
+            tqdm(total=sum(p.stop - p.start for p in parts), desc=f"evaluating {codec.name}", unit="image") as bar,
+        ):
+            try:
+                while launched.poll() is None:
+                    time.sleep(0.5)
+                    if new := _done(unfinished, parts) - bar.n:
+                        bar.update(new)
+            finally:
+                launched.terminate()  # if this process was interrupted; the launcher ends its own
+        if reported := sorted(home.glob("error-*.json")):
+            kind, message = json.loads(reported[0].read_text(encoding="utf-8"))
+            raise getattr(errors, kind)(message)
+        if launched.returncode:
+            end = (home / "log").read_text(encoding="utf-8", errors="replace")[-4000:]
+            raise RuntimeError(f"A process of the evaluation ended with {launched.returncode}:\n{end}")
+
+
+def _work(home: Path) -> None:
+    """What one of the processes of `_launch` does."""
+    from accelerate import PartialState
+
+    device, mode, sets, folder, settings, networks = pickle.loads((home / "job.pickle").read_bytes())
+    process = PartialState(cpu=device == "cpu")
+    try:
+        codec = load(home / "codec.safetensors", mode=mode, device=str(process.device))
+        found, _ = find_networks() if networks is None else given_networks(networks)
+        _share(codec, sets, folder, settings, found, process.process_index, process.num_processes)
+    except TacoError as error:
+        with atomic_write(home / f"error-{process.process_index}.json", "w") as file:
+            json.dump([type(error).__name__, str(error)], file)
+        raise
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line. A user's error is one line on stderr, and exit status 1."""
+    parser = argparse.ArgumentParser("python -m taco_nb.evaluation", description=__doc__.splitlines()[0])
+    parser.add_argument("codec", nargs="?", help="a run's folder, a checkpoint file, or a bundled codec's name")
+    parser.add_argument("--sets", nargs="+", default=["kodak", "clic", "coco"], help="data sets (%(default)s)")
+    parser.add_argument("--out", help="where to keep the evaluation; a run's own folder by default")
+    parser.add_argument("--data-dir", help="the data folder")
+    parser.add_argument("--captions", help='"published" or "context"; by default those that the codec was trained on')
+    parser.add_argument("--caption", default="first", help='which of an image: "first", "last" or "best"')
+    parser.add_argument("--limit", type=int, help="the first so many images of each set")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="crops at a time (%(default)s)")
+    parser.add_argument("--patch-size", type=int, default=PATCH_SIZE, help="of FID on whole images (%(default)s)")
+    parser.add_argument("--mode", default="exact", choices=MODES, help="of the transforms (%(default)s)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--text-encoder", help="replaces the text tower that the weights name")
+    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.job:
+        return _work(given.job)
+    if given.codec is None:
+        parser.error("which codec?")
+    from accelerate import PartialState
+
+    # Shares may take longer than the ten minutes for which processes on GPUs wait for each other by default.
+    process = PartialState(cpu=given.device == "cpu", timeout=timedelta(days=7))
+    try:
+        codec = load(given.codec, device=str(process.device), data_dir=given.data_dir, text_encoder=given.text_encoder)
+        out = given.out or (given.codec if Path(given.codec).is_dir() else None)
+        if out is None:
+            raise SettingError(f"{given.codec} is no folder to keep the evaluation in: say where, by --out.")
+        captions = given.captions or codec.about.get("experiment", {}).get("captions", "published")
+        sets = datasets(*given.sets, data_dir=given.data_dir, limit=given.limit, captions=captions)
+        settings = {"caption": given.caption, "batch_size": given.batch_size, "patch_size": given.patch_size}
+        results = evaluate(codec, sets, out, **settings)
+    except TacoError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    if process.is_main_process:
+        print(means(results).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -12,7 +13,8 @@ from typing import Any
 from taco_nb.files import REPOSITORY
 
 PACKAGES = (
-    "torch", "torchvision", "compressai", "open_clip_torch", "lpips", "pytorch-msssim", "accelerate", "numpy", "pillow"
+    "torch", "torchvision", "compressai", "open_clip_torch", "lpips", "pytorch-msssim", "torchmetrics", "torch-fidelity",
+    "accelerate", "numpy", "pillow",
 )  # fmt: skip
 
 
@@ -39,6 +41,15 @@ def commit() -> str | None:
         return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def code_digest(*sources: str) -> str:
+    """SHA-256 over those of this package's modules and folders of modules: it changes when any of them does."""
+    package, digest = Path(__file__).parent, hashlib.sha256()
+    for source in sources:
+        for path in sorted((package / source).rglob("*.py")) or [package / source]:
+            digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _git(*arguments: str) -> str:

@@ -77,7 +77,7 @@ def evaluated(tmp_path_factory, network):
     """(codec, data set, results, the folder that evaluate filled)"""
     home = tmp_path_factory.mktemp("evaluated")
     codec, dataset = overshooting_codec(), folder(home / "photos")
-    results = evaluate(codec, [dataset], home / "out", lpips=Lpips(model=network))
+    results = evaluate(codec, [dataset], home / "out", networks={"lpips": Lpips(model=network)})
     return codec, dataset, results, home / "out"
 
 
@@ -145,35 +145,40 @@ def test_lpips_in_both_conventions(evaluated, network):
 
 
 def test_without_weights_one_line_says_so(tmp_path):
-    """In a process of its own that has no cache of weights, and whose only way out is a port where nobody listens."""
+    """In a process of its own that has no cache of weights, and must not ask for one."""
     program = """
-import sys
+import socket, sys
 from pathlib import Path
 from conftest import make_codec
 from test_evaluation import folder
 from taco_nb import evaluate
+
+def refuse(*_):
+    raise AssertionError("An evaluation asked the network for something.")
+
+socket.socket.connect = socket.getaddrinfo = refuse
 for seed in range(2):
     results = evaluate(make_codec(seed), [folder(Path(sys.argv[1]) / str(seed), {"a.png": (64, 64)})])
-    assert not [column for column in results if "lpips" in column], results.columns
+    assert not {"lpips", "lpips_01", "fid", "cmmd", "clip_score"} & set(results), results.columns
 """
-    dead = "http://127.0.0.1:9"
-    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    environment |= {"TORCH_HOME": str(tmp_path / "cache"), "https_proxy": dead, "http_proxy": dead}
+    environment = os.environ | {name: str(tmp_path / "cache") for name in ("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE")}
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)])
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len([line for line in lines if line.startswith("Without LPIPS: ")]) == 1
-    assert all(line.startswith(("Without LPIPS: ", "Downloading: ")) for line in lines), done.stdout
+    for line, metric in zip(lines, ("LPIPS", "FID", "CMMD", "CLIP score"), strict=True):
+        assert re.match(
+            rf"Without {metric}: .*{re.escape(str(tmp_path / 'cache'))}.* run: python -m taco_nb\.data fetch ", line
+        )
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path, tiny_codec, network, monkeypatch):
     monkeypatch.chdir(tmp_path)
     dataset = folder(tmp_path / "photos", {"a.png": (40, 30)})
     before = sorted(tmp_path.rglob("*"))
-    assert len(evaluate(tiny_codec, [dataset], lpips=Lpips(model=network))) == 1
+    assert len(evaluate(tiny_codec, [dataset], networks={"lpips": Lpips(model=network)})) == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -192,7 +197,7 @@ def saved(tmp_path_factory, network):
         for name in ("OPENAI_API_KEY", "HF_TOKEN", "USER", "LOGNAME", "HOSTNAME", "HOME"):
             patch.setenv(name, f"secret-of-{name}")
         codec = load(home / "weights.safetensors")
-        results = evaluate(codec, [dataset], home / "out", lpips=Lpips(model=network))
+        results = evaluate(codec, [dataset], home / "out", networks={"lpips": Lpips(model=network)})
     return experiment, dataset, results, home / "out"
 
 
@@ -219,7 +224,7 @@ def test_the_json_says_where_the_numbers_came_from(saved):
 
 def test_the_json_is_json_even_of_pictures_too_small_for_ms_ssim(tmp_path, tiny_codec, network):
     dataset = folder(tmp_path / "photos", {"a.png": (40, 30)})
-    evaluate(tiny_codec, [dataset], tmp_path, lpips=Lpips(model=network))
+    evaluate(tiny_codec, [dataset], tmp_path, networks={"lpips": Lpips(model=network)})
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -246,16 +251,16 @@ def test_an_unreadable_image_is_named_and_no_table_is_left(tmp_path, tiny_codec,
     dataset = folder(tmp_path / "photos")
     (tmp_path / "photos" / "cat.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
     with pytest.raises(DataError, match=r"cat\.png cannot be read"):
-        evaluate(tiny_codec, [dataset], tmp_path / "out", lpips=Lpips(model=network))
+        evaluate(tiny_codec, [dataset], tmp_path / "out", networks={"lpips": Lpips(model=network)})
     assert not list((tmp_path / "out").glob("evaluation.*"))
 
 
 def test_bad_lists_of_data_sets(tmp_path, tiny_codec, network):
     dataset = folder(tmp_path / "photos", {"a.png": (40, 30)})
-    lpips = Lpips(model=network)
+    networks = {"lpips": Lpips(model=network)}
     for bad, message in ((dataset, "a list"), ([], "at least one"), ([dataset, dataset.head(1)], "the same name")):
         with pytest.raises(SettingError, match=message):
-            evaluate(tiny_codec, bad, lpips=lpips)
+            evaluate(tiny_codec, bad, networks=networks)
         with pytest.raises(SettingError, match=message):
             evaluate_peers(bad)
 
@@ -278,7 +283,7 @@ class Watched(CaptionedImages):
 def test_images_pass_by_one_at_a_time(tmp_path, tiny_codec, network):
     photos = folder(tmp_path / "photos", {f"{i}.png": (40, 32) for i in range(4)})
     watched = [Watched(photos) for _ in range(3)]
-    results = evaluate(tiny_codec, [watched[0]], lpips=Lpips(model=network))
+    results = evaluate(tiny_codec, [watched[0]], networks={"lpips": Lpips(model=network)})
     evaluate_matched(results, [watched[1]])
     evaluate_peers([watched[2]], [20])
     for dataset in watched:
@@ -290,7 +295,7 @@ def test_the_tower_is_loaded_before_the_first_image_is_timed(tmp_path, network):
     codec.text_encoder = "untrained-32"  # of a width that these weights do not read
     watched = Watched(folder(tmp_path / "photos", {"a.png": (40, 32)}))
     with pytest.raises(SettingError, match="32"):
-        evaluate(codec, [watched], lpips=Lpips(model=network))
+        evaluate(codec, [watched], networks={"lpips": Lpips(model=network)})
     assert not watched.given
 
 

@@ -62,6 +62,11 @@ class CaptionedImages(Dataset):
         return Sample(name, image, captions)
 
     @property
+    def crop(self) -> int | None:
+        """The side of the central square that is taken of every image; None where images are whole."""
+        return self._crop
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The file names, in order."""
         return tuple(entry.name for entry in self._entries)
@@ -112,8 +117,10 @@ class CaptionedImages(Dataset):
 
     def checksum(self) -> str:
         """SHA-256 over names, image files and captions, so that an evaluation can say exactly what it ran on."""
+        from tqdm.auto import tqdm
+
         digest = hashlib.sha256()
-        for name, path, captions, _ in self._entries:
+        for name, path, captions, _ in tqdm(self._entries, f"reading {self.name}", unit="image", leave=False, delay=2):
             digest.update(json.dumps([name, sha256(path), captions]).encode())
         return digest.hexdigest()
 
