@@ -62,5 +62,5 @@ def measure(p: Parameters, runs: Mapping[str, Run]) -> pd.DataFrame:
     for label, run in runs.items():
         codec = load(run.dir, device=p.torch_device)
         codec.name = label
-        tables.append(evaluate(codec, p.datasets(run.experiment.captions), run.dir))
+        tables.append(evaluate(codec, p.datasets(run.experiment.captions), run.dir, caption=p.caption))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -38,6 +38,7 @@ class Parameters:
     device: str = "auto"
     precision: str | None = None
     eval_limit: int | None = None
+    caption: str = "first"
     max_hours: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     """The notebook's own parameters: fields of the `Experiment` that it changes."""
@@ -121,6 +122,9 @@ def check_parameters(namespace: dict[str, Any], *own: str) -> Parameters:
         value = getattr(parameters, name)
         if value is not None and not value >= least:  # so that NaN is refused too
             raise SettingError(f"{name} must be {least} or above, but is {value!r}.")
+    from taco_nb.evaluation import check_caption
+
+    check_caption(parameters.caption)
     if parameters.device not in ("auto", "cpu", "cuda"):
         raise SettingError(f'device must be "auto", "cpu" or "cuda", but is {parameters.device!r}.')
     if parameters.device == "cuda" and not _has_cuda():

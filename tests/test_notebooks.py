@@ -141,6 +141,7 @@ def test_a_name_that_is_no_parameter_stops_every_notebook(path):
         ({"max_hours": math.nan}, "max_hours must be 0 or above, but is nan"),
         ({"device": "tpu"}, "device must be .*'tpu'"),
         ({"precision": "float16"}, "precision must be .*'float16'"),
+        ({"caption": "worst"}, 'caption must be "first" or "last" or "best", but is \'worst\''),
         ({"profile": "huge"}, "profile must be .*'huge'"),
         ({"text_encoder": "CLIP"}, "'CLIP' is no text tower"),
         ({"settings": {"epochs": 2}}, "no parameter 'settings'"),

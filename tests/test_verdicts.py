@@ -87,7 +87,9 @@ def test_images_are_paired_by_name_in_any_order():
     changed = of_run("k", Experiment(**KEYWORDS), psnr=noise + effect, bpp=0.2, fid=0.9)[::-1]
     table = paired(pd.concat([base, changed])).set_index("metric")
     row = table.loc["psnr"]
-    assert row["difference"] == pytest.approx(-0.1) and [row["low"], row["high"]] == pytest.approx(interval(effect[::-1]))
+    assert row["difference"] == pytest.approx(-0.1) and [row["low"], row["high"]] == pytest.approx(
+        interval(effect[::-1])
+    )
     assert row["high"] < 0, "unpaired, five dB of difference between images would drown a tenth"
     assert (table.loc["bpp", "low"], table.loc["bpp", "high"], table.loc["bpp", "images"]) == (0, 0, 24)
     assert table.loc["fid", "difference"] == pytest.approx(0.1) and math.isnan(table.loc["fid", "low"])
