@@ -11,12 +11,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class FileServer:
     """Serves `files`, by path, and keeps (path, first byte asked for) of every request in `asked`.
 
-    ranges: whether it knows Range requests. cuts: after how many bytes to drop the connection, one per request, as long
-    as there are any. pause: seconds between blocks of 64 KiB. announce: whether to say the length.
+    moved: paths that are elsewhere now, and where. ranges: whether it knows Range requests. cuts: after how many bytes
+    to drop the connection, one per request, as long as there are any. pause: seconds between blocks of 64 KiB. announce:
+    whether to say the length.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
+        self.moved: dict[str, str] = {}
         self.asked: list[tuple[str, int]] = []
         self.ranges, self.announce = True, True
         self.cuts: list[int] = []
@@ -49,6 +51,12 @@ class FileServer:
         asked = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
         start = int(asked[1]) if asked and self.ranges else 0
         self.asked.append((name, int(asked[1]) if asked else 0))
+        if name in self.moved:
+            request.send_response(302)
+            request.send_header("Location", self.url(self.moved[name]))
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
         if name not in self.files:
             request.send_error(404)
             return

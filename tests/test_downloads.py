@@ -87,6 +87,13 @@ def test_a_connection_that_breaks_is_taken_up_again(server, tmp_path, ranges):
     assert [start // BLOCK for _, start in server.asked] == ([0, 4, 9] if ranges else [0, 4, 5])
 
 
+def test_a_file_that_has_moved_is_followed_and_resumed_there(server, tmp_path):
+    server.moved, server.cuts = {"old/b.bin": "a.bin"}, [4 * BLOCK]
+    download(remote(server, url=server.url("old/b.bin")), tmp_path / "b.bin")
+    assert (tmp_path / "b.bin").read_bytes() == CONTENT
+    assert server.asked == [("old/b.bin", 0), ("a.bin", 0), ("old/b.bin", 4 * BLOCK), ("a.bin", 4 * BLOCK)]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_wherever_it_breaks_the_bytes_are_the_same(server, tmp_path, seed):
     chance = random.Random(seed)

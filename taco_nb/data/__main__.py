@@ -106,7 +106,7 @@ def _show(sets: dict[Path, tuple[Part, ...]], weights: list[Pretrained]) -> list
         else:
             found = sum("found" in entries.get(part.name, {"found": ""}) for part in parts)
             note = f"; {found} of {len(parts)} parts were not fetched, and so not checked" if found else ""
-            size = sum(part.unpacked or part.remote.size for part in parts)
+            size = sum(entries.get(part.name, {}).get("bytes", part.remote.size) for part in parts)
             rows.append((folder.name, "there", size, f"{folder}{note}"))
     for network in weights:
         if network.path is None:
