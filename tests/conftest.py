@@ -79,6 +79,21 @@ def make_inception(features: int = 6):
         return Inception(nn.Sequential(ConvertImageDtype(torch.float), *layers))
 
 
+def save_inception(path: Path) -> Path:
+    """A file like that of torch-fidelity, for the whole network, its values random."""
+    import torch
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        patch.setattr(torch, "load", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path="none")
+    state = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    return path
+
+
 def make_clip(image_size: int = 32):
     """A small CLIP of random weights."""
     import open_clip

@@ -32,7 +32,7 @@ from taco_nb.files import REPOSITORY
 from taco_nb.metrics.distortion import psnr
 from taco_nb.metrics.perception import Lpips
 from taco_nb.peers import available_peers
-from taco_nb.provenance import commit
+from taco_nb.provenance import code_digest, commit
 
 SIZES = {"barn.png": (176, 192), "cat.png": (70, 45), "dog.png": (161, 163)}
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not on this machine")
@@ -371,7 +371,7 @@ def test_means_keep_data_sets_apart(evaluated):
 
 def commit_of(root: Path) -> str:
     """What `commit()` says in a copy of the package at `root`."""
-    program = "from taco_nb.provenance import commit; print(commit())"
+    program = "from taco_nb.provenance import code_digest, commit; print(commit())"
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -402,3 +402,13 @@ def test_the_commit_is_that_of_this_code_or_none(tmp_path):
     with open(root / "taco_nb" / "peers.py", "a", encoding="utf-8") as file:
         file.write("\n")
     assert commit_of(root) == f"{head}+changes"
+
+
+def test_a_digest_of_code_changes_with_any_line_of_it(tmp_path, monkeypatch):
+    shutil.copytree(REPOSITORY / "taco_nb", tmp_path / "taco_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    here = code_digest("model", "codec.py")
+    monkeypatch.setattr("taco_nb.provenance.__file__", str(tmp_path / "taco_nb" / "provenance.py"))
+    assert code_digest("model", "codec.py") == here != code_digest("model")
+    with open(tmp_path / "taco_nb" / "model" / "taco.py", "a", encoding="utf-8") as file:
+        file.write("# changed")
+    assert code_digest("model", "codec.py") != here

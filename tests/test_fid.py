@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import make_inception
+from conftest import make_inception, save_inception
 
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.metrics.fid import CHUNK, Inception, frechet_distance
@@ -65,17 +65,7 @@ def test_fewer_than_two_pictures_have_none():
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file like that of torch-fidelity, for the whole network, its values random."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    path = tmp_path_factory.mktemp("inception") / "random.pth"
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        torch.manual_seed(0)
-        patch.setattr(torch, "load", lambda *_, **__: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path="none")
-    torch.save(network.state_dict(), path)
-    return path
+    return save_inception(tmp_path_factory.mktemp("inception") / "random.pth")
 
 
 def test_features_and_distance_are_those_of_torchmetrics_without_its_antialiasing(weights):

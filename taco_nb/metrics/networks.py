@@ -96,7 +96,7 @@ def _loaders() -> dict[str, Callable[[torch.device], Any]]:
 
     return {
         "lpips": lambda device: perception.Lpips(device),
-        "fid": lambda device: fid.Inception(pretrained.INCEPTION.path, device),
-        "cmmd": lambda device: cmmd.CmmdEmbedding(clip_model(pretrained.CLIP_L14.name, device)[0], device),
-        "clip_score": lambda device: clip_score.ClipScore(*clip_model(pretrained.CLIP_B32.name, device), device),
+        "fid": lambda device: fid.Inception(_NEEDS["fid"].path, device),
+        "cmmd": lambda device: cmmd.CmmdEmbedding(clip_model(_NEEDS["cmmd"].name, device)[0], device),
+        "clip_score": lambda device: clip_score.ClipScore(*clip_model(_NEEDS["clip_score"].name, device), device),
     }

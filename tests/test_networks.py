@@ -1,0 +1,124 @@
+"""Feature networks: found where their libraries keep them, loaded by the real loaders, and missed in a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from conftest import make_inception, save_inception
+from safetensors.torch import save_file
+from test_evaluation import folder
+
+from taco_nb import evaluate
+from taco_nb.errors import SettingError
+from taco_nb.evaluation import main
+from taco_nb.metrics.networks import TITLES, find_lpips, find_networks, given_networks, say_missing, state_digest
+from taco_nb.pretrained import CLIP_B32, CLIP_L14, INCEPTION
+from taco_nb.text.clip import _both_halves
+
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """Folders in place of those where libraries keep what they download; nothing is in them, and no way leads out."""
+    from huggingface_hub import constants
+
+    def refuse(*_):
+        raise AssertionError("something was asked of the network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    say_missing.cache_clear()
+    find_lpips.cache_clear()
+    yield tmp_path
+    say_missing.cache_clear()
+    find_lpips.cache_clear()
+
+
+@pytest.fixture
+def filled(caches, monkeypatch):
+    """Files in the places of the real ones: Inception's of random values, and random CLIPs of a size that fits a test.
+
+    open_clip is told of that size under the names of CLIP B/32 and L/14@336.
+    """
+    INCEPTION.home.mkdir(parents=True)
+    os.truncate(save_inception(INCEPTION.file), INCEPTION.size)
+    sizes = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    paths = open_clip.factory._MODEL_CONFIG_PATHS
+    with monkeypatch.context() as patch:
+        patch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [*paths])
+        for network, side in ((CLIP_B32, 32), (CLIP_L14, 48)):
+            config = {"embed_dim": 12, "vision_cfg": sizes | {"image_size": side}, "text_cfg": text, "quick_gelu": True}
+            model, tag = network.name.split("/")
+            (caches / f"{model}.json").write_text(json.dumps(config), encoding="utf-8")
+            open_clip.add_model_config(caches / f"{model}.json")
+            repository = open_clip.get_pretrained_cfg(model, tag)["hf_hub"].strip("/").replace("/", "--")
+            place = caches / "hub" / f"models--{repository}"
+            for name in ("refs", "snapshots/abc"):
+                (place / name).mkdir(parents=True)
+            (place / "refs" / "main").write_text("abc")
+            clip = open_clip.create_model(model, pretrained=None)
+            save_file(clip.state_dict(), place / "snapshots" / "abc" / "open_clip_model.safetensors")
+        _both_halves.cache_clear()
+        yield caches
+        _both_halves.cache_clear()
+    open_clip.factory._rescan_model_configs()
+
+
+def test_where_nothing_is_every_metric_is_missed_with_a_command(caches, capsys):
+    found, absent = find_networks()
+    assert found == {} and absent.keys() == TITLES.keys()
+    for reason in absent.values():  # it goes into evaluation.json, which names no folder of a machine
+        assert (
+            "run: python -m taco_nb.data fetch " in reason and str(Path.home()) not in reason and "/tmp" not in reason
+        )
+    for metric in (*TITLES, *TITLES):
+        say_missing(metric)
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        f"Without {title}" for title in TITLES.values()
+    ]
+    assert find_lpips() is None
+
+
+def test_what_is_there_is_found_loaded_and_measures(filled, tiny_codec, tmp_path, capsys):
+    dataset = folder(tmp_path / "photos", {"a.png": (70, 64), "b.png": (64, 90)})
+    results = evaluate(tiny_codec, [dataset], tmp_path / "out", patch_size=32)
+    said = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    assert said["absent"].keys() == {"lpips"} and capsys.readouterr().out.count("Without ") == 1
+    assert said["metrics"]["fid"]["weights"] == "inception, 95,628,359 bytes"
+    assert said["metrics"]["cmmd"]["weights"].startswith("ViT-L-14-336-quickgelu/openai, ")
+    for metric in ("fid", "cmmd", "clip_score"):
+        assert results[metric].notna().all() and (results[metric] >= 0).all()
+
+
+def test_given_networks_have_the_names_of_metrics():
+    found, absent = given_networks({"fid": make_inception()})
+    assert found["fid"].weights == f"given, SHA-256 {state_digest(make_inception().model)}"
+    assert absent.keys() == {"lpips", "cmmd", "clip_score"}
+    with pytest.raises(SettingError, match="No metric is called 'psnr'"):
+        given_networks({"psnr": None})
+
+
+def test_a_digest_is_that_of_the_weights():
+    network = make_inception().model
+    before = state_digest(network)
+    assert before == state_digest(make_inception().model) != state_digest(make_inception(7).model)
+    with torch.no_grad():
+        network[1].bias[0] += 1e-6
+    assert state_digest(network) != before
+
+
+def test_the_command_line_explains_itself(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "--job" not in said
+    for option in ("--sets", "--out", "--caption", "--captions", "--batch-size", "--patch-size", "--device", "--mode"):
+        assert option in said
