@@ -25,6 +25,10 @@ class CheckpointError(TacoError, ValueError):
     """A checkpoint is missing, damaged, or does not fit the model; the message names the file and the keys."""
 
 
+class TrainingError(TacoError, RuntimeError):
+    """One of several processes that train together has died; the message has its last words."""
+
+
 class BitstreamError(TacoError, ValueError):
     """A `.taco` file cannot be decoded to exactly the picture that was encoded."""
 

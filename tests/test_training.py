@@ -1,5 +1,6 @@
 """Training: what is learned, by which optimizer, and that a run that was killed ends as one that was not."""
 
+import io
 import json
 import os
 import random
@@ -21,8 +22,8 @@ from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.experiment import Experiment
 from taco_nb.files import REPOSITORY
 from taco_nb.model import TACO, ModelConfig
-from taco_nb.training import fit
-from taco_nb.training.loop import Batches, learning_rate_factor
+from taco_nb.training import activation_memory, fit, step_times
+from taco_nb.training.loop import Batches, Trainer, learning_rate_factor
 from taco_nb.training.loss import TacoLoss
 
 SIZES = {"N": 16, "M": 24, "groups": (4, 4, 4, 4, 8), "text_dim": 64, "heads": 8, "context_widths": (16, 16)}
@@ -231,7 +232,8 @@ def test_the_log_has_its_columns_from_the_start(stopped, whole):
 
 
 def test_the_folder_holds_what_it_should_and_nothing_else(whole):
-    assert sorted(os.listdir(whole.dir)) == ["experiment.json", "log.csv", "state.pt", "weights.safetensors"]
+    names = [".lock", "experiment.json", "log.csv", "state.pt", "tensorboard", "weights.safetensors"]
+    assert sorted(os.listdir(whole.dir)) == names
     assert Experiment.from_json((whole.dir / "experiment.json").read_text()) == whole.experiment
 
 
@@ -276,6 +278,68 @@ def test_a_run_on_the_bundled_pictures(tmp_path):
     run = fit(exp, tmp_path / "run", device="cpu", max_hours=0)
     captions = json.loads((REPOSITORY / "data/sample/annotations/captions_train.json").read_text())["annotations"]
     assert (run.steps, run.total_steps) == (1, 16 * len(captions))
+
+
+# --- What it costs, and what is shown of it ---------------------------------------------------------------------------
+
+
+def shown(run):
+    """What TensorBoard shows of a run: {tag: [(step, value), ...]}, and the steps of its pictures."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.dir / "tensorboard"), {"images": 0, "scalars": 0}).Reload()
+    scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return scalars, events.Images("validation")
+
+
+def test_tensorboard_shows_the_log_and_a_picture(whole):
+    scalars, pictures = shown(whole)
+    assert scalars.keys() == {f"training/{name}" for name in ("epoch", "loss", "bpp", "mse", "aux", "lr")}
+    for name in ("loss", "bpp", "lr"):
+        steps, values = zip(*scalars[f"training/{name}"])
+        assert list(steps) == list(whole.log["step"]) and np.allclose(values, whole.log[name])
+    assert [picture.step for picture in pictures][-1] == 80 and len(pictures) > 2
+    image = Image.open(io.BytesIO(pictures[-1].encoded_image_string))
+    assert image.size == (128, 64)  # the original and the reconstruction
+    assert all(low < high for low, high in image.getextrema())
+
+
+def test_tensorboard_shows_nothing_twice(pictures, whole, tmp_path):
+    """A run that dies after it has logged more than it has saved: what it had logged beyond is logged again, once."""
+    folder = tmp_path / "run"
+    fit(tiny(pictures), folder, device="cpu", max_hours=0)
+    early = (folder / "state.pt").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_save", lambda self: None)  # as if it had died before
+        patch.setattr(Trainer, "_stop", lambda self, *_: "a test" if self.step == 30 else None)
+        fit(tiny(pictures), folder, device="cpu")
+    assert (folder / "state.pt").read_bytes() == early
+    run = fit(tiny(pictures), folder, device="cpu")
+    assert run.finished
+    again, once = shown(run), shown(whole)
+    assert again[0] == once[0]
+    assert [picture.step for picture in again[1]] == [picture.step for picture in once[1]]
+
+
+def test_where_a_steps_time_goes(pictures, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    times = step_times(tiny(pictures), 4, device="cpu")
+    assert list(times["part"]) == ["data", "text", "model", "losses", "backward", "optimizer", "other"]
+    assert times["share"].sum() == pytest.approx(1) and (times["ms"] > 0).all()
+    assert times.set_index("part")["share"]["other"] < 0.3
+    assert sorted(tmp_path.iterdir()) == before
+    assert (
+        len(step_times(tiny(pictures, epochs=1, batch_size=9), device="cpu", accumulation=2)) == 7
+    )  # of a single step
+
+
+def test_the_memory_of_a_step_grows_with_its_images():
+    """Each image keeps the same, and the largest part is known: what the first convolution of g_a gives, at half size."""
+    exp = Experiment(profile="sample", sizes=SIZES, text_encoder="untrained-64", train_data="sample", crop=128)
+    one, two, four = (activation_memory(exp, images) for images in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one), rel=0.05)
+    assert 4 * SIZES["N"] * 64 * 64 < one < 4 * SIZES["N"] * 64 * 64 * 40
+    assert activation_memory(exp.replace(precision="bfloat16"), 2) < 0.75 * two
 
 
 # --- The joint loss, on a small CLIP ----------------------------------------------------------------------------------
@@ -387,7 +451,7 @@ def test_a_finished_run_is_returned_at_once_and_untouched(tmp_path):
     run = fit(tiny(one, epochs=1), tmp_path / "run", device="cpu")
     shutil.rmtree(one)
     before = {path: path.stat().st_mtime_ns for path in run.dir.iterdir()}
-    assert len(before) == 4 and run.finished and run.total_steps == 1
+    assert len(before) == 6 and run.finished and run.total_steps == 1
     assert fit(tiny(one, epochs=1), run.dir) == run
     assert {path: path.stat().st_mtime_ns for path in run.dir.iterdir()} == before
 
@@ -498,7 +562,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_sound_state(pictures, tmp_
 def test_divergence_is_seen_though_nothing_is_saved_in_between(pictures, tmp_path):
     with pytest.raises(SettingError, match="no finite numbers"):
         fit(tiny(pictures, learning_rate=1e30), tmp_path / "run", device="cpu")
-    assert os.listdir(tmp_path / "run") == ["experiment.json"]
+    assert {"state.pt", "log.csv", "weights.safetensors"}.isdisjoint(os.listdir(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ J    = symmetric cross-entropy between the batch's captions and reconstructions,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,15 +51,20 @@ class TacoLoss:
 
     def __call__(self, out: dict[str, Any], x: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
         """The terms and their sum for a network's output `out`: {"loss", "bpp", "mse"[, "lpips"][, "joint"]}."""
-        terms = {"bpp": bits_per_pixel(out), "mse": F.mse_loss(out["x_hat"], x)}
-        loss = self.lmbda * 255**2 * terms["mse"] + terms["bpp"]
-        if self.k_P:
-            terms["lpips"] = self.lpips(out["x_hat"], x).mean()
-            loss = loss + self.k_P * terms["lpips"]
+        terms = self.means(out, x)
         if self.k_J:
             terms["joint"] = self.joint(out["x_hat"], x, captions)
-            loss = loss + self.k_J * terms["joint"]
-        return {"loss": loss, **terms}
+        return {"loss": self.total(terms), **terms}
+
+    def means(self, out: dict[str, Any], x: Tensor) -> dict[str, Tensor]:
+        """The terms that are means over images, so that those of a batch follow from those of its parts."""
+        terms = {"bpp": bits_per_pixel(out), "mse": F.mse_loss(out["x_hat"], x)}
+        return terms | ({"lpips": self.lpips(out["x_hat"], x).float().mean()} if self.k_P else {})
+
+    def total(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of the terms that are there."""
+        weights = {"bpp": 1.0, "mse": self.lmbda * 255**2, "lpips": self.k_P, "joint": self.k_J}
+        return sum(weights[name] * term for name, term in terms.items())
 
 
 def bits_per_pixel(out: dict[str, Any]) -> Tensor:
@@ -87,16 +92,37 @@ class JointLoss:
     def __call__(self, x_hat: Tensor, x: Tensor, captions: Sequence[str]) -> Tensor:
         """J of a batch (B, 3, H, W), B captions: a scalar, differentiable in x_hat only."""
         with torch.no_grad():
-            original = self._embed(x)
-            text = F.normalize(self.clip.encode_text(self.tokenizer(list(captions)).to(x.device)), dim=-1)
-        image = self._embed(x_hat)
+            original = self.embed(x)
+        return self.of_embeddings(self.embed(x_hat), original, self.embed_text(captions))
+
+    @staticmethod
+    def of_embeddings(image: Tensor, original: Tensor, text: Tensor) -> Tensor:
+        """J from the unit vectors (B, d) of reconstructions, originals and captions, those of a whole batch."""
         logits = LOGIT_SCALE * text @ image.T
-        partner = torch.arange(len(x), device=x.device)
+        partner = torch.arange(len(image), device=image.device)
         agreement = (F.cross_entropy(logits, partner) + F.cross_entropy(logits.T, partner)) / 2
         return agreement + IMAGE_WEIGHT * torch.linalg.matrix_norm(image - original)
 
-    def _embed(self, x: Tensor) -> Tensor:
-        return F.normalize(self.clip.encode_image(clip_input(x)), dim=-1)
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) as unit vectors (B, d)."""
+        return F.normalize(self.clip.encode_image(clip_input(x)).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_text(self, captions: Sequence[str], hidden: Tensor | None = None) -> Tensor:
+        """Captions as unit vectors (B, d).
+
+        `hidden` are the states (B, T, width) that this CLIP's own text tower has already given for them. Where it has cut
+        none of them, each caption's vector follows from the state of its last token, and the tower is not run again.
+        """
+        ids = self.tokenizer(list(captions))
+        ends = ids.argmax(-1)  # the end of a text has the largest id
+        projection = getattr(self.clip, "text_projection", None)
+        if hidden is not None and isinstance(projection, Tensor) and ends.max() < hidden.shape[1]:
+            ends = ends.to(hidden.device)
+            text = hidden[torch.arange(len(ends), device=ends.device), ends] @ projection
+        else:
+            text = self.clip.encode_text(ids.to(self.clip.logit_scale.device))
+        return F.normalize(text.float(), dim=-1)
 
 
 def clip_input(x: Tensor) -> Tensor:

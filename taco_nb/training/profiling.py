@@ -1,0 +1,108 @@
+"""What a training step costs: where its time goes, and how much memory its images take."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from taco_nb.experiment import Experiment
+from taco_nb.training.loop import Trainer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PARTS = ("data", "text", "model", "losses", "backward", "optimizer")
+WARM_UP_STEPS = 2
+
+
+def step_times(
+    exp: Experiment,
+    steps: int = 10,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    device: str = "auto",
+    num_workers: int | None = None,
+    accumulation: int = 1,
+) -> pd.DataFrame:
+    """Where the time of a training step goes: the first steps of `exp`, timed part by part; nothing is written.
+
+    Columns: part, ms (the mean over so many steps, after two to warm up) and share of the step, in [0, 1]. "data" is the
+    wait for the images, "text" the frozen text towers, "model" the network forward, "losses" the loss with its frozen
+    networks, forward; "backward" goes back through both; "optimizer" is both Adams. "other" is what is between them.
+    On a GPU each part is waited for, which a real run does not do: there the parts overlap, and a step is shorter.
+    """
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    with torch.random.fork_rng():
+        trainer = Trainer(exp, Path(os.devnull), data_dir, device, num_workers, accumulation)
+        warm_up = min(WARM_UP_STEPS, trainer.total - 1)
+        steps = min(steps, trainer.total - warm_up)
+        watch = trainer.part = _Stopwatch(trainer.device)
+        batches = trainer.batches_to_come()
+        for step in tqdm(range(warm_up + steps), desc="timing steps", unit="step"):
+            if step == warm_up:
+                watch.seconds.clear()
+            with watch("step"):
+                with watch("data"):
+                    x, captions = next(batches)
+                trainer.train_step(x, captions)
+        batches.close()
+        trainer.accelerator.free_memory()
+    whole = watch.seconds.pop("step")
+    spent = {part: watch.seconds[part] for part in PARTS}
+    spent["other"] = whole - sum(spent.values())
+    rows = [(part, 1000 * seconds / steps, seconds / whole) for part, seconds in spent.items()]
+    return pd.DataFrame(rows, columns=["part", "ms", "share"])
+
+
+def activation_memory(exp: Experiment, images: int, device: str = "cpu") -> int:
+    """Bytes that autograd keeps of a forward pass of `images` crops through the network, to go backward with.
+
+    Counted, not measured: every storage that is saved, once, but for the weights. It grows with the images of a piece,
+    and `accumulation` makes pieces smaller. Weights, gradients and Adam's two moments take 16 bytes a parameter besides.
+    """
+    from taco_nb.model import TACO
+
+    net = TACO(exp.model_config()).train().to(device, memory_format=torch.channels_last)
+    kept: dict[int, int] = {weight.untyped_storage().data_ptr(): 0 for weight in net.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept.setdefault(storage.data_ptr(), storage.nbytes())
+        return tensor
+
+    x = torch.rand(images, 3, exp.crop, exp.crop, device=device).contiguous(memory_format=torch.channels_last)
+    text = torch.randn(images, exp.text_tokens, net.config.text_dim, device=device)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=exp.precision == "bfloat16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        out = net(x, text)
+    del out
+    return sum(kept.values())
+
+
+class _Stopwatch:
+    """Seconds by the name of a part; a part in several pieces is their sum."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, defaultdict(float)
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        began = self._now()
+        try:
+            yield
+        finally:
+            self.seconds[part] += self._now() - began
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
