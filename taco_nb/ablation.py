@@ -42,13 +42,18 @@ def same_steps(baseline: Experiment, changed: Experiment, data_dir: str | None =
 def train(p: Parameters, experiments: Mapping[str, Experiment]) -> dict[str, Run]:
     """Train each experiment into a folder of its own below `p.runs`, or resume it, or find it finished.
 
-    `p.max_hours` is for all of them together; one that its end stops is returned unfinished.
+    `p.max_hours` is for all of them together. Where its end or a signal stops one, it is returned unfinished, and those
+    after it take a single step.
     """
     started, runs = time.monotonic(), {}
     for label, exp in experiments.items():
         folder = p.runs / f"{label.replace(' ', '-')}-{exp.key}"
         hours = None if p.max_hours is None else max(0.0, p.max_hours - (time.monotonic() - started) / 3600)
-        runs[label] = fit(exp, folder, data_dir=p.data_dir, device=p.device, max_hours=hours)
+        runs[label] = fit(
+            exp, folder, data_dir=p.data_dir, device=p.device,
+            max_hours=hours if all(run.finished for run in runs.values()) else 0.0,
+            num_processes=p.num_processes, num_workers=p.num_workers, accumulation=p.accumulation,
+        )  # fmt: skip
         taken, total = runs[label].steps, runs[label].total_steps
         print(f"{label}: {taken} of {total} steps" + ("" if runs[label].finished else "; run this again to go on"))
     return runs

@@ -40,6 +40,9 @@ class Parameters:
     eval_limit: int | None = None
     caption: str = "first"
     max_hours: float | None = None
+    num_processes: int = 1
+    num_workers: int | None = None
+    accumulation: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
     """The notebook's own parameters: fields of the `Experiment` that it changes."""
     started_in: Path = field(default_factory=Path.cwd)
@@ -118,7 +121,8 @@ def check_parameters(namespace: dict[str, Any], *own: str) -> Parameters:
     given["settings"] = {name: value for name, value in settings.items() if value is not None}
     parameters = Parameters(**given)
     profile, sentence = choose_profile(parameters.profile, parameters.data_dir)
-    for name, least in (("eval_limit", 1), ("max_hours", 0)):
+    least_values = {"eval_limit": 1, "max_hours": 0, "num_processes": 1, "num_workers": 0, "accumulation": 1}
+    for name, least in least_values.items():
         value = getattr(parameters, name)
         if value is not None and not value >= least:  # so that NaN is refused too
             raise SettingError(f"{name} must be {least} or above, but is {value!r}.")
