@@ -11,14 +11,18 @@ import sys
 import pytest
 
 from taco_nb.files import REPOSITORY
-from taco_nb.pretrained import ALEXNET, CLIP_B32, EN_CORE_WEB_SM
+from taco_nb.pretrained import ALEXNET, CLIP_B32, CLIP_L14, EN_CORE_WEB_SM
 
-CLIP = {
-    "embed_dim": 32,
-    "quick_gelu": True,
-    "vision_cfg": {"image_size": 224, "layers": 1, "width": 64, "patch_size": 32},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
+
+def clip(side: int) -> dict:
+    """A CLIP for pictures of side x side that is as small as can be."""
+    return {
+        "embed_dim": 32,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": side, "layers": 1, "width": 64, "patch_size": 28},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+    }
+
 
 RUN = """
 import os, socket, sys
@@ -41,7 +45,7 @@ for name in ("connect", "connect_ex", "sendto"):
 socket.getaddrinfo = socket.gethostbyname = resolve
 
 import open_clip
-open_clip.add_model_config(Path("ViT-B-32-quickgelu.json"))  # the small one in place of the real
+open_clip.add_model_config(Path("clip"))  # the small ones in place of the real
 from taco_nb import baseline, datasets, evaluate, fit
 
 sizes = {"N": 8, "M": 16, "groups": (4, 12), "text_dim": 32, "heads": 2, "context_widths": (8, 8)}
@@ -49,7 +53,7 @@ exp = baseline("paper", sizes=sizes, crop=64, epochs=1, batch_size=4, text_pooli
 assert exp.k_P and exp.k_J and exp.train_data == "coco" and "en_core_web_sm" in exp.keyword_sources
 run = fit(exp, "run", device="cpu", max_hours=1e-9)  # a step or two
 results = evaluate(run.codec, datasets("coco", "kodak", limit=1), "run")
-print("DONE", list(results["dataset"]), "lpips" in results)
+print("DONE", list(results["dataset"]), *(name for name in ("lpips", "cmmd", "clip_score") if name in results))
 """
 
 
@@ -71,14 +75,16 @@ def prepared(tmp_path, shared, monkeypatch):
     torch.save(torchvision.models.alexnet().state_dict(), ALEXNET.file, _use_new_zipfile_serialization=False)
     os.truncate(ALEXNET.file, ALEXNET.size)
 
-    repository = open_clip.get_pretrained_cfg(*CLIP_B32.name.split("/"))["hf_hub"].strip("/").replace("/", "--")
-    snapshot = tmp_path / "hub" / f"models--{repository}" / "snapshots" / "0123"
-    snapshot.mkdir(parents=True)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("0123")
-    weights = open_clip.CLIP(**CLIP).state_dict()
-    save_file({name: weight.contiguous() for name, weight in weights.items()}, snapshot / "open_clip_model.safetensors")
-    (tmp_path / "ViT-B-32-quickgelu.json").write_text(json.dumps(CLIP))
+    (tmp_path / "clip").mkdir()
+    for network, side in ((CLIP_B32, 224), (CLIP_L14, 336)):
+        repository = open_clip.get_pretrained_cfg(*network.name.split("/"))["hf_hub"].strip("/").replace("/", "--")
+        snapshot = tmp_path / "hub" / f"models--{repository}" / "snapshots" / "0123"
+        snapshot.mkdir(parents=True)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text("0123")
+        weights = {name: weight.contiguous() for name, weight in open_clip.CLIP(**clip(side)).state_dict().items()}
+        save_file(weights, snapshot / "open_clip_model.safetensors")
+        (tmp_path / "clip" / f"{network.name.split('/')[0]}.json").write_text(json.dumps(clip(side)))
 
     package = tmp_path / "site" / EN_CORE_WEB_SM.name
     package.mkdir(parents=True)
@@ -110,12 +116,12 @@ def python(prepared, *arguments: str, **changes: str) -> subprocess.CompletedPro
 
 
 def test_a_run_of_the_profile_paper_touches_no_network(prepared):
-    names = [CLIP_B32.name, ALEXNET.name, EN_CORE_WEB_SM.name]
+    names = [CLIP_B32.name, CLIP_L14.name, ALEXNET.name, EN_CORE_WEB_SM.name]
     status = python(prepared, "-m", "taco_nb.data", "status", *names)
-    assert status.returncode == 0 and status.stdout.count(" there ") == 3, status.stdout + status.stderr
+    assert status.returncode == 0 and status.stdout.count(" there ") == 4, status.stdout + status.stderr
     done = python(prepared, "-c", RUN)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    assert done.stdout.splitlines()[-1] == "DONE ['coco', 'kodak'] True"
+    assert done.stdout.splitlines()[-1] == "DONE ['coco', 'kodak'] lpips cmmd clip_score"
 
 
 def test_the_guard_guards(prepared):

@@ -82,7 +82,7 @@ def check_room(needs: Iterable[tuple[Path, int]]) -> None:
         if size > (free := shutil.disk_usage(folder).free):
             raise DownloadError(
                 f"The disk of {folder} has {shown(free)} free, but {shown(size)} are needed, unpacking included: nothing "
-                "was fetched. Make room, or let TACO_NB_DATA name a folder on a larger disk."
+                "was fetched. Make room, or name a folder on a larger disk: TACO_NB_DATA, HF_HOME, TORCH_HOME."
             )
 
 
