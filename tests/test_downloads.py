@@ -509,6 +509,16 @@ def test_a_set_that_is_not_finished_is_not_there_and_goes_on(server, sources, tm
     assert len(datasets("coco", data_dir=tmp_path)[0]) > 30
 
 
+def test_the_half_of_clic_that_is_there_is_not_fetched_again(server, sources, tmp_path):
+    content = server.files.pop("CLIC2020Professional_test.zip")
+    with pytest.raises(DownloadError, match="Professional"):
+        fetch_set(tmp_path / "clic", sources["clic"])
+    server.files["CLIC2020Professional_test.zip"] = content
+    server.asked.clear()
+    fetch_set(tmp_path / "clic", sources["clic"])
+    assert [name for name, _ in server.asked] == ["CLIC2020Professional_test.zip", "clic_ofa.json"]
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_set_that_is_absent_names_the_command(tmp_path, name, monkeypatch):
     with pytest.raises(
