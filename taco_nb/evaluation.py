@@ -31,6 +31,7 @@ from taco_nb.data import CaptionedImages, Sample, datasets
 from taco_nb.data.captioned import check_count
 from taco_nb.data.images import to_tensor
 from taco_nb.errors import MissingWeightsError, SettingError, TacoError
+from taco_nb.experiment import PAPER_SIZES
 from taco_nb.files import atomic_write, sha256
 from taco_nb.measure import CAPTIONS, measure, rate
 from taco_nb.metrics.cmmd import cmmd
@@ -397,6 +398,7 @@ def _finish(
         "weights": codec.about,
         "mode": codec.mode,
         "text_encoder": codec.text_encoder,
+        "sizes": {name: getattr(codec.net.config, name) for name in PAPER_SIZES},
         "data": {name: {"images": images, "sha256": digest} for name, (images, _, digest) in subject["data"].items()},
         "caption": {"rule": settings["caption"], "chosen": CAPTIONS[settings["caption"]]},
         "batch_size": settings["batch_size"],

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from taco_nb.errors import DataError, SettingError
 from taco_nb.experiment import Experiment, baseline
-from taco_nb.files import bundled
+from taco_nb.files import bundled, sha256
 from taco_nb.metrics.rate import bd_rate
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ _PROTOCOL = (
 )  # fmt: skip
 _RUN_COLUMNS = (
     "run", "label", "codec", "ablation", "fingerprint", "profile", "lmbda", "epochs", "steps", "seed", "experiment", "hours",
-    "evaluated_s", "finished", "commit", "versions", "hardware",
+    "evaluated_s", "options", "finished", "commit", "versions", "hardware",
 )  # fmt: skip
 _ROW_COLUMNS = ("dataset", "images", "data_sha256", "unjudged", "name")
 
@@ -65,9 +65,9 @@ def collect(*folders: str | os.PathLike) -> pd.DataFrame:
     the run is repeated in each row: run (its folder, relative to the one given), label (what to call it in a figure),
     codec, fingerprint, ablation ("baseline", "context", "linformer", "keywords", "keywords-tokens", joined by " + "),
     profile, lmbda, epochs (taken, perhaps a fraction), steps, seed, experiment (its JSON, "" for a checkpoint from
-    elsewhere), hours of training, evaluated_s (seconds), finished, commit, versions and hardware of the evaluation. Of the
-    data set: dataset, images, data_sha256, unjudged (why its figures neither reproduce nor refute published ones, "" if
-    they may).
+    elsewhere), hours of training; evaluated_s (seconds), options (of its command), finished, commit, versions
+    and hardware of the evaluation. Of the data set: dataset, images, data_sha256, unjudged (why its figures neither
+    reproduce nor refute published ones, "" if they may).
 
     A folder with half a run, or a damaged one, is named in a printed line and left out, and so is one that does not exist.
     No runs give an empty table.
@@ -114,7 +114,7 @@ def bd_rates(
     """
     import pandas as pd
 
-    table, rows = points(runs), []
+    table, rows = points(runs).drop_duplicates(["dataset", "label", "bpp"]), []  # a codec may have been evaluated twice
     for (dataset, label), curve in table.groupby(["dataset", "label"], sort=False):
         if len(curve) < BD_POINTS:
             few = f"too few points: a BD-rate needs {BD_POINTS}, so train at more lambda"
@@ -239,7 +239,8 @@ def _read(folder: Path) -> pd.DataFrame:
         "codec": about["codec"], "fingerprint": about["fingerprint"], "profile": "" if exp is None else exp.profile,
         "epochs": epochs, "steps": steps, "seed": math.nan if exp is None else exp.seed,
         "experiment": "" if exp is None else exp.to_json(), "hours": weights.get("hours", math.nan),
-        "evaluated_s": about["seconds"], "finished": about["finished"], "commit": about["commit"] or "",
+        "evaluated_s": about["seconds"], "options": _options(exp, about),
+        "finished": about["finished"], "commit": about["commit"] or "",
         "versions": f"Python {about['python']}, " + ", ".join(f"{k} {v}" for k, v in about["packages"].items() if v),
         "hardware": ", ".join([hardware["cpu"], f"{hardware['cores']} cores", *hardware["gpus"]]),
     }  # fmt: skip
@@ -274,9 +275,12 @@ def _record(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{folder}: evaluation.json is damaged ({error}). Evaluate again.") from None
+    table = folder / "evaluation.csv"
+    if "csv_sha256" in about and table.is_file() and sha256(table) != about["csv_sha256"]:
+        raise DataError(f"{folder}: evaluation.csv is not the one that evaluation.json describes. Evaluate again.")
     try:
         rows = pd.read_csv(
-            folder / "evaluation.csv",
+            table,
             dtype=dict.fromkeys(("codec", "dataset", "name", "caption"), str),
             keep_default_na=False,
             na_values={name: [""] for name in MEASURES},
@@ -340,6 +344,10 @@ def _unjudged(exp: Experiment | None, about: Mapping[str, Any], epochs: float, d
     if exp is None:
         if about.get("text_encoder") != paper.text_encoder:
             reasons.append(f"captions read through {about.get('text_encoder')}")
+        if "sizes" not in about:
+            reasons.append("its model's size is not recorded")
+        elif json.dumps(about["sizes"]) != json.dumps(paper.sizes):
+            reasons.append("not a model of the paper's size")
     elif exp.profile != "paper":
         reasons.append(f"profile {exp.profile}")
     else:
@@ -348,6 +356,11 @@ def _unjudged(exp: Experiment | None, about: Mapping[str, Any], epochs: float, d
         needed = stated.get(ablation_of(exp), {}).get("epochs", stated["protocol"]["epochs_baseline"])
         if epochs < needed:
             reasons.append(f"{epochs:.3g} of {needed} epochs")
+    reasons += [
+        f"{metric} through weights that were given to it"
+        for metric, network in about.get("metrics", {}).items()
+        if network["weights"].startswith("given")
+    ]
     if dataset not in IMAGES:
         reasons.append(f"{dataset} is not a data set of the report")
     elif images < IMAGES[dataset]:
@@ -361,12 +374,24 @@ def _lmbda_in(name: str) -> float:
     return float(found[1]) if found else math.nan
 
 
+def _options(exp: Experiment | None, about: Mapping[str, Any]) -> str:
+    """How the evaluation was made, as options of `python -m taco_nb.evaluation`."""
+    options = {
+        "caption": about.get("caption", {}).get("rule"),
+        "mode": about.get("mode"),
+        "batch-size": about.get("batch_size"),
+        "patch-size": about.get("subject", {}).get("patch_size"),
+        "text-encoder": about.get("text_encoder") if exp is None else None,
+    }
+    return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
+
+
 def _commands(run: pd.Series, sets: pd.DataFrame) -> Iterator[str]:
     """What to type to train and to evaluate a run again."""
-    folder, source, captions = f"runs/{run['run']}", run["codec"], "published"
+    folder, source = f"runs/{run['run']}", run["codec"]
     if run["experiment"] and not _is_bundled(run["codec"]):
         exp = Experiment.from_json(run["experiment"])
-        source, captions = folder, exp.captions
+        source = folder
         changes = {name: now for name, (_, now) in baseline(exp.profile).diff(exp).items()}
         given = [
             "--profile",
@@ -376,9 +401,7 @@ def _commands(run: pd.Series, sets: pd.DataFrame) -> Iterator[str]:
         if "sizes" in changes:
             given = ["--experiment", f"{folder}/experiment.json"]
         yield shlex.join(["python", "-m", "taco_nb.training", *given, "--out", folder])
-    names = ", ".join(json.dumps(name) for name in sets["dataset"])
     whole = all(s["images"] == IMAGES.get(s["dataset"]) for _, s in sets.iterrows())
-    limit = "" if whole else f", limit={max(sets['images'])}"
-    found = f"datasets({names}, captions={json.dumps(captions)}{limit})"
-    program = f"from taco_nb import *; evaluate(load({json.dumps(source)}), {found}, {json.dumps(folder)})"
-    yield f"python -c {shlex.quote(program)}"
+    limit = [] if whole else ["--limit", f"{max(sets['images'])}"]
+    options = [*limit, *shlex.split(run["options"]), "--out", folder]
+    yield shlex.join(["python", "-m", "taco_nb.evaluation", source, "--sets", *sets["dataset"], *options])

@@ -13,6 +13,7 @@ import ast
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,13 @@ from taco_nb.errors import SettingError, TacoError
 from taco_nb.experiment import check_names
 
 LMBDAS = (0.0004, 0.0008, 0.0016, 0.004, 0.009, 0.015)
-_HOW = ("max_hours", "device")  # parameters that are no part of a result
+_HOW = (
+    "max_hours",
+    "device",
+    "num_processes",
+    "num_workers",
+    "accumulation",
+)  # parameters that are no part of a result
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,9 @@ def sweep(
     """Run every notebook at every lambda, or those of the lambda that `task` counts from 0; returns what failed, and why.
 
     Executed notebooks are kept as `out_dir/lmbda-<lambda>/<notebook>`, their runs beside them. A member that fails is named,
-    and the others go on. Raises `SettingError` as `members` does, and for a task that does not exist.
+    and the others go on. A parameter `max_hours` is for the whole call; what it leaves no time for counts as failed.
+    Raises `SettingError` as `members` does, and for a task that does not exist.
     """
-    import papermill
     from tqdm.auto import tqdm
 
     todo = members(notebooks, lmbdas, out_dir, parameters)
@@ -108,22 +115,37 @@ def sweep(
                 f"Tasks count from 0 to {len(lmbdas) - 1}, one for each lambda, but {task} was asked for."
             )
         todo = [member for member in todo if member.lmbda == lmbdas[task]]
-    failed = {}
+    failed, began = {}, None
     for member in tqdm(todo, desc="sweep", unit="notebook"):
         if member.done:
             tqdm.write(f"{member}: done already")
             continue
-        member.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            papermill.execute_notebook(str(member.notebook), str(member.executed), member.given, progress_bar=False)
-            left = unfinished(member.folder)
-            if left:
-                failed[str(member)] = f"{', '.join(left)} not trained to the end; run the sweep again to go on"
-        except Exception as error:  # a cell's own, a dead kernel's, a full disk's: whatever it is, the others go on
-            said = [getattr(error, name, "") for name in ("ename", "evalue")]  # of the cell that stopped a notebook
-            failed[str(member)] = ": ".join(said) if all(said) else f"{type(error).__name__}: {error}"
-        tqdm.write(f"{member}: {failed.get(str(member), 'done')}")
+        given = member.given
+        if began is None:
+            began = time.monotonic()
+        elif given.get("max_hours") is not None:
+            given["max_hours"] -= (time.monotonic() - began) / 3600
+            if given["max_hours"] <= 0:
+                failed[str(member)] = "not begun, max_hours are over; run the sweep again to go on"
+                continue
+        if reason := _run(member, given):
+            failed[str(member)] = reason
+        tqdm.write(f"{member}: {reason or 'done'}")
     return failed
+
+
+def _run(member: Member, given: Mapping[str, Any]) -> str:
+    """Execute one notebook; returns why it is not done, or ""."""
+    import papermill
+
+    member.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(str(member.notebook), str(member.executed), given, progress_bar=False)
+        left = ", ".join(unfinished(member.folder))
+        return f"{left} not trained to the end; run the sweep again to go on" if left else ""
+    except Exception as error:  # a cell's own, a dead kernel's, a full disk's: whatever it is, the others go on
+        said = [getattr(error, name, "") for name in ("ename", "evalue")]  # of the cell that stopped a notebook
+        return ": ".join(said) if all(said) else f"{type(error).__name__}: {error}"
 
 
 def unfinished(folder: Path) -> list[str]:

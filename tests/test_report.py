@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from taco_nb import baseline, datasets, evaluate, fit, load
 from taco_nb.evaluation import means
 from taco_nb.experiment import Experiment
 from taco_nb.export import export_html
-from taco_nb.files import REPOSITORY
-from taco_nb.report import IMAGES, MEASURES, _commands, ablation_of, bd_rates, cards, collect, points, published_curves
+from taco_nb.files import REPOSITORY, sha256
+from taco_nb.report import MEASURES, _commands, ablation_of, bd_rates, cards, collect, points, published_curves
+from taco_nb.training import __main__ as training
 from taco_nb.verdicts import NOT_MEASURED, verdicts
 from taco_nb.widgets import difference_plot, rate_panels
 
@@ -52,6 +54,12 @@ def run(home, tmp_path):
 def edit(run, **changes):
     path = run / "evaluation.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rewrite(run, change):
+    """Another table in place of the run's, one that its evaluation.json vouches for."""
+    change(pd.read_csv(run / "evaluation.csv", dtype={"name": str})).to_csv(run / "evaluation.csv", index=False)
+    edit(run, csv_sha256=sha256(run / "evaluation.csv"))
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
@@ -100,8 +108,7 @@ def test_folders_one_by_one_and_none(home, tmp_path, capsys):
 
 
 def test_names_are_text_and_what_lies_in_a_run_is_its_own(run, home):
-    rows = pd.read_csv(run / "evaluation.csv", dtype=str)
-    rows.assign(name=["007", "NA"], caption=["", "None"]).to_csv(run / "evaluation.csv", index=False)
+    rewrite(run, lambda rows: rows.assign(name=["007", "NA"], caption=["", "None"]))
     shutil.copytree(home / "authors", run / "files" / "nested")
     table = collect(run)
     assert list(table["name"]) == ["007", "NA"] and list(table["caption"]) == ["", "None"]
@@ -121,13 +128,13 @@ DAMAGE = {
     "its evaluation is unfinished": lambda run: ((run / "evaluation.json").unlink(), (run / "unfinished").mkdir()),
     "evaluation.csv is missing or damaged": lambda run: (run / "evaluation.csv").unlink(),
     "evaluation.csv": lambda run: halve(run / "evaluation.csv"),
-    "evaluation.csv has no psnr": lambda run: pd.read_csv(run / "evaluation.csv").drop(columns="psnr").to_csv(
-        run / "evaluation.csv"
+    "evaluation.csv has no psnr": lambda run: rewrite(run, lambda rows: rows.drop(columns="psnr")),
+    "{'sample': 1}, but evaluation.json says {'sample': 2}": lambda run: rewrite(run, lambda rows: rows[:1]),
+    "has rows of": lambda run: rewrite(run, lambda rows: rows.assign(name="twice")),
+    "evaluation.csv has rows without": lambda run: rewrite(run, lambda rows: rows.assign(bpp=-1.0)),
+    "evaluation.csv is not the one": lambda run: (
+        rewrite(run, lambda rows: rows), pd.read_csv(run / "evaluation.csv").assign(psnr=50.0).to_csv(run / "evaluation.csv")
     ),
-    "{'sample': 1}, but evaluation.json says {'sample': 2}": lambda run: pd.read_csv(run / "evaluation.csv")[:1].to_csv(
-        run / "evaluation.csv", index=False
-    ),
-    "has rows of": lambda run: pd.read_csv(run / "evaluation.csv").assign(name="twice").to_csv(run / "evaluation.csv"),
     "its experiment cannot be read": lambda run: halve(run / "experiment.json"),
     "not what experiment.json describes": lambda run: (run / "experiment.json").write_text(Experiment(seed=1).to_json()),
 }  # fmt: skip
@@ -167,21 +174,27 @@ def test_who_follows_the_protocol(experiment, steps, dataset, images, reasons, r
     (run / "experiment.json").write_text(experiment.to_json())
     weights = {"experiment": json.loads(experiment.to_json()), "steps": steps, "total_steps": 100}
     edit(run, weights=weights, data={dataset: {"images": images, "sha256": "0" * 64}})
-    row = pd.read_csv(run / "evaluation.csv").iloc[:1].assign(dataset=dataset)
-    rows = pd.concat([row] * images, ignore_index=True)
-    rows.assign(name=[f"{i}.png" for i in rows.index]).to_csv(run / "evaluation.csv", index=False)
+    one = {"dataset": dataset, "name": [f"{i}.png" for i in range(images)]}
+    rewrite(run, lambda rows: pd.concat([rows.iloc[:1]] * images, ignore_index=True).assign(**one))
     table = collect(run)
     assert len(table) == images and set(table["unjudged"]) == {reasons}
     assert table["epochs"].iloc[0] == experiment.epochs * steps / 100
 
 
-def test_the_authors_weights_count_through_clip_alone(home, tmp_path):
+def test_the_authors_weights_count_at_paper_size_and_through_clip(home, tmp_path):
     run = shutil.copytree(home / "authors", tmp_path / "authors")
-    assert set(collect(run)["unjudged"]) == {
-        "captions read through untrained-16; sample is not a data set of the report"
-    }
+    amiss = [
+        "captions read through untrained-16",
+        "not a model of the paper's size",
+        "sample is not a data set of the report",
+    ]
+    assert set(collect(run)["unjudged"]) == {"; ".join(amiss)}
     edit(run, text_encoder="ViT-B-32-quickgelu/openai")
-    assert set(collect(run)["unjudged"]) == {"sample is not a data set of the report"}
+    assert set(collect(run)["unjudged"]) == {"; ".join(amiss[1:])}
+    edit(run, sizes=PAPER.sizes)
+    assert set(collect(run)["unjudged"]) == {amiss[2]}
+    edit(run, metrics={"lpips": {"weights": "alexnet, 244,408,911 bytes"}, "fid": {"weights": "given, SHA-256 0"}})
+    assert set(collect(run)["unjudged"]) == {f"fid through weights that were given to it; {amiss[2]}"}
 
 
 def test_nothing_of_the_sample_reproduces_or_refutes_anything(home):
@@ -226,7 +239,7 @@ def test_bd_rates_against_baseline_and_published():
 
 def test_bd_rates_that_cannot_be_say_why():
     three = curve("b", "baseline", [0.1, 0.2, 0.3], [30.0, 31.0, 32.0])
-    (row,) = bd_rates(three).to_dict("records")
+    (row,) = bd_rates(pd.concat([three, three.assign(run=three["run"] + " again")])).to_dict("records")
     assert row["points"] == 3 and "a BD-rate needs 4" in row["note"] and math.isnan(row["BD-rate in %"])
     bent = curve("b", "baseline", [0.1, 0.2, 0.3, 0.4], [30.0, 31.0, 30.5, 32.0])
     notes = bd_rates(bent, {"other": {"bpp": [0.1, 0.2, 0.3, 0.4], "psnr": [29.0, 30.0, 31.0, 32.0]}})["note"]
@@ -255,13 +268,12 @@ def test_the_card_and_the_evaluation_it_repeats(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("exp", [baseline("sample", epochs=3, init=""), PAPER.replace(text_pooling="keywords")])
 def test_the_command_that_trains_names_all_settings(exp):
-    run = pd.Series({"run": "x", "codec": "x", "experiment": exp.to_json()})
+    run = pd.Series({"run": "x", "codec": "x", "experiment": exp.to_json(), "options": "--caption best"})
     train, measure = _commands(run, pd.DataFrame({"dataset": ["kodak"], "images": [24]}))
-    words = train.split()
-    sets = [words[i + 1].partition("=")[::2] for i, word in enumerate(words) if word == "--set"]
-    changes = {name: value if isinstance(getattr(exp, name), str) else json.loads(value) for name, value in sets}
-    assert baseline(words[words.index("--profile") + 1]).replace(**changes) == exp
-    assert 'datasets("kodak", captions="published")' in measure and IMAGES["kodak"] == 24
+    command = shlex.split(train)
+    assert command[:3] == ["python", "-m", "taco_nb.training"]
+    assert training._experiment(training.parser().parse_args(command[3:])) == exp
+    assert measure == "python -m taco_nb.evaluation runs/x --sets kodak --caption best --out runs/x"
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------

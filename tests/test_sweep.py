@@ -104,9 +104,16 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
 
 def test_training_that_its_time_stopped_is_not_done(tmp_path):
     notebook, out = tiny_notebook(tmp_path / "src"), tmp_path / "out"
-    failed = sweep([notebook], (0.1,), out, {"max_hours": 0})
-    assert failed == {"lambda 0.1, tiny": "run-0.1 not trained to the end; run the sweep again to go on"}
-    assert sweep([notebook], (0.1,), out) == {} and unfinished(out / "lmbda-0.1") == []
+    failed = sweep([notebook], (0.1, 0.2), out, {"max_hours": 0})
+    assert failed == {
+        "lambda 0.1, tiny": "run-0.1 not trained to the end; run the sweep again to go on",
+        "lambda 0.2, tiny": "not begun, max_hours are over; run the sweep again to go on",
+    }
+    assert not log(out, 0.2) and unfinished(out / "lmbda-0.1") == ["run-0.1"]
+    assert sweep([notebook], (0.1, 0.2), out, {"max_hours": 1.0}) == {} and unfinished(out / "lmbda-0.1") == []
+    (member,) = members([notebook], (0.2,), out)
+    given = nbformat.read(member.executed, 4).metadata.papermill.parameters
+    assert member.done and 0 < given["max_hours"] < 1, "what the first has left of it"
 
 
 def test_a_slurm_array_runs_a_lambda_for_each_task(tmp_path):
