@@ -12,7 +12,7 @@ CONSTRAINTS := $(if $(filter 1,$(TESTED)),--constraint constraints.txt)
 # Threads that wait for each other by spinning make a busy machine crawl.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test lab clean
+.PHONY: demo test bench lab clean
 
 demo: $(INSTALLED)
 	@mkdir -p $(OUT)
@@ -25,6 +25,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+bench: $(INSTALLED)
+	$(BIN)/python -m taco_nb.bench --out $(OUT)/bench
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab

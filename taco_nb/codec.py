@@ -162,11 +162,11 @@ class Codec:
         x = pad(torch.stack([to_tensor(picture) for picture in pictures]).to(self.device))
         with torch.inference_mode():
             text = self.conditioning(captions)
-            with self._precision():
+            with self.transform_precision():
                 y = self.net.g_a(x.contiguous(memory_format=torch.channels_last), *text).float()
         return [self._file(size, self.net.encode_latents(latents)) for latents in y.split(1)]
 
-    def _precision(self) -> torch.autocast:
+    def transform_precision(self) -> torch.autocast:
         """Around g_a and g_s, which a decoder need not repeat."""
         kind = self.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=self.mode == "fast" and has_fast_bfloat16(kind))
@@ -198,7 +198,7 @@ class Codec:
         parts = [read_header(data) for data in files]
         width, height = _common_size("files", [(header.width, header.height) for header, _, _ in parts])
         y_hat = torch.cat([self._latents(*part) for part in parts])
-        with self._precision():
+        with self.transform_precision():
             x_hat = self.net.g_s(y_hat.contiguous(memory_format=torch.channels_last)).float()
         if not torch.isfinite(x_hat).all():
             raise DamagedFileError("The latents decode to a picture of values that are not finite: forged.")

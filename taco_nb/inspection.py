@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -119,6 +119,13 @@ def attention_flops(queries: int, keys: int, dim: int, k: int | None = None) -> 
     return 4 * queries * keys * dim if k is None else 4 * k * keys * dim + 4 * queries * k * dim
 
 
+def count_flops(run: Callable[[], Any]) -> dict[str, int]:
+    """Floating-point operations of a computation as PyTorch counts them, per module and, as "Global", together."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the other kernels are not counted
+        run()
+    return {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
+
+
 @torch.inference_mode()
 def encoder_flops(exp: Experiment, side: int = 256) -> dict[str, float]:
     """Operations of an experiment's encoder on one picture, as PyTorch counts them, and the share of its attentions.
@@ -127,11 +134,10 @@ def encoder_flops(exp: Experiment, side: int = 256) -> dict[str, float]:
     has random weights, on which no count depends.
     """
     net = TACO(exp.model_config()).eval()
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        net.g_a(torch.zeros(1, 3, side, side), torch.zeros(1, exp.text_tokens, net.config.text_dim))
-    counts = counter.get_flop_counts()
-    attention = sum(sum(ops.values()) for name, ops in counts.items() if name.endswith(".cross_attn"))
-    encoder = sum(counts["Global"].values())
+    pair = torch.zeros(1, 3, side, side), torch.zeros(1, exp.text_tokens, net.config.text_dim)
+    counts = count_flops(lambda: net.g_a(*pair))
+    attention = sum(flops for name, flops in counts.items() if name.endswith(".cross_attn"))
+    encoder = counts["Global"]
     return {"attention, GFLOP": attention / 1e9, "encoder, GFLOP": encoder / 1e9, "share": attention / encoder}
 
 

@@ -13,6 +13,8 @@ from taco_nb.experiment import Experiment, baseline, choose_profile
 
 _IPYTHON = {"In", "Out", "get_ipython", "exit", "quit", "open"}
 _PASSED = "_parameters_passed"
+_OF_SOME = ("checkpoint", "n_pairs")
+"""Parameters that a notebook has only if it says so."""
 _TYPES = {
     "str": (str, "text"),
     "int": (int, "a whole number"),
@@ -39,6 +41,7 @@ class Parameters:
     precision: str | None = None
     eval_limit: int | None = None
     caption: str = "first"
+    n_pairs: int | None = None
     max_hours: float | None = None
     num_processes: int = 1
     num_workers: int | None = None
@@ -94,14 +97,14 @@ def check_parameters(namespace: dict[str, Any], *own: str) -> Parameters:
     """The notebook's parameters, from its `globals()`, with the profile chosen and a sentence printed that says why.
 
     `own` names what is a parameter of this notebook alone: fields of an `Experiment`, which come as `settings`, or
-    "checkpoint".
+    "checkpoint" or "n_pairs".
 
     Raises `SettingError`, with one sentence, for a name that is not a parameter (papermill would pass it silently), for
     a value of the wrong type, and for a value out of range. A name that is refused is deleted, so that the corrected cell
     can be run again. After a check has passed, further names are the notebook's own, and running it again ignores them.
     """
     shared = {field.name: field.type for field in fields(Parameters)}
-    known = {name: shared[name] for name in shared if name not in ("settings", "started_in", "checkpoint")}
+    known = {name: shared[name] for name in shared if name not in ("settings", "started_in", *_OF_SOME)}
     known |= {name: shared.get(name) for name in own}
     given = {
         name: value
@@ -121,7 +124,9 @@ def check_parameters(namespace: dict[str, Any], *own: str) -> Parameters:
     given["settings"] = {name: value for name, value in settings.items() if value is not None}
     parameters = Parameters(**given)
     profile, sentence = choose_profile(parameters.profile, parameters.data_dir)
-    least_values = {"eval_limit": 1, "max_hours": 0, "num_processes": 1, "num_workers": 0, "accumulation": 1}
+    least_values = {
+        "eval_limit": 1, "n_pairs": 1, "max_hours": 0, "num_processes": 1, "num_workers": 0, "accumulation": 1,
+    }  # fmt: skip
     for name, least in least_values.items():
         value = getattr(parameters, name)
         if value is not None and not value >= least:  # so that NaN is refused too

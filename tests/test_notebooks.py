@@ -93,11 +93,11 @@ def test_papermill_explains_every_parameter(path):
 @every_notebook
 def test_parameters_are_the_shared_ones_and_settings_of_an_experiment(path):
     given, shared_ones = defaults_in(path), vars(Parameters())
-    assert {"profile", "out_dir", "epochs", "seed"} <= given.keys()
+    assert {"profile", "out_dir", "seed"} <= given.keys()
     for name, value in given.items():
         assert value == shared_ones[name] if name in shared_ones else name in vars(Experiment()), name
     if path == BASELINE:
-        assert given.keys() == shared_ones.keys() - {"settings", "started_in"}
+        assert given.keys() == shared_ones.keys() - {"settings", "started_in", "n_pairs"}
 
 
 # --- Parameters -------------------------------------------------------------------------------------------------------
@@ -161,6 +161,9 @@ def test_a_notebook_has_parameters_of_its_own():
     assert check_parameters({"profile": "sample", "checkpoint": "a"}, "checkpoint").checkpoint == "a"
     with pytest.raises(SettingError, match="no parameter 'checkpoint'"):
         check_parameters({"profile": "sample", "checkpoint": "a"})
+    assert check_parameters({"profile": "sample", "n_pairs": 7}, "n_pairs").n_pairs == 7
+    with pytest.raises(SettingError, match="n_pairs must be 1 or above"):
+        check_parameters({"profile": "sample", "n_pairs": 0}, "n_pairs")
     given = {"profile": "sample", "linformer_k": 8}
     assert check_parameters(dict(given), "linformer_k").settings == {"linformer_k": 8}
     with pytest.raises(SettingError, match="no parameter 'linformer_k'"):

@@ -120,7 +120,7 @@ class TACO(SpaceChannelModel):
         def quantize(step: Step, scales: Tensor, means: Tensor) -> Tensor:
             rounded = (halves[step.anchor][:, step.channels] - means).round().int()
             symbols.append(rounded.flatten())
-            indexes.append(self._y_indexes(scales))
+            indexes.append(self.y_indexes(scales))
             return rounded + means
 
         with repeatable():
@@ -148,7 +148,7 @@ class TACO(SpaceChannelModel):
         decoder = rans.Decoder(y_string, tables.y, 16 * self.config.M * shape[0] * shape[1])
 
         def read(step: Step, scales: Tensor, means: Tensor) -> Tensor:
-            symbols = decoder.read(self._y_indexes(scales).cpu())
+            symbols = decoder.read(self.y_indexes(scales).cpu())
             return symbols.to(device).reshape(means.shape) + means
 
         z_hat = z_symbols.to(device).reshape(1, -1, *shape) + self.medians()
@@ -177,7 +177,7 @@ class TACO(SpaceChannelModel):
             )
         return self._tables
 
-    def _y_indexes(self, scales: Tensor) -> Tensor:
+    def y_indexes(self, scales: Tensor) -> Tensor:
         """For each scale the number of the smallest that the table has above it: CompressAI's `build_indexes`, flattened."""
         return torch.bucketize(
             scales.contiguous(), self.gaussian_conditional.scale_table[:-1], out_int32=True

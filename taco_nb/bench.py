@@ -1,0 +1,261 @@
+"""`make bench`: the speed of the codec beside CompressAI's ELIC, which is the same codec without the text.
+
+All weights are random, of the paper's size, and brought to about the same rate; no time depends on what they have learned.
+Encoding is from an 8-bit image to the bytes of a file, decoding back to the image. The text tower is the untrained one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from taco_nb.codec import Codec, has_fast_bfloat16, pad
+from taco_nb.data.images import to_image, to_rgb, to_tensor
+from taco_nb.files import atomic_write, bundled
+from taco_nb.model import TACO, rans
+from taco_nb.model.entropy import squeeze
+from taco_nb.model.repeatable import repeatable
+from taco_nb.provenance import provenance
+from taco_nb.timing import compare
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+REFERENCE = "Elic2022Official"
+CAPTION = "a cup of coffee on a wooden table"
+SIZE = (768, 512)
+"""Of a Kodak image."""
+
+
+def photograph(width: int, height: int) -> Image.Image:
+    """A bundled photograph at any size."""
+    return to_rgb(bundled("sample/images/coffee.png")).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def paper_codecs(device: str) -> dict[str, Codec]:
+    """Both modes around one paper-size network with random weights, at about 0.3 bits per pixel."""
+    torch.manual_seed(0)
+    net = TACO()
+    with torch.no_grad():
+        net.g_a.analysis_transform[16].weight *= 0.15  # the Injector before it gives values of unit variance
+    net = net.to(device)
+    return {mode: Codec(net, "untrained-512", mode=mode) for mode in ("exact", "fast")}
+
+
+def elic(device: str) -> torch.nn.Module:
+    """CompressAI's ELIC with random weights."""
+    from compressai.models import Elic2022Official
+
+    torch.manual_seed(0)
+    net = Elic2022Official().eval().to(device)
+    net.update()
+    return net
+
+
+@torch.inference_mode()
+def elic_encode(net: torch.nn.Module, image: Image.Image, device: str) -> dict[str, Any]:
+    """As its authors' `compress` gives them: strings and shape."""
+    return net.compress(pad(to_tensor(image)[None].to(device)))
+
+
+@torch.inference_mode()
+def elic_decode(net: torch.nn.Module, coded: dict[str, Any]) -> Image.Image:
+    return to_image(net.decompress(coded["strings"], coded["shape"])["x_hat"][0].cpu())
+
+
+def speed(device: str, repeats: int, training_repeats: int) -> pd.DataFrame:
+    """Encode, decode and a training step of the reference and of both modes, in turn: a row per task and codec.
+
+    A training step is forward, rate and distortion, backward and Adam on 256x256 crops, one on a processor and eight on a
+    GPU; "exact" is float32 and "fast" bfloat16 autocast where the device has it.
+    """
+    import pandas as pd
+
+    image, peer, codecs = photograph(*SIZE), elic(device), paper_codecs(device)
+    coded, files = elic_encode(peer, image, device), {mode: c.encode(image, CAPTION) for mode, c in codecs.items()}
+    sizes = {REFERENCE: sum(len(string) for strings in coded["strings"] for string in strings)}
+    sizes |= {mode: len(data) for mode, data in files.items()}
+    encode = {REFERENCE: lambda: elic_encode(peer, image, device)}
+    encode |= {mode: lambda codec=codec: codec.encode(image, CAPTION) for mode, codec in codecs.items()}
+    decode = {REFERENCE: lambda: elic_decode(peer, coded)}
+    decode |= {mode: lambda codec=codec, mode=mode: codec.decode(files[mode]) for mode, codec in codecs.items()}
+    tasks = {"encode": compare(encode, device, repeats), "decode": compare(decode, device, repeats)}
+    if device == "cuda":
+        tasks |= _batches(device, repeats, peer, codecs)
+    net = codecs["exact"].net
+    train = {REFERENCE: _training_step(peer, device, False), "exact": _training_step(net, device, False)}
+    train["fast"] = _training_step(net, device, has_fast_bfloat16(device))
+    tasks["training step"] = compare(train, device, training_repeats)
+    rows = [
+        {"task": task, "codec": name, **row, "bytes": sizes[name] if task == "encode" else None}
+        for task, measured in tasks.items()
+        for name, row in measured.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def _batches(device: str, repeats: int, peer: torch.nn.Module, codecs: dict[str, Codec]) -> dict[str, dict]:
+    """Thirty-two COCO crops at once; the reference codes a batch one image after the other inside."""
+    crops = [photograph(256, 256)] * 32
+    x = torch.stack([to_tensor(crop) for crop in crops])
+    encode = {REFERENCE: torch.inference_mode()(lambda: peer.compress(x.to(device)))}
+    encode |= {m: lambda c=c: c.encode_batch(crops, [CAPTION] * len(crops)) for m, c in codecs.items()}
+    coded, files = encode[REFERENCE](), {mode: encode[mode]() for mode in codecs}
+    decode = {
+        REFERENCE: torch.inference_mode()(lambda: peer.decompress(coded["strings"], coded["shape"])["x_hat"].cpu())
+    }
+    decode |= {m: lambda c=c, m=m: [x_hat.cpu() for x_hat in c.decode_batch(files[m])] for m, c in codecs.items()}
+    return {"encode 32 crops": compare(encode, device, repeats), "decode 32 crops": compare(decode, device, repeats)}
+
+
+def _training_step(net: torch.nn.Module, device: str, bfloat16: bool) -> Callable[[], None]:
+    x = torch.rand(8 if device == "cuda" else 1, 3, 256, 256, device=device).contiguous(
+        memory_format=torch.channels_last
+    )
+    inputs = (x, torch.randn(len(x), 38, net.config.text_dim, device=device)) if isinstance(net, TACO) else (x,)
+    optimizer = torch.optim.Adam([p for name, p in net.named_parameters() if not name.endswith("quantiles")], 0.0)
+
+    def step() -> None:
+        net.train()
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+            out = net(*inputs)
+        rate = sum(-likelihoods.log2().sum() for likelihoods in out["likelihoods"].values()) / x[:, 0].numel()
+        ((out["x_hat"] - x).square().mean() + rate).backward()
+        optimizer.step()
+
+    return step
+
+
+@torch.inference_mode()
+def parts(codec: Codec, device: str, repeats: int) -> pd.DataFrame:
+    """Where a codec's time goes, each part timed by itself: transfers, transforms, entropy networks, coder."""
+    import pandas as pd
+
+    net, x = codec.net, pad(to_tensor(photograph(*SIZE))[None])
+    text, on_device = codec.conditioning([CAPTION]), x.to(device).contiguous(memory_format=torch.channels_last)
+    in_precision = codec.transform_precision
+    with in_precision():
+        y = net.g_a(on_device, *text).float()
+    coded, seen = net.encode_latents(y), []
+
+    def g_a() -> None:
+        with in_precision():
+            net.g_a(on_device, *text)
+
+    def g_s() -> None:
+        with in_precision():
+            net.g_s(coded.y_hat)
+
+    halves = {anchor: squeeze(y, anchor) for anchor in (True, False)}
+
+    def quantize(step: Any, scales: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+        symbols = (halves[step.anchor][:, step.channels] - means).round().int()
+        seen.append((symbols.flatten().cpu(), net.y_indexes(scales).cpu()))
+        return symbols + means
+
+    def networks() -> None:
+        seen.clear()
+        z = net.h_a(y)
+        with repeatable():
+            net.walk(net.h_s((z - net.medians()).round() + net.medians()), quantize)
+
+    networks()
+    symbols, indexes = (torch.cat(tensors) for tensors in zip(*seen))
+    tables, lengths = net.tables().y, [len(part) for part, _ in seen]
+    stream = rans.encode(symbols, indexes, tables)
+
+    def read() -> None:
+        decoder = rans.Decoder(stream, tables, len(indexes))
+        for part in indexes.split(lengths):
+            decoder.read(part)
+
+    runs: dict[str, Callable[[], Any]] = {
+        "g_a": g_a,
+        "entropy networks": networks,
+        "coder, encoding": lambda: rans.encode(symbols, indexes, tables),
+        "coder, decoding": read,
+        "g_s": g_s,
+    }
+    if device == "cuda":
+        runs["transfers"] = lambda: (x.to(device), on_device.cpu(), y.cpu(), symbols.to(device))
+    measured = compare({name: torch.inference_mode()(run) for name, run in runs.items()}, device, repeats)
+    return pd.DataFrame([{"part": name, "codec": codec.mode, **row} for name, row in measured.items()])
+
+
+def peak_memory(codec: str, width: int, height: int) -> float:
+    """MiB that a process of its own takes at most, PyTorch and weights included, to encode and decode one image."""
+    command = [sys.executable, "-W", "ignore", "-m", "taco_nb.bench", "--peak", codec, str(width), str(height)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def _print_peak(name: str, width: int, height: int) -> None:
+    image = photograph(width, height)
+    if name == REFERENCE:
+        peer = elic("cpu")
+        elic_decode(peer, elic_encode(peer, image, "cpu"))
+    else:
+        codec = paper_codecs("cpu")[name]
+        codec.decode(codec.encode(image, CAPTION))
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+
+
+def memory(sizes: list[tuple[int, int]]) -> pd.DataFrame:
+    """Peak memory on the processor per codec and image size, which should not grow faster than the image."""
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    jobs = [
+        (name, *size) for size in sizes for name in (REFERENCE, "exact", "fast") if name != REFERENCE or size == SIZE
+    ]
+    rows = [
+        {"codec": name, "size": f"{width} x {height}", "peak_mib": peak_memory(name, width, height)}
+        for name, width, height in tqdm(jobs, desc="memory", unit="process")
+    ]
+    return pd.DataFrame(rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m taco_nb.bench", description="Speed and memory beside ELIC.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=9, help="measured runs of each codec, taken in turn")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the tables")
+    parser.add_argument("--large", action="store_true", help="measure the memory of a 6000x4000 image too")
+    parser.add_argument("--peak", nargs=3, metavar=("CODEC", "WIDTH", "HEIGHT"), help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.peak:
+        return _print_peak(given.peak[0], int(given.peak[1]), int(given.peak[2]))
+    table = speed(given.device, given.repeats, max(3, given.repeats // 3))
+    where = parts(paper_codecs(given.device)["fast"], given.device, given.repeats)
+    peaks = memory([SIZE, (2048, 1536), *([(6000, 4000)] if given.large else [])])
+    about = provenance()
+    shown = table.pivot(index="codec", columns="task", values=["speedup", "median_ms"]).loc[
+        [REFERENCE, "exact", "fast"]
+    ]
+    print(
+        f"{about['hardware']['cpu']}, {about['hardware']['threads']} threads, {given.device} {about['hardware']['gpus']}"
+    )
+    print(f"{SIZE[0]} x {SIZE[1]} pixels, medians of {given.repeats} runs; speedup over {REFERENCE} in the same run\n")
+    print(shown.round(2).to_string(), "\n\n", where[["part", "median_ms"]].round(1).to_string(index=False), "\n")
+    print(peaks.round(0).to_string(index=False))
+    for name, frame in (("speed", table), ("parts", where), ("memory", peaks)):
+        with atomic_write(given.out / f"{name}.csv", "w") as file:
+            frame.to_csv(file, index=False)
+    with atomic_write(given.out / "bench.json", "w") as file:
+        json.dump({"device": given.device, "size": SIZE, "load": os.getloadavg(), **about}, file, indent=1)
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The timing study measures what it says, and its conclusion follows from its measurements."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+
+import nbformat
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+import torch
+from compressai.models import Elic2022Official
+from conftest import TINY, make_net
+from test_notebooks import FOLDER, code_cells
+
+from taco_nb import Codec, bench, timing
+from taco_nb.experiment import baseline
+from taco_nb.inspection import attention_flops
+from taco_nb.model import ModelConfig
+from taco_nb.model.adapter import Injector
+from taco_nb.model.attention import CrossAttention
+
+TINY_EXP = baseline("sample", sizes=TINY, linformer_k=4)
+LINUX = pytest.mark.skipif(not math.isfinite(timing._peak(lambda: None, "cpu")), reason="needs glibc on Linux")
+
+
+# How things are measured ---------------------------------------------------------------------------------------------
+
+
+def test_runs_take_turns_and_their_ratio_is_measured():
+    order = []
+
+    def nap(name: str, seconds: float) -> None:
+        order.append(name)
+        time.sleep(seconds)
+
+    rows = timing.compare({"slow": lambda: nap("slow", 0.04), "fast": lambda: nap("fast", 0.01)}, "cpu", 5, warm_up=2)
+    assert order == ["slow"] * 2 + ["fast"] * 2 + ["slow", "fast"] * 5
+    assert rows["slow"]["speedup"] == 1 and 2 < rows["fast"]["speedup"] <= 4.1
+    for row, least in ((rows["slow"], 40), (rows["fast"], 10)):
+        assert least <= row["q25_ms"] <= row["median_ms"] <= row["q75_ms"] and row["runs"] == 5
+
+
+@LINUX
+def test_peak_memory_is_what_a_run_takes_at_once():
+    held = torch.ones(32 << 20, dtype=torch.uint8)
+    one_after_the_other = timing._peak(lambda: [torch.ones(64 << 20, dtype=torch.uint8).any() for _ in range(3)], "cpu")
+    at_once = timing._peak(
+        lambda: sum(len(t) for t in [torch.ones(64 << 20, dtype=torch.uint8) for _ in range(3)]), "cpu"
+    )
+    assert held.any() and 60 < one_after_the_other < 100 and 180 < at_once < 220
+
+
+# The sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_widened_injector_attends_over_concatenated_features():
+    torch.manual_seed(0)
+    wide = timing.Widened(Injector(24, 16, CrossAttention(24, 2)), 3)
+    x, text = torch.randn(2, 8, 3, 5), torch.randn(2, 4, 16)
+    torch.nn.init.normal_(wide.injector.gamma)
+    assert torch.equal(wide(x, text), wide.injector(torch.cat([x, x, x], 1), text)[:, :8])
+    net = timing.widened(ModelConfig(**TINY), 3)
+    layers = net.g_a.analysis_transform
+    assert [layers[i].injector.text_feature_dim_proj.out_features for i in (8, 15)] == [24, 24]
+    assert layers[14].image_feature_dim_proj.in_features == 8
+    assert net.eval()(torch.rand(1, 3, 64, 64), torch.randn(1, 8, 16))["x_hat"].shape == (1, 3, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def sweeps() -> tuple[pd.DataFrame, pd.DataFrame]:
+    widths = timing.width_sweep(TINY_EXP, (1, 2), 2, side=64)
+    return widths, timing.length_sweep(TINY_EXP, (64, 128), (38, 154), 1)
+
+
+def test_sweeps_measure_every_combination(sweeps):
+    widths, lengths = sweeps
+    assert list(widths.groupby(["width", "pass", "attention"]).size()) == [1] * 8
+    assert set(widths["width"]) == {8, 16} and set(widths["runs"]) == {2}
+    assert list(lengths.groupby(["side", "tokens", "part", "attention"]).size()) == [1] * 16
+    for table in sweeps:
+        assert (table[["median_ms", "mean_ms", "gflop", "gflop_per_s"]] > 0).all(axis=None)
+    flops = widths.pivot(index="width", columns=["pass", "attention"], values="gflop")
+    assert (flops["training"] > 2 * flops["inference"]).all(axis=None)
+    assert (flops.loc[16] > flops.loc[8]).all()
+
+
+def test_counted_operations_of_the_attention_are_the_formulas(sweeps):
+    """Attention itself grows with the tokens as counted by hand; the linear layers around it grow with them alike."""
+    _, lengths = sweeps
+    alone = lengths[(lengths["part"] == "attention") & (lengths["side"] == 128)]
+    flops = {name: table.set_index("tokens")["gflop"] * 1e9 for name, table in alone.groupby("attention")}
+    quarter, eighth, N, wide = 32 * 32, 16 * 16, TINY["N"], TINY["text_dim"]
+
+    def by_hand(tokens: int, k: int | None) -> int:
+        return (attention_flops(quarter, tokens, N, k) + attention_flops(eighth, tokens, N, k)
+                + attention_flops(tokens, eighth, wide, k))  # fmt: skip
+
+    for tokens in (38, 154):
+        difference = flops["softmax"][tokens] - flops["linformer"][tokens]
+        assert difference == pytest.approx(by_hand(tokens, None) - by_hand(tokens, 4))
+
+
+# What follows --------------------------------------------------------------------------------------------------------
+
+
+def test_exponents_are_the_slopes():
+    sizes = np.array([1, 2, 5, 10])
+    assert timing.exponent(sizes, 3 * sizes**1.7) == pytest.approx(1.7)
+
+
+@pytest.mark.parametrize(
+    "ratio, tokens",
+    [
+        ([2, 1, 0.5], 20),
+        ([2, 0.5, 0.25], 10 * 2**0.5),
+        ([0.9, 0.8, 0.7], 10),
+        ([0.9, 1.1, 1.2], None),
+        ([2, 2, 1], None),
+    ],
+)
+def test_linformer_pays_from_where_it_is_quicker_for_good(ratio, tokens):
+    found = timing.break_even([10, 20, 40], ratio)
+    assert found == (tokens if tokens is None else pytest.approx(tokens))
+
+
+def made_up(share: float, ratio: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Sweeps of a machine on which attention is this share of the encoder and Linformer this much slower or quicker."""
+    rows = [
+        {"side": 256, "tokens": tokens, "attention": name, "part": part, "gflop": value, "median_ms": value}
+        for tokens in (38, 380)
+        for name, factor in (("softmax", 1), ("linformer", ratio))
+        for part, value in (("attention", 10 * share * factor), ("encoder", 10 * (1 - share) + 10 * share * factor))
+    ]
+    widths = [
+        {"width": width, "attention": name, "pass": kind, "median_ms": value}
+        for width in (8, 16) for kind in ("inference", "training") for name, value in (("softmax", 2), ("linformer", 3))
+    ]  # fmt: skip
+    return pd.DataFrame(widths), pd.DataFrame(rows)
+
+
+def test_the_conclusion_is_what_was_measured():
+    small = timing.conclusion(*made_up(0.1, 1.2))
+    assert "take 10% of the encoder's time" in small and "1.11 times as fast" in small
+    assert "1.50 to 1.50 times softmax's in training" in small
+    assert "no length measured" in small and small.endswith("a null result is what these figures predict.")
+    large = timing.conclusion(*made_up(0.6, 0.5))
+    assert "take 60%" in large and "38 tokens at 256 x 256" in large and large.endswith("let a difference show.")
+    table = timing.shares(made_up(0.6, 0.5)[1])
+    assert table["time_share"].tolist() == pytest.approx([0.6, 0.6])
+    assert table["attention_ratio"].tolist() == pytest.approx([0.5, 0.5])
+    assert table["encoder_ratio"].tolist() == pytest.approx([0.7, 0.7])
+
+
+def test_results_are_kept_with_where_they_came_from(sweeps, tmp_path):
+    timing.save(tmp_path / "run", widths=sweeps[0], lengths=sweeps[1])
+    kept = pd.read_csv(tmp_path / "run" / "widths.csv")
+    assert kept.columns.tolist() == sweeps[0].columns.tolist() and len(kept) == 8
+    said = json.loads((tmp_path / "run" / "timing.json").read_text())
+    assert {"hardware", "packages", "commit"} <= said.keys()
+
+
+# The notebook and the benchmark --------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(400)
+def test_the_notebook_runs_and_ends_in_its_conclusion(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
+    small = {"profile": "sample", "out_dir": str(tmp_path / "runs"), "n_pairs": 1}
+    papermill.execute_notebook(str(FOLDER / "05_timing.ipynb"), str(tmp_path / "out.ipynb"), small, progress_bar=False)
+    cells = code_cells(nbformat.read(tmp_path / "out.ipynb", 4))
+    assert all(output.output_type != "error" for cell in cells for output in cell.outputs)
+    (folder,) = (tmp_path / "runs").iterdir()
+    widths, lengths = (pd.read_csv(folder / f"{name}.csv") for name in ("widths", "lengths"))
+    assert cells[-1].outputs[-1].text.strip() == timing.conclusion(widths, lengths)
+
+
+def test_the_benchmark_compares_like_with_like(monkeypatch):
+    """The real networks at a small size: three codecs in turn, a training step, and where the time goes."""
+
+    def small_elic(device: str) -> torch.nn.Module:
+        net = Elic2022Official(N=16, M=144).eval()
+        net.update()
+        return net
+
+    codecs = {mode: Codec(make_net(), "untrained-16", mode=mode) for mode in ("exact", "fast")}
+    for name, value in {"SIZE": (64, 64), "elic": small_elic, "paper_codecs": lambda device: codecs}.items():
+        monkeypatch.setattr(bench, name, value)
+    table = bench.speed("cpu", 2, 1)
+    assert list(table["codec"]) == [bench.REFERENCE, "exact", "fast"] * 3
+    assert list(table["task"].unique()) == ["encode", "decode", "training step"]
+    assert (table["median_ms"] > 0).all() and (table[table["task"] == "encode"]["bytes"] > 20).all()
+    where = bench.parts(bench.paper_codecs("cpu")["fast"], "cpu", 1)
+    assert {"g_a", "g_s", "entropy networks", "coder, encoding", "coder, decoding"} == set(where["part"])
+
+
+def test_memory_is_measured_in_a_process_of_its_own():
+    assert 200 < bench.peak_memory("exact", 64, 64) < 3000
