@@ -84,6 +84,7 @@ def test_the_command_line_says_what_is_wrong_in_one_line(paper_data, capsys):
         ([str(paper_data / "nothing")], "CheckpointError: "),
         ([str(paper_data / "run" / "weights.safetensors"), "--sets", "kodak"], "SettingError: .* --out"),
         ([str(paper_data / "run"), "--sets", "kodak", "--caption", "worst"], "SettingError: caption must be"),
+        ([str(paper_data / "run"), "--sets", "kodak", "--patch-size", "5"], "SettingError: .*even number"),
     ):
         with pytest.raises(SystemExit, match=words):
             main([*wrong, *data])
