@@ -67,5 +67,6 @@ def measure(p: Parameters, runs: Mapping[str, Run]) -> pd.DataFrame:
     for label, run in runs.items():
         codec = load(run.dir, device=p.torch_device)
         codec.name = label
-        tables.append(evaluate(codec, p.datasets(run.experiment.captions), run.dir, caption=p.caption))
+        sets = p.datasets(run.experiment.captions)
+        tables.append(evaluate(codec, sets, run.dir, caption=p.caption, num_processes=p.num_processes))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
