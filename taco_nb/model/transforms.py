@@ -29,7 +29,7 @@ def in_strips(
     """
     kept = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     height, row = x.shape[2], x.shape[0] * x.shape[3] * widest * kept.itemsize
-    count = 1 if torch.is_grad_enabled() else math.ceil(height * row / STRIP.get(x.device.type, 1 << 30))
+    count = 1 if torch.is_grad_enabled() else max(1, math.ceil(height * row / STRIP.get(x.device.type, 1 << 30)))
     rows = math.ceil(height / count / down) * down
     if rows >= height:
         return _apply(layers, x)
