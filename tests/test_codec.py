@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 import zlib
 from collections import Counter
 from functools import partial
@@ -247,6 +248,18 @@ def test_fast_is_exact_where_bfloat16_is_slow(monkeypatch, tiny_codec, file):
     fast = Codec(make_net(), "untrained-16", 8, mode="fast")
     assert fast.encode(picture(), CAPTION) == file
     assert torch.equal(fast.decode_tensor(file), tiny_codec.decode_tensor(file))
+
+
+def test_an_edited_caption_is_encoded_while_one_waits():
+    """0.3 s on two idle cores is the aim; the best of a few, on a machine that is also doing other things, is below 1 s."""
+    demo, crop = load("demo", mode="fast"), picture(256, 256)
+    demo.encode(crop, CAPTION)
+    seconds = []
+    for count in range(5):
+        clock = time.perf_counter()
+        demo.encode(crop, f"{CAPTION}, {count} clouds")
+        seconds.append(time.perf_counter() - clock)
+    assert min(seconds) < 1
 
 
 # Errors --------------------------------------------------------------------------------------------------------------

@@ -404,6 +404,14 @@ def test_local_context_is_the_convolution_of_the_board_with_its_others_zero():
         assert_close(layer(anchors), squeeze(board, False), rtol=0, atol=1e-5)
 
 
+@torch.inference_mode()
+def test_the_last_layer_is_a_transposed_convolution():
+    layer, x = transforms.ToPixels(6), torch.randn(2, 6, 5, 7)
+    expected = nn.ConvTranspose2d(6, 3, 5, 2, 2, 1)
+    expected.load_state_dict(layer.state_dict())
+    assert_close(layer(x), expected(x), rtol=0, atol=1e-5)
+
+
 # Threads and strips --------------------------------------------------------------------------------------------------
 
 

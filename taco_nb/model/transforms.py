@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from compressai.layers import AttentionBlock
 from torch import Tensor, nn
 
@@ -90,6 +91,22 @@ class AnalysisTransform(nn.Module):
         return layers[17](layers[16](x))
 
 
+class ToPixels(nn.ConvTranspose2d):
+    """The last layer of g_s, (B, N, H, W) -> (B, 3, 2H, 2W): the others' transposed convolution, computed otherwise.
+
+    Each position yields the 2x2 pixels that lie there, as twelve channels of a 3x3 convolution (sub-pixel convolution, Shi
+    et al., CVPR 2016). For three output channels that takes less than half of a transposed convolution's time.
+    """
+
+    def __init__(self, N: int):
+        super().__init__(N, 3, 5, 2, padding=2, output_padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        taps = F.pad(self.weight, (0, 1, 0, 1)).unflatten(3, (3, 2)).unflatten(2, (3, 2))  # N, 3, row, a, column, b
+        kernel = taps.flip(2, 4).permute(1, 3, 5, 0, 2, 4).flatten(0, 2)
+        return F.pixel_shuffle(F.conv2d(x, kernel, self.bias.repeat_interleave(4), padding=1), 2)
+
+
 class SynthesisTransform(nn.Module):
     """g_s: y_hat (B, M, H/16, W/16) -> x_hat (B, 3, H, W), unclamped; it has no text input at all."""
 
@@ -104,7 +121,7 @@ class SynthesisTransform(nn.Module):
             *(ResidualBottleneck(N) for _ in range(3)),
             deconv(N, N),
             *(ResidualBottleneck(N) for _ in range(3)),
-            deconv(N, 3),
+            ToPixels(N),
         )
 
     def forward(self, y_hat: Tensor) -> Tensor:
