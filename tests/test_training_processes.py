@@ -14,10 +14,12 @@ import open_clip
 import psutil
 import pytest
 import torch
-from test_training import assert_same_bits, paint, state_of, tiny, weights
+from test_training import SIZES, assert_same_bits, paint, state_of, tiny, weights
 
 from taco_nb.errors import DataError, SettingError
+from taco_nb.experiment import baseline
 from taco_nb.files import REPOSITORY
+from taco_nb.metrics import perception
 from taco_nb.text import clip_model, text_tower
 from taco_nb.training import fit, loop
 from taco_nb.training.__main__ import main
@@ -138,16 +140,25 @@ def test_js_text_comes_from_the_states_that_are_there_already(clip, home):
 TWO = """
 import sys
 from pathlib import Path
-import open_clip, torch
+import lpips, open_clip, torch
 from taco_nb.experiment import Experiment
+from taco_nb.metrics import perception
 from taco_nb.training import fit
-home = Path(sys.argv[1])
-open_clip.add_model_config(home / "taco-test-processes.json")
-for name in sys.argv[2:]:
+home, suffix = Path(sys.argv[1]), sys.argv[2]
+if suffix == "two":
+    open_clip.add_model_config(home / "taco-test-processes.json")
+torch.manual_seed(0)
+random = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+perception._pretrained = lambda: random
+for name in sys.argv[3:]:
     exp = Experiment.from_json((home / f"{name}.json").read_text())
-    fit(exp, home / f"{name}-two", device="cpu", accumulation=2 if "pieces" in name else 1)
-torch.distributed.destroy_process_group()
+    hours = 0 if name == "coco" else None
+    fit(exp, home / f"{name}-{suffix}", data_dir=home / "data", device="cpu", max_hours=hours,
+        accumulation=2 if "pieces" in name and suffix == "two" else 1)
+if suffix == "two":
+    torch.distributed.destroy_process_group()
 """
+# Runs the experiments so named, of which "coco" takes one step; AlexNet's weights are random, as CLIP's are.
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
 LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0"]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -162,9 +173,13 @@ def launched(processes, *command, **options):
 
 
 @pytest.fixture(scope="module")
-def both(pictures, clip, home):
+def both(pictures, clip, home, shared):
     """Experiments by name, each run by one process and by two, the latter all in one launch."""
+    (home / "data").mkdir()
+    (home / "data" / "coco").symlink_to(shared / "minicoco")
+    small = {"sizes": SIZES, "text_encoder": clip, "crop": 64, "batch_size": 6}
     experiments = {
+        "coco": baseline("paper", **small),  # with LPIPS and J
         "plain": experiment(pictures),
         "joint": experiment(pictures, text_encoder=clip, k_J=0.5, epochs=1),
         "joint-pieces": experiment(pictures, text_encoder=clip, k_J=0.5, epochs=1, batch_size=5),
@@ -174,11 +189,23 @@ def both(pictures, clip, home):
     for name, exp in experiments.items():
         (home / f"{name}.json").write_text(exp.to_json())
     fit(experiments["resumed"], home / "resumed-two", device="cpu", max_hours=0)
-    with launched(2, home / "two.py", home, *experiments) as process:
+    with launched(2, home / "two.py", home, "two", *experiments) as process:
         _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said[-4000:]
-    return {name: (fit(exp, home / f"{name}-one", device="cpu"), read_run(home / f"{name}-two"))
-            for name, exp in experiments.items()}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        patch.setattr(sys, "argv", ["", str(home), "one", *experiments])
+        patch.setattr(perception, "_pretrained", None)  # so that it is put back
+        exec(TWO, {})
+    return {name: [read_run(home / f"{name}-{suffix}") for suffix in ("one", "two")] for name in experiments}
+
+
+def test_the_paper_profile_on_minicoco_with_two_processes(both):
+    one, two = both["coco"]
+    assert (one.steps, two.steps) == (1, 1) and one.total_steps > 1000
+    assert len(two.log) == 0 and two.experiment == one.experiment
+    sums, expected = (state_of(run.dir)["sums"] for run in (two, one))
+    assert sums.keys() == expected.keys() == {"loss", "bpp", "mse", "lpips", "joint", "aux", "steps"}
+    assert all(float(sums[name]) == pytest.approx(float(expected[name]), rel=1e-5) for name in sums)
 
 
 @pytest.mark.parametrize("name", ["plain", "joint", "joint-pieces"])
