@@ -1,31 +1,25 @@
-"""Training on several processes and in pieces, and how a run is stopped: real processes, real signals."""
+"""Training on several processes and in pieces: how a batch is divided changes the order of sums and nothing else."""
 
 import json
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import open_clip
-import psutil
 import pytest
 import torch
-from test_training import SIZES, assert_same_bits, paint, state_of, tiny, weights
+from test_training import SIZES, paint, state_of, tiny, weights
 
 from taco_nb.errors import DataError, SettingError
 from taco_nb.experiment import baseline
 from taco_nb.files import REPOSITORY
 from taco_nb.metrics import perception
 from taco_nb.text import clip_model, text_tower
-from taco_nb.training import fit, loop
-from taco_nb.training.__main__ import main
+from taco_nb.training import fit
 from taco_nb.training.loop import Batches, read_run, shares
 from taco_nb.training.loss import JointLoss
-from taco_nb.training.signals import on_warning
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 CLIP = {
@@ -255,211 +249,4 @@ def test_counts_out_of_range(pictures, tmp_path, given):
     (name,) = given
     with pytest.raises(SettingError, match=f"{name} must be a whole number"):
         fit(experiment(pictures), tmp_path / "run", **{"device": "cpu"} | given)
-    assert not (tmp_path / "run").exists()
-
-
-# --- Time limits and signals ------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Hours, of which each look takes one."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def monotonic(self):
-        self.now += 3600.0
-        return self.now
-
-
-def test_max_hours_by_the_clock(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "time", Clock())  # one look as `fit` is called, one as it begins, one after each step
-    run = fit(experiment(pictures, epochs=20), tmp_path / "run", device="cpu", max_hours=5, save_minutes=1e9)
-    assert (run.steps, run.total_steps) == (4, 60) and not run.finished
-    assert state_of(run.dir)["step"] == 4
-    assert "Stopped by max_hours after step 4 of 60" in (said := capsys.readouterr().out)
-    assert f"python -m taco_nb.training --out {run.dir}" in said
-
-
-def begin(processes, folder, exp, *arguments):
-    """A run on the command line, in processes of its own that form a group, once it has taken its first steps."""
-    folder.parent.mkdir(exist_ok=True)
-    (folder.parent / "exp.json").write_text(exp.to_json())
-    command = ["-m", "taco_nb.training", "--experiment", folder.parent / "exp.json", "--out", folder, "--device", "cpu"]
-    command += ["--save-minutes", "0", *arguments]
-    if processes:
-        process = launched(processes, *command)
-    else:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, command)], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
-    while not (folder / "state.pt").exists() and process.poll() is None:
-        time.sleep(0.02)
-    return process
-
-
-def trainers(process):
-    return [child for child in psutil.Process(process.pid).children() if "taco_nb.training" in child.cmdline()]
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_stops_between_two_steps_and_the_bits_are_those_of_an_undisturbed_run(pictures, home, name, tmp_path):
-    """To the whole group and with workers, as a batch system does."""
-    exp = experiment(pictures, epochs=16)
-    process = begin(0, tmp_path / "undisturbed", exp, "--num-workers", "2")
-    os.killpg(process.pid, getattr(signal, name))
-    said, complaint = process.communicate(timeout=60)
-    assert process.returncode == 0, complaint
-    stopped = read_run(tmp_path / "undisturbed")
-    assert 0 < stopped.steps < 48 and f"Stopped by {name} after step {stopped.steps} of 48" in said
-    assert state_of(stopped.dir)["step"] == stopped.steps
-    undisturbed = fit(exp, home / "undisturbed", device="cpu")
-    assert_same_bits(fit(exp, stopped.dir, device="cpu"), undisturbed)
-
-
-@pytest.mark.parametrize("to", ["one of the processes", "the launcher"])
-def test_a_signal_to_one_process_stops_both_after_the_same_step(pictures, to, tmp_path):
-    exp = experiment(pictures, epochs=500)
-    process = begin(2, tmp_path / "run", exp)
-    if to == "the launcher":
-        process.send_signal(signal.SIGTERM)  # handed on by it
-    else:
-        trainers(process)[1].send_signal(signal.SIGUSR1)
-    said, complaint = process.communicate(timeout=120)
-    assert (process.returncode == 0) == (to != "the launcher"), complaint[-2000:]
-    run = read_run(tmp_path / "run")
-    assert 0 < run.steps < run.total_steps and state_of(run.dir)["step"] == run.steps
-    assert re.search(rf"Stopped by SIG\w+ after step {run.steps} of 1500", said)
-    assert not [p for p in psutil.process_iter() if str(run.dir) in " ".join(p.cmdline())]
-
-
-def test_the_readmes_batch_script_resubmits_what_it_did_not_finish(pictures, tmp_path):
-    """The script itself, with a small experiment, on CPUs, and a `scontrol` that only notes what it is asked."""
-    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-    exp = experiment(pictures, epochs=500)
-    (tmp_path / "exp.json").write_text(exp.to_json())
-    for old, new in (
-        ("--profile paper --set lmbda=0.0016", f"--experiment {tmp_path}/exp.json --device cpu --save-minutes 0"),
-        ("--num_processes 4", "--multi_gpu --num_processes 2 --main_process_port 0"),
-    ):
-        assert script.count(old) == 1
-        script = script.replace(old, new)
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
-    (tools / "scontrol").chmod(0o755)
-    path = os.pathsep.join([str(tools), os.path.dirname(sys.executable), os.environ["PATH"]])
-    process = subprocess.Popen(
-        ["bash", "-c", script], cwd=tmp_path, env=ENVIRONMENT | {"PATH": path, "SLURM_JOB_ID": "77"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    folder = tmp_path / "runs" / "paper-0.0016"
-    while not (folder / "state.pt").exists() and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)  # to the shell alone, as --signal=B: has it
-    said, complaint = process.communicate(timeout=120)
-    run = read_run(folder)
-    assert 0 < run.steps < run.total_steps and f"Stopped by SIGUSR1 after step {run.steps} of" in said, complaint
-    assert (tmp_path / "asked").read_text() == "requeue 77\n" and process.returncode == 0
-
-
-def test_handlers_are_put_back_and_a_second_signal_is_delivered():
-    mine, came, acted = signal.getsignal(signal.SIGUSR1), [], []
-    signal.signal(signal.SIGUSR1, lambda number, _: came.append(number))
-    try:
-        before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
-        with on_warning(acted.append):
-            os.kill(os.getpid(), signal.SIGUSR1)
-            assert acted == [signal.SIGUSR1] and not came
-            os.kill(os.getpid(), signal.SIGUSR1)
-            assert acted == [signal.SIGUSR1] and not came
-        assert came == [signal.SIGUSR1]
-        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
-    finally:
-        signal.signal(signal.SIGUSR1, mine)
-
-
-def test_in_another_thread_signals_are_left_alone(pictures, tmp_path):
-    from concurrent.futures import ThreadPoolExecutor
-
-    before = signal.getsignal(signal.SIGTERM)
-    with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(fit, experiment(pictures), tmp_path / "run", device="cpu", max_hours=0).result()
-    assert run.steps == 1 and signal.getsignal(signal.SIGTERM) == before
-
-
-def test_ctrl_c_in_a_notebook_saves_and_leaves_no_process(pictures, tmp_path):
-    (tmp_path / "exp.json").write_text(experiment(pictures, epochs=500).to_json())
-    code = (
-        "import sys; from pathlib import Path; from taco_nb.experiment import Experiment; from taco_nb.training import fit\n"
-        "exp = Experiment.from_json(Path(sys.argv[1]).read_text())\n"
-        "try: fit(exp, sys.argv[2], device='cpu', num_processes=2, save_minutes=0)\n"
-        "except KeyboardInterrupt: print('interrupted')\n"
-    )
-    folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path / "exp.json", folder], env=ENVIRONMENT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    while not (folder / "state.pt").exists() and process.poll() is None:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    said, complaint = process.communicate(timeout=120)
-    assert said.endswith("interrupted\n"), complaint[-2000:]
-    run = read_run(folder)
-    assert 0 < run.steps < run.total_steps and state_of(folder)["step"] == run.steps
-    assert not [p for p in psutil.process_iter() if str(folder) in " ".join(p.cmdline())]
-
-
-# --- One folder, one run ----------------------------------------------------------------------------------------------
-
-
-def test_two_runs_in_one_folder(pictures, tmp_path):
-    """The second is refused and says by whom; a process that is killed leaves the folder free."""
-    exp = experiment(pictures, epochs=500)
-    process = begin(0, tmp_path / "run", exp)
-    try:
-        with pytest.raises(SettingError, match=rf"process {process.pid} on .* is training in .*run already"):
-            fit(exp, tmp_path / "run", device="cpu")
-    finally:
-        process.kill()
-        process.communicate()
-    assert fit(exp, tmp_path / "run", device="cpu", max_hours=0).steps >= 2
-
-
-# --- The command line -------------------------------------------------------------------------------------------------
-
-
-def test_the_command_line_trains_goes_on_and_says_where_it_stands(pictures, tmp_path, capsys):
-    out = ["--out", str(tmp_path / "run")]
-    settings = ["sizes={\"N\": 16, \"M\": 24, \"groups\": [4, 4, 4, 4, 8], \"text_dim\": 64, \"heads\": 8, \"context_widths\": [16, 16]}"]  # fmt: skip # noqa: E501
-    settings += [f"train_data={pictures}", "crop=64", "epochs=1", "lmbda=0.02", "init=", "attention=linformer"]
-    changes = [word for setting in settings for word in ("--set", setting)]
-    assert main(["--profile", "sample", *changes, *out, "--device", "cpu", "--max-hours", "0"]) == 0
-    assert "Stopped by max_hours after step 1 of 3" in capsys.readouterr().out
-    run = read_run(tmp_path / "run")
-    assert (run.experiment.lmbda, run.experiment.attention, run.experiment.init) == (0.02, "linformer", "")
-    assert main([*out, "--status"]) == 3
-    assert capsys.readouterr().out.endswith("1 of 3 steps.\n")
-    assert main([*out, "--device", "cpu"]) == 0
-    assert "Finished: 3 steps" in capsys.readouterr().out
-    assert main([*out, "--status"]) == 0
-    assert capsys.readouterr().out.endswith("3 of 3 steps, finished.\n")
-
-
-@pytest.mark.parametrize(
-    "arguments, complaint",
-    [
-        ([], "There is no experiment in .*run"),
-        (["--profile", "sample", "--set", "lmbda"], "--set takes NAME=VALUE.*'lmbda'"),
-        (["--profile", "sample", "--set", "lambda=1"], "no setting 'lambda'"),
-        (["--profile", "sample", "--set", "lmbda=high"], "lmbda must be a number, but is 'high'"),
-        (["--status"], "There is no run in .*run"),
-    ],
-)
-def test_the_command_line_complains_in_a_sentence(tmp_path, capsys, arguments, complaint):
-    assert main([*arguments, "--out", str(tmp_path / "run")]) == 1
-    said = capsys.readouterr().err
-    assert re.match(rf"SettingError: .*{complaint}", said) and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
