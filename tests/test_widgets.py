@@ -20,6 +20,7 @@ from PIL import Image
 
 from taco_nb.evaluation import means
 from taco_nb.widgets import encoder_diagram, rate_distortion, side_by_side, sortable, training_curves
+from taco_nb.widgets.figures import IMAGES
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
@@ -277,18 +278,26 @@ JPEG = pd.concat([results_of("JPEG", shift=shift, quality=quality) for quality, 
 PUBLISHED = {"VTM": {"bpp": [0.1, 0.2, 0.4], "psnr": [30, 32, 34]}, "no curve": {"bpp": [0.1], "psnr": []}}
 
 
-def choices(figure) -> dict[str, list]:
-    """What each entry of the figure's menu shows: its label and the traces that it makes visible."""
-    (menu,) = figure.layout.updatemenus
+def curves(figure) -> list:
+    """The curves that are seen, without the points of single images."""
+    return [trace for trace in figure.data if trace.visible and trace.customdata is None]
+
+
+def choices(figure) -> dict[str, dict[str, list]]:
+    """What each entry of the menu of metrics makes of the curves: {label: {name of a curve in the legend: its y}}."""
     return {
-        button.label: [t for t, visible in zip(figure.data, button.args[0]["visible"]) if visible]
-        for button in menu.buttons
+        button.label: {
+            trace.name: list(y)
+            for trace, y, named in zip(figure.data, button.args[0]["y"], button.args[0]["showlegend"])
+            if named
+        }
+        for button in figure.layout.updatemenus[0].buttons
     }
 
 
 def test_a_curve_per_codec_through_the_means():
     figure = rate_distortion(JPEG, TACO, published=PUBLISHED, title="photos")
-    shown = [trace for trace in figure.data if trace.visible]
+    shown = [trace for trace in curves(figure) if trace.showlegend]
     assert [trace.name for trace in shown] == ["JPEG, photos", "taco, photos", "VTM (published)"]
     jpeg, taco, vtm = shown
     expected = means(JPEG).sort_values("bpp")
@@ -305,20 +314,44 @@ def test_a_curve_per_codec_through_the_means():
     assert figure.layout.yaxis.title.text == "PSNR in dB"
 
 
+def test_every_image_has_a_point_that_says_which_it_is():
+    points = {trace.name: trace for trace in rate_distortion(JPEG, TACO).data if trace.customdata is not None}
+    taco, jpeg = points["taco, photos"], points["JPEG, photos"]
+    assert [tuple(data) for data in taco.customdata] == [("taco", "photos", name, None) for name in ("a.png", "b.png")]
+    assert [tuple(data)[2:] for data in jpeg.customdata] == [(n, q) for q in (80, 20) for n in ("a.png", "b.png")]
+    assert list(taco.x) == list(TACO["bpp"]) and list(taco.y) == list(TACO["psnr"])
+    assert "%{customdata[2]}" in taco.hovertemplate and not taco.showlegend
+
+
+def test_of_a_large_set_the_first_images_have_points():
+    many = pd.concat([TACO.assign(name=[f"{i}a.png", f"{i}b.png"]) for i in range(IMAGES)], ignore_index=True)
+    points, curve = rate_distortion(many).data
+    assert [data[2] for data in points.customdata] == list(many["name"][:IMAGES])
+    assert f"mean of {2 * IMAGES} images" in curve.text[0]
+
+
 def test_the_menu_shows_one_metric_at_a_time():
     figure = rate_distortion(JPEG, TACO, published=PUBLISHED)
     menu = choices(figure)
-    names = {label: [trace.name for trace in traces] for label, traces in menu.items()}
+    names = {label: list(shown) for label, shown in menu.items()}
     (psnr, ms_ssim, lpips, lpips_01) = menu
     assert psnr == "PSNR in dB" and ms_ssim == "MS-SSIM" and "[-1, 1]" in lpips and "[0, 1]" in lpips_01
     assert names[psnr] == ["JPEG, photos", "taco, photos", "VTM (published)"]
     assert names[ms_ssim] == ["JPEG, photos", "taco, photos"]
     assert names[lpips] == names[lpips_01] == ["taco, photos"], "JPEG has no LPIPS here, so no curve and no legend"
-    assert menu[lpips][0].y[0] == pytest.approx(0.15) and menu[lpips_01][0].y[0] == pytest.approx(0.015)
-    assert sum(map(len, menu.values())) == len(figure.data), "every trace belongs to one metric"
-    assert [trace.visible for trace in figure.data] == figure.layout.updatemenus[0].buttons[0].args[0]["visible"]
+    assert menu[lpips]["taco, photos"] == [pytest.approx(0.15)]
+    assert menu[lpips_01]["taco, photos"] == [pytest.approx(0.015)]
     for button in figure.layout.updatemenus[0].buttons:
         assert button.args[1] == {"yaxis.title.text": button.label}
+        assert len(button.args[0]["y"]) == len(button.args[0]["showlegend"]) == len(figure.data)
+    first = figure.layout.updatemenus[0].buttons[0].args[0]
+    assert [list(y) for y in first["y"]] == [list(trace.y) for trace in figure.data]
+    assert list(first["showlegend"]) == [trace.showlegend for trace in figure.data]
+
+
+def test_a_metric_missing_for_one_image_is_a_gap():
+    y = rate_distortion(TACO).layout.updatemenus[0].buttons[1].args[0]["y"]
+    assert list(y[0]) == [0.9, None], "JSON has no NaN"
 
 
 def test_metrics_that_nobody_measured_are_not_offered():
@@ -326,9 +359,17 @@ def test_metrics_that_nobody_measured_are_not_offered():
     assert list(choices(figure)) == ["PSNR in dB"]
 
 
-def test_data_sets_have_curves_of_their_own():
-    figure = rate_distortion(TACO, results_of("taco", "elsewhere", shift=1))
-    assert [trace.name for trace in figure.data if trace.visible] == ["taco, photos", "taco, elsewhere"]
+def test_a_second_menu_chooses_the_data_set():
+    figure = rate_distortion(TACO, results_of("taco", "kodak", shift=1), published=PUBLISHED)
+    assert [trace.name for trace in curves(figure)] == ["taco, photos"]
+    _, menu = figure.layout.updatemenus
+    visible = {
+        button.label: {trace.name for trace, shown in zip(figure.data, button.args[0]["visible"]) if shown}
+        for button in menu.buttons
+    }
+    published = {f"{name} (published)" for name in PUBLISHED}
+    assert visible == {"photos": {"taco, photos"}, "kodak": {"taco, kodak", *published}}
+    assert len(rate_distortion(TACO).layout.updatemenus) == 1
 
 
 def test_training_curves_show_every_term_of_the_log():
@@ -340,6 +381,8 @@ def test_training_curves_show_every_term_of_the_log():
     for trace in figure.data:
         assert list(trace.x) == [1, 2, 3] and list(trace.y) == list(log[trace.name])
     assert len({trace.xaxis for trace in figure.data}) == 3
+    long = pd.DataFrame({"step": range(2345), "loss": 1.0})
+    assert list(training_curves(long).data[0].x) == list(range(0, 2345, 3))
     training_curves(log.head(0))
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from taco_nb.codec import MULTIPLE
 from taco_nb.inspection import Attention, energy
 from taco_nb.widgets.heat import COLD, HOT
+from taco_nb.widgets.page import img, self_contained
 from taco_nb.widgets.pictures import side_by_side
 
 if TYPE_CHECKING:
     from IPython.display import HTML
     from plotly.graph_objects import Figure
 
+    from taco_nb.text import KeywordWeights, TextTower
     from taco_nb.text.keywords import Word
 
 
@@ -43,11 +47,73 @@ def attention_maps(
 
 def _overlay(grey: np.ndarray, field: Tensor, size: tuple[int, int]) -> Image.Image:
     """A field (h, w) in [0, 1] over the padded picture, laid in colour over the grey picture without padding."""
-    padded = tuple(-(-side // 64) * 64 for side in size)
+    padded = tuple(-(-side // MULTIPLE) * MULTIPLE for side in size)
     scaled = Image.fromarray((field.numpy() * 255).astype(np.uint8)).resize(padded, Image.Resampling.BICUBIC)
     heat = np.asarray(scaled.crop((0, 0, *size)).resize(grey.shape[1::-1]), dtype=np.float32)[..., None] / 255
     colour = COLD + heat * (HOT - COLD)
     return Image.fromarray((colour * (0.35 + 0.65 * grey)).astype(np.uint8))
+
+
+class Look:
+    """What `where_the_text_looks` gives: HTML in which a token is picked without a kernel, and a plain sheet of pictures."""
+
+    def __init__(self, image: Image.Image, looks: Mapping[str, Sequence[Attention]], tokens: list[str], weights: Any):
+        self._image, self._looks, self._tokens, self._weights = image, looks, tokens, weights
+        self._words = [i for i, token in enumerate(tokens) if len(token) > 3 and i] or [0]
+
+    def picture(self) -> Image.Image:
+        """The last attention of each codec over the picture, for the first four words."""
+        words = {self._tokens[i]: i for i in self._words[:4]}
+        return side_by_side(
+            {label: attention_maps(self._image, records[-1], words) for label, records in self._looks.items()},
+            columns=1,
+        )
+
+    def _repr_html_(self) -> str:
+        settings = {"tokens": self._tokens, "weights": self._weights, "start": self._words[0]}
+        settings |= {"cold": COLD.tolist(), "hot": HOT.tolist()}
+        maps = "".join(self._map(label, record) for label, records in self._looks.items() for record in records)
+        words = ", ".join(self._tokens[i] for i in self._words[:4])
+        sheet = img(self.picture(), f"Attention over the picture for {words}").replace("<img", '<img class="ta-sheet"')
+        return self_contained(
+            "attention",
+            f"<div {_json('tokens', settings)}></div><div data-picture>{img(self._image, '')}</div>{maps}{sheet}",
+        )
+
+    def _map(self, label: str, record: Attention) -> str:
+        """The maps of all tokens, each from black at its least to white at its greatest, one below the other."""
+        width, height = self._image.size
+        step = -(-width // MULTIPLE) * MULTIPLE // record.grid[1]  # pixels to a position
+        rows, columns = -(-height // step), -(-width // step)  # the rest is padding
+        fields = [record.over_image(i)[:rows, :columns] for i in range(len(self._tokens))]
+        ranges = [(float(field.min()), float(field.max())) for field in fields]
+        greys = [(field - low) / max(high - low, 1e-12) for field, (low, high) in zip(fields, ranges)]
+        sprite = Image.fromarray((np.concatenate(greys) * 255).round().astype(np.uint8)).convert("RGB")
+        about = {"codec": label, "layer": record.name, "ranges": ranges, "rows": rows, "columns": columns}
+        about |= {"width": 100 * columns * step / width, "height": 100 * rows * step / height}
+        return f"<div {_json('map', about)}>{img(sprite, '')}</div>"
+
+
+def where_the_text_looks(
+    image: Image.Image,
+    looks: Mapping[str, Sequence[Attention]],
+    tower: TextTower,
+    caption: str,
+    weights: KeywordWeights | None = None,
+) -> Look:
+    """The caption's tokens to pick from, and over the picture where each attends, for one or several codecs.
+
+    `looks` maps a codec's label to its attentions on this image and caption (`taco_nb.inspection.attentions`). Each map is
+    scaled from its own least to its own greatest value, which stand below it. With `weights`, tokens are shaded by theirs.
+    """
+    spans = [span for span in tower.spans(caption) if span is not None]
+    tokens = ["start", *(caption[slice(*span)] for span in spans[1:-1]), "end"]
+    shades = None if weights is None else weights.token_weights([caption], tower)[0, : len(tokens)].tolist()
+    return Look(image.convert("RGB"), looks, tokens, shades)
+
+
+def _json(name: str, content: dict[str, Any]) -> str:
+    return f'data-{name}="{html.escape(json.dumps(content), quote=True)}"'
 
 
 def spectrum(groups: Mapping[str, Sequence[Attention]]) -> Figure:

@@ -213,7 +213,7 @@ export function enhance(root, state = {}) {
 
 export default {
   render({ model, el }) {
-    const state = {};
+    const state = { ...model.get("start") };
     const draw = () => {
       const root = make("div", { className: "taco-compare" });
       root.innerHTML = model.get("figures");

@@ -124,3 +124,5 @@ class CompareView(anywidget.AnyWidget):
     _css = source("compare.css")
     figures = traitlets.Unicode().tag(sync=True)
     """What `Compare.figures` gives."""
+    start = traitlets.Dict().tag(sync=True)
+    """What is chosen at first, such as {"left": 1, "right": 2}: the figures to the left and right of the handle."""

@@ -1,0 +1,95 @@
+"""A run while it trains: the terms of its loss, and a picture that it has not seen, as real files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from taco_nb.data.images import to_rgb, to_tensor
+from taco_nb.metrics.distortion import psnr
+from taco_nb.widgets.figures import training_curves
+from taco_nb.widgets.pictures import side_by_side
+
+if TYPE_CHECKING:
+    from taco_nb.codec import Codec
+    from taco_nb.training import Run
+
+SHARE = 1 / 40
+"""Of the time since training began that each of the two displays may take; the last state is shown whatever it takes."""
+SIDE = 256
+"""Pixels of the central crop that stands for the picture."""
+
+
+class TrainingMonitor:
+    """Give it to `fit` as `on_log`: below the cell appear the curves and the picture, and change as the run goes on.
+
+    Both are displays that are replaced, so a notebook run headless keeps the last of each. What was slow to draw is drawn
+    less often: each display takes a 40th of the time at most.
+    """
+
+    def __init__(self, image: Any, caption: str):
+        image = to_rgb(image)
+        left, top = max(0, image.width - SIDE) // 2, max(0, image.height - SIDE) // 2
+        self.image, self.caption = (
+            image.crop((left, top, min(left + SIDE, image.width), min(top + SIDE, image.height))),
+            caption,
+        )
+        self._run: Path | None = None
+
+    def __call__(self, run: Run, log: list[dict[str, float]], codec: Callable[[], Codec]) -> None:
+        """Show the state of a run: its log so far, and a function that gives the codec as it stands."""
+        last = run.finished
+        if run.dir != self._run:
+            self._run, self._first = run.dir, None
+            self._curves, self._picture = _Display(), _Display()
+        self._curves.show(lambda: self._draw_curves(run, log), last)
+        self._picture.show(lambda: self._draw_picture(run, codec()), last)
+
+    def _draw_curves(self, run: Run, log: list[dict[str, float]]) -> dict[str, Any]:
+        import pandas as pd
+
+        return training_curves(
+            pd.DataFrame(log), title=f"{run.dir.name}, step {run.steps} of {run.total_steps}"
+        )._repr_mimebundle_()
+
+    def _draw_picture(self, run: Run, codec: Codec) -> dict[str, Any]:
+        file = codec.encode(self.image, self.caption)
+        picture = codec.decode(file)
+        quality = psnr(to_tensor(self.image), to_tensor(picture))
+        now = (f"after {run.steps} steps\n{len(file)} bytes, {quality:.2f} dB", picture)
+        self._first = self._first or now
+        sheet = side_by_side({f"original\n{self.caption}": self.image, **dict([self._first, now])})
+        return {"image/png": sheet._repr_png_(), "text/plain": now[0]}
+
+
+class _Display:
+    """An output of the cell that is replaced by its successor, unless that would take too much of the time."""
+
+    def __init__(self) -> None:
+        self._handle, self._due = None, 0.0
+
+    def show(self, draw: Callable[[], dict[str, Any]], whatever_it_takes: bool) -> None:
+        from IPython.display import display
+
+        started = time.monotonic()
+        if started < self._due and not whatever_it_takes:
+            return
+        bundle = draw()
+        if self._handle is None:
+            self._handle = display(bundle, raw=True, display_id=True)
+        else:
+            self._handle.update(bundle, raw=True)
+        now = time.monotonic()
+        self._due = now + (now - started) / SHARE
+
+
+def training_monitor(image: Image.Image, caption: str) -> TrainingMonitor:
+    """Losses, bits and a picture, live while `fit(..., on_log=training_monitor(image, caption))` runs.
+
+    The central crop of the picture is encoded to a real file and decoded, at first and now; size and PSNR are the file's.
+    """
+    return TrainingMonitor(image, caption)

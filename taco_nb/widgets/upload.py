@@ -1,0 +1,70 @@
+"""The reader's own picture through the codec, and the file to keep."""
+
+from __future__ import annotations
+
+import base64
+import html
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ipywidgets
+
+from taco_nb.codec import Codec
+from taco_nb.data.images import to_rgb
+from taco_nb.errors import TacoError
+from taco_nb.widgets.compare import CompareView, compare
+
+_STATIC = "<p>Run this notebook in JupyterLab to put a picture and a caption of your own through the codec here.</p>"
+
+
+class UploadBox(ipywidgets.VBox):
+    """What `upload_box` gives; without a kernel a sentence that says what it needs."""
+
+    def __init__(self, codec: Codec):
+        self._codec = codec
+        self.upload = ipywidgets.FileUpload(accept="image/*", multiple=False, description="Picture")
+        self.caption = ipywidgets.Text(description="caption", placeholder="what is in the picture, or nothing")
+        self.caption.layout = {"width": "100%", "max_width": "600px"}
+        self.button = ipywidgets.Button(description="Encode", button_style="primary")
+        self.said, self.link, self.view = ipywidgets.HTML(), ipywidgets.HTML(), CompareView()
+        self.button.on_click(self._encode)
+        row = ipywidgets.HBox([self.upload, self.caption, self.button], layout={"flex_flow": "row wrap"})
+        super().__init__([row, self.said, self.link, self.view])
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, str]:
+        return {**super()._repr_mimebundle_(**kwargs), "text/html": _STATIC}
+
+    def _encode(self, _: ipywidgets.Button) -> None:
+        self.link.value = self.view.figures = ""
+        if not self.upload.value:
+            self.said.value = "Choose a picture first."
+            return
+        (chosen,) = self.upload.value
+        name = Path(chosen.name).name or "picture"
+        self.said.value = f"Encoding {html.escape(name)} …"
+        with tempfile.TemporaryDirectory() as folder:  # a file, so that an error can name it
+            path = Path(folder, name)
+            path.write_bytes(chosen.content)
+            try:
+                image = to_rgb(path)
+                file = self._codec.encode(image, self.caption.value)
+                picture = self._codec.decode(file)
+            except TacoError as error:
+                self.said.value = html.escape(str(error).replace(f"{folder}/", ""))
+                return
+        self.said.value = (
+            f"{chosen.size:,} bytes became {len(file):,}, which hold {picture.width} x {picture.height} pixels."
+        )
+        kept = html.escape(f"{Path(name).stem}.taco", quote=True)
+        data = base64.b64encode(file).decode()
+        self.link.value = f'<a download="{kept}" href="data:application/octet-stream;base64,{data}">Download {kept}</a>'
+        self.view.figures = compare(image, {self._codec.name: (picture, file)}, caption=self.caption.value).figures()
+
+
+def upload_box(codec: Codec) -> UploadBox:
+    """A box for a picture and a caption: encoded, decoded, measured, shown beside the original, with the `.taco` file.
+
+    What is wrong with a picture is said in words. The picture goes to the notebook's kernel and nowhere else.
+    """
+    return UploadBox(codec)
