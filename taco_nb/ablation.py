@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from taco_nb.codec import load
+from taco_nb.codec import Codec, load
 from taco_nb.data import training_pairs
 from taco_nb.evaluation import evaluate
 from taco_nb.experiment import Experiment
@@ -59,14 +59,20 @@ def train(p: Parameters, experiments: Mapping[str, Experiment]) -> dict[str, Run
     return runs
 
 
+def codecs(p: Parameters, runs: Mapping[str, Run]) -> dict[str, Codec]:
+    """The codec of every run, named by its label, on the device that was asked for."""
+    loaded = {label: load(run.dir, device=p.torch_device) for label, run in runs.items()}
+    for label, codec in loaded.items():
+        codec.name = label
+    return loaded
+
+
 def measure(p: Parameters, runs: Mapping[str, Run]) -> pd.DataFrame:
     """Evaluate every run on the profile's data sets, under the captions it was trained on; `codec` is its label."""
     import pandas as pd
 
     tables = []
-    for label, run in runs.items():
-        codec = load(run.dir, device=p.torch_device)
-        codec.name = label
-        sets = p.datasets(run.experiment.captions)
-        tables.append(evaluate(codec, sets, run.dir, caption=p.caption, num_processes=p.num_processes))
+    for label, codec in codecs(p, runs).items():
+        sets = p.datasets(runs[label].experiment.captions)
+        tables.append(evaluate(codec, sets, runs[label].dir, caption=p.caption, num_processes=p.num_processes))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

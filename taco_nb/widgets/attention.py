@@ -37,12 +37,18 @@ def attention_maps(
     grey = np.asarray(image.convert("L").resize((width, height)), dtype=np.float32)[..., None] / 255
     pictures = {}
     for label, token in tokens.items():
-        field = attention.over_image(token)
+        field = _field(attention, token)
         low, high = float(field.min()), float(field.max())
         pictures[f"{label}\n{low:.4f} to {high:.4f}"] = _overlay(
             grey, (field - low) / max(high - low, 1e-12), image.size
         )
     return side_by_side(pictures, columns=columns)
+
+
+def _field(attention: Attention, token: int) -> Tensor:
+    """A token's map; of a text that was pooled to one vector, every token has that one's."""
+    texts = attention.weights.shape[1 if attention.name.startswith("Extractor") else 2]
+    return attention.over_image(0 if texts == 1 else token)
 
 
 def _overlay(grey: np.ndarray, field: Tensor, size: tuple[int, int]) -> Image.Image:
@@ -85,7 +91,7 @@ class Look:
         width, height = self._image.size
         step = -(-width // MULTIPLE) * MULTIPLE // record.grid[1]  # pixels to a position
         rows, columns = -(-height // step), -(-width // step)  # the rest is padding
-        fields = [record.over_image(i)[:rows, :columns] for i in range(len(self._tokens))]
+        fields = [_field(record, i)[:rows, :columns] for i in range(len(self._tokens))]
         ranges = [(float(field.min()), float(field.max())) for field in fields]
         greys = [(field - low) / max(high - low, 1e-12) for field, (low, high) in zip(fields, ranges)]
         sprite = Image.fromarray((np.concatenate(greys) * 255).round().astype(np.uint8)).convert("RGB")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,9 +12,9 @@ import ipywidgets
 from PIL import Image
 
 from taco_nb.codec import Codec
-from taco_nb.data import CaptionedImages
+from taco_nb.data import CaptionedImages, datasets
 from taco_nb.data.images import to_rgb, to_tensor
-from taco_nb.errors import SettingError, TacoError
+from taco_nb.errors import DataError, SettingError, TacoError
 from taco_nb.metrics.distortion import psnr
 from taco_nb.metrics.rate import bpp
 from taco_nb.widgets.compare import CompareView, compare
@@ -31,16 +33,17 @@ class _Try(NamedTuple):
     psnr: float
 
 
-def caption_presets(dataset: CaptionedImages, i: int, context: CaptionedImages | None = None) -> dict[str, str]:
-    """Captions to try on image i of a data set, by what they are: those that there are for it, in this order.
+def caption_presets(dataset: CaptionedImages, i: int, data_dir: str | os.PathLike | None = None) -> dict[str, str]:
+    """Captions to try on image i of a data set that has a name, by what they are: those that there are for it, in order.
 
-    Two published ones ("human", or "OFA" for the data sets that TACO captioned itself), the paragraph of `context` (the
-    same images under `captions="context"`), none, one of another image, and letters without a meaning.
+    Two published ones ("human", or "OFA" for the data sets that TACO captioned itself), the paragraph with context, none,
+    one of another image, and letters without a meaning.
     """
     kind = "OFA" if dataset.name in ("kodak", "clic") else "human"
     published = dataset.captions(i)
     presets = {kind: published[0]} | ({f"another {kind}": published[1]} if len(published) > 1 else {})
-    if context is not None:
+    with contextlib.suppress(DataError):  # not every data set has paragraphs
+        (context,) = datasets(dataset.name, data_dir=data_dir, captions="context")
         presets["context"] = context.captions(context.names.index(dataset.names[i]))[0]
     presets["empty"] = ""
     if len(dataset) > 1:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import html
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import anywidget
 import ipywidgets
+import traitlets
 
 from taco_nb.codec import Codec
 from taco_nb.data import CaptionedImages
@@ -14,45 +17,53 @@ from taco_nb.errors import TacoError
 from taco_nb.peers import encode_peer
 from taco_nb.widgets.compare import Compare, CompareView, compare
 from taco_nb.widgets.figures import rate_distortion
+from taco_nb.widgets.page import source
 
 if TYPE_CHECKING:
     import pandas as pd
+    from plotly.graph_objects import Figure
 
 _HINT = "Small points are single images. Click on one to see what the codecs made of it."
 
 
-class Explorer(ipywidgets.VBox):
-    """What `explorer` gives; without a kernel the figure, which has its menus and names there too."""
+class _Clicks(anywidget.AnyWidget):
+    """Shows nothing, and hears the clicks on the figure whose layout has its key."""
+
+    _esm = source("clicks.js")
+    key = traitlets.Unicode().tag(sync=True)
+    point = traitlets.List().tag(sync=True)
+    """What the clicked point's customdata are, and when it was clicked."""
+
+
+class Explorer:
+    """What `explorer` gives: a figure, and below it, where there is a kernel, the image that was clicked."""
 
     def __init__(
-        self, results: pd.DataFrame, figure: Any, sets: Sequence[CaptionedImages], codecs: Mapping[str, Codec]
+        self, results: pd.DataFrame, figure: Figure, sets: Sequence[CaptionedImages], codecs: Mapping[str, Codec]
     ):
-        import plotly.graph_objects as go
-
-        self._results, self._static, self._codecs = results, figure, codecs
+        self._results, self._codecs = results, codecs
         self._sets = {dataset.name: dataset for dataset in sets}
-        self.figure = go.FigureWidget(figure)
+        self.figure = figure.update_layout(meta={"key": uuid.uuid4().hex})
+        self.clicks = _Clicks(key=figure.layout.meta["key"])
         self.said, self.view = ipywidgets.HTML(_HINT), CompareView()
-        for trace in self.figure.data:
-            if trace.customdata is not None:
-                trace.on_click(self._clicked)
-        super().__init__([self.figure, self.said, self.view])
+        self.clicks.observe(self._clicked, "point")
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        return {**self._static._repr_mimebundle_(), **super()._repr_mimebundle_(**kwargs)}
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
 
-    def _clicked(self, trace: Any, points: Any, _: Any) -> None:
-        if not points.point_inds:
-            return  # the click was on another trace
-        codec, dataset, name, quality = trace.customdata[points.point_inds[0]]
+        display(self.figure)
+        display(ipywidgets.VBox([self.said, self.view, self.clicks]))
+
+    def _clicked(self, change: dict[str, Any]) -> None:
+        codec, dataset, name, quality, _ = change["new"]
         self.said.value = f"Encoding {html.escape(name)} …"
         try:
-            self.view.figures = self.open(codec, dataset, name, quality).figures()
+            self.view.figures = self.compare_at(codec, dataset, name, quality).figures()
             self.said.value = f"{html.escape(name)} of {html.escape(dataset)}. {_HINT}"
         except TacoError as error:
             self.said.value = html.escape(str(error))
 
-    def open(self, codec: str, dataset: str, name: str, quality: float | None = None) -> Compare:
+    def compare_at(self, codec: str, dataset: str, name: str, quality: float | None = None) -> Compare:
         """The image of a point under the handle, as the codec of the point and the codecs that were given make it.
 
         They encode it once more, which gives the files that were measured; `quality` is that of a peer.

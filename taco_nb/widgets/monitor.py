@@ -51,10 +51,11 @@ class TrainingMonitor:
 
     def _draw_curves(self, run: Run, log: list[dict[str, float]]) -> dict[str, Any]:
         import pandas as pd
+        import plotly.io
 
-        return training_curves(
-            pd.DataFrame(log), title=f"{run.dir.name}, step {run.steps} of {run.total_steps}"
-        )._repr_mimebundle_()
+        figure = training_curves(pd.DataFrame(log), title=f"{run.dir.name}, step {run.steps} of {run.total_steps}")
+        # the bare figure: with all that the notebook's renderers add, each change would carry plotly's script along
+        return plotly.io.renderers["plotly_mimetype"].to_mimebundle(figure.to_dict())
 
     def _draw_picture(self, run: Run, codec: Codec) -> dict[str, Any]:
         file = codec.encode(self.image, self.caption)

@@ -41,11 +41,11 @@ class UploadBox(ipywidgets.VBox):
             self.said.value = "Choose a picture first."
             return
         (chosen,) = self.upload.value
-        name = Path(chosen.name).name or "picture"
+        name = Path(chosen["name"]).name or "picture"
         self.said.value = f"Encoding {html.escape(name)} …"
         with tempfile.TemporaryDirectory() as folder:  # a file, so that an error can name it
             path = Path(folder, name)
-            path.write_bytes(chosen.content)
+            path.write_bytes(chosen["content"])
             try:
                 image = to_rgb(path)
                 file = self._codec.encode(image, self.caption.value)
@@ -54,7 +54,7 @@ class UploadBox(ipywidgets.VBox):
                 self.said.value = html.escape(str(error).replace(f"{folder}/", ""))
                 return
         self.said.value = (
-            f"{chosen.size:,} bytes became {len(file):,}, which hold {picture.width} x {picture.height} pixels."
+            f"{chosen['size']:,} bytes became {len(file):,}, which hold {picture.width} x {picture.height} pixels."
         )
         kept = html.escape(f"{Path(name).stem}.taco", quote=True)
         data = base64.b64encode(file).decode()
