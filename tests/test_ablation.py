@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
 import torch
+from browser import opens_without_a_network
 from conftest import make_codec
 from PIL import Image
 
@@ -17,6 +19,7 @@ from taco_nb.ablation import differences, same_steps, train
 from taco_nb.checkpoint import load_fitting, save_weights
 from taco_nb.data import training_pairs
 from taco_nb.errors import CheckpointError, DataError, SettingError
+from taco_nb.export import export_html
 from taco_nb.files import REPOSITORY
 from taco_nb.inspection import attentions, cost_table, text_contribution, word_positions
 from taco_nb.model import TACO, ModelConfig
@@ -193,21 +196,35 @@ def test_another_model_is_no_start(tmp_path):
 # --- The notebooks ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["02_context", "03_linformer", "04_keywords"])
-def test_the_notebook_runs(name, tmp_path):
-    """Headless, from an unrelated folder, on the bundled pictures."""
-    command = [sys.executable, "-m", "papermill", str(REPOSITORY / "notebooks" / f"{name}.ipynb"), "out.ipynb"]
+@pytest.fixture(scope="module", params=["02_context", "03_linformer", "04_keywords"])
+def executed(request, tmp_path_factory) -> tuple[str, Path]:
+    """Name and folder of a notebook run headless, from an unrelated folder, on the bundled pictures."""
+    folder = tmp_path_factory.mktemp(request.param)
+    command = [sys.executable, "-m", "papermill", str(REPOSITORY / "notebooks" / f"{request.param}.ipynb"), "out.ipynb"]
     command += ["-p", "profile", "sample", "-p", "epochs", "1", "-p", "eval_limit", "1", "-p", "out_dir", "here"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
-    notebook = nbformat.read(tmp_path / "out.ipynb", 4)
+    return request.param, folder
+
+
+def test_the_notebook_runs(executed):
+    name, folder = executed
+    notebook = nbformat.read(folder / "out.ipynb", 4)
     shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("application/vnd.plotly.v1+json" in output.get("data", {}) for output in shown) >= 2
     label = name.partition("_")[2]
-    (folder,) = (tmp_path / "here").glob(f"{label}-*")
-    about = json.loads((folder / "evaluation.json").read_text())
+    (run,) = (folder / "here").glob(f"{label}-*")
+    about = json.loads((run / "evaluation.json").read_text())
     assert about["codec"] == label and about["weights"]["experiment"]["profile"] == "sample"
-    assert list(folder.glob("files/sample/*.taco"))
+    assert list(run.glob("files/sample/*.taco"))
+
+
+def test_the_notebook_s_page_opens_without_a_network(executed):
+    name, folder = executed
+    assert (folder / "out.ipynb").stat().st_size < 15_000_000
+    seen = opens_without_a_network(export_html(folder / "out.ipynb"))
+    assert seen["figures"] >= 2 and seen["pictures"] >= 5
+    assert seen["compare" if name == "02_context" else "attention"] == 1
 
 
 def test_one_allowance_of_time_is_for_all_runs(tmp_path, monkeypatch):

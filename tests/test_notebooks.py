@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import math
 import os
@@ -17,14 +15,17 @@ import nbformat
 import papermill
 import pytest
 import torch
-from PIL import Image
+from browser import opens_without_a_network
+from test_compare import Page, pixels
 from test_widgets import Cells
 
 from taco_nb import datasets, load
 from taco_nb.errors import DataError, SettingError
 from taco_nb.experiment import Experiment, baseline
+from taco_nb.export import export_html
 from taco_nb.files import REPOSITORY
 from taco_nb.notebook import Parameters, check_parameters
+from taco_nb.peers import available_peers
 
 FOLDER = REPOSITORY / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -321,11 +322,21 @@ def test_it_shows_figures_and_pictures(executed):
     notebook, _ = executed
     assert len(outputs(notebook, "application/vnd.plotly.v1+json")) == 3
     assert len(outputs(notebook, "image/svg+xml")) == 1
-    pictures = outputs(notebook, "image/png")
-    assert len(pictures) == 2
-    for picture in pictures:
-        extrema = Image.open(io.BytesIO(base64.b64decode(picture))).getextrema()
-        assert all(low < high for low, high in extrema)
+    compared, captions = [Page(page) for page in outputs(notebook, "text/html") if "taco-compare" in page]
+    shown = [figure["data-label"].partition(",")[0] for figure in compared.figures]
+    assert shown == ["original", "demo", *available_peers(), "where the bits went"]
+    presets = ["human", "another human", "context", "empty", "of another image", "nonsense"]
+    assert [figure["data-label"] for figure in captions.figures] == ["original", *presets]
+    for figure in compared.figures + captions.figures:
+        assert all(low < high for low, high in pixels(figure).getextrema())
+    assert len(json.dumps(notebook)) < 15_000_000
+
+
+def test_its_page_opens_without_a_network(executed, tmp_path):
+    nbformat.write(executed[0], tmp_path / "01_baseline.ipynb")
+    seen = opens_without_a_network(export_html(tmp_path / "01_baseline.ipynb"))
+    assert seen["figures"] == 3 and seen["compare"] == 2 and seen["formulas"] > 10
+    assert seen["pictures"] >= 6 + 7
 
 
 def test_its_figures_need_no_network(executed):

@@ -325,7 +325,7 @@ def test_every_image_has_a_point_that_says_which_it_is():
 
 def test_of_a_large_set_the_first_images_have_points():
     many = pd.concat([TACO.assign(name=[f"{i}a.png", f"{i}b.png"]) for i in range(IMAGES)], ignore_index=True)
-    points, curve = rate_distortion(many).data
+    curve, points = rate_distortion(many).data
     assert [data[2] for data in points.customdata] == list(many["name"][:IMAGES])
     assert f"mean of {2 * IMAGES} images" in curve.text[0]
 
@@ -351,7 +351,7 @@ def test_the_menu_shows_one_metric_at_a_time():
 
 def test_a_metric_missing_for_one_image_is_a_gap():
     y = rate_distortion(TACO).layout.updatemenus[0].buttons[1].args[0]["y"]
-    assert list(y[0]) == [0.9, None], "JSON has no NaN"
+    assert list(y[1]) == [0.9, None], "JSON has no NaN"
 
 
 def test_metrics_that_nobody_measured_are_not_offered():

@@ -59,9 +59,23 @@ def rate_distortion(
         curve = curve.sort_values("bpp")
         single = len(curve) == 1
         group, colour = f"{codec}, {dataset}", _COLOURS[i % len(_COLOURS)]
+        add(
+            dataset,
+            _heights(curve, metrics),
+            True,
+            x=curve["bpp"],
+            name=group,
+            legendgroup=group,
+            mode="markers" if single else "lines+markers",
+            marker={"size": 13 if single else 6, "symbol": "star" if single else "circle"},
+            line={"color": colour},
+            text=_points(curve),
+            hovertemplate="%{text}<br>%{x:.3f} bpp, %{y:.4g}<extra>%{fullData.name}</extra>",
+        )
         images = rows[(rows["codec"] == codec) & (rows["dataset"] == dataset)]
         images = images[images["name"].isin(images["name"].unique()[:IMAGES])]
         quality = images["quality"] if "quality" in images else pd.Series(math.nan, images.index)
+        # above the curves, so that of a mean over one image it is the image that answers
         add(
             dataset,
             _heights(images, metrics),
@@ -75,19 +89,6 @@ def rate_distortion(
                 [codec, dataset, name, None if math.isnan(q) else q] for name, q in zip(images["name"], quality)
             ],
             hovertemplate="%{customdata[2]}<br>%{x:.3f} bpp, %{y:.4g}<extra>%{fullData.name}</extra>",
-        )
-        add(
-            dataset,
-            _heights(curve, metrics),
-            True,
-            x=curve["bpp"],
-            name=group,
-            legendgroup=group,
-            mode="markers" if single else "lines+markers",
-            marker={"size": 13 if single else 6, "symbol": "star" if single else "circle"},
-            line={"color": colour},
-            text=_points(curve),
-            hovertemplate="%{text}<br>%{x:.3f} bpp, %{y:.4g}<extra>%{fullData.name}</extra>",
         )
     for name, curve in (published or {}).items():
         add(
@@ -158,6 +159,7 @@ def _points(curve: pd.DataFrame) -> list[str]:
     """What each point of a curve is: its quality setting, where it has one, and the images behind the mean."""
     qualities = curve["quality"] if "quality" in curve else [None] * len(curve)
     return [
-        f"mean of {count} images" + (f", quality {quality:.0f}" if quality == quality and quality is not None else "")
+        f"mean of {count} image{'s' * (count != 1)}"
+        + (f", quality {quality:.0f}" if quality == quality and quality is not None else "")
         for quality, count in zip(qualities, curve["images"])
     ]
