@@ -64,7 +64,7 @@ class CaptionLab(ipywidgets.VBox):
         self._static = self._table() + compare(self._image, shown, caption=self._first.caption)._repr_html_()
 
         self.text = ipywidgets.Text(self._first.caption, description="caption", continuous_update=False)
-        self.text.layout = {"width": "100%", "max_width": "900px"}
+        self.text.layout = {"width": "auto", "max_width": "900px"}
         self.buttons = [
             ipywidgets.Button(description=name, tooltip=text or "(empty)") for name, text in presets.items()
         ]
