@@ -208,7 +208,7 @@ def test_the_cells_can_be_run_again_in_a_session():
     namespace = {}
     exec(parameters.replace('"auto"', '"sample"', 1), namespace)
     exec(check, namespace)
-    namespace |= {"caption": "a cat", "rows": [1, 2], "sets": {}}  # what later cells leave behind
+    namespace |= {"said": "a cat", "rows": [1, 2], "sets": {}}  # what later cells leave behind
     namespace["epochs"] = 3
     exec(check, namespace)
     assert namespace["exp"].epochs == 3

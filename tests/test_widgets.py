@@ -257,7 +257,7 @@ def test_drawing_leaves_the_network_as_it_was():
     before = {key: value.clone() for key, value in net.state_dict().items()}
     encoder_diagram(net, side=64, tokens=8)
     with pytest.raises(RuntimeError):
-        encoder_diagram(net, side=0, tokens=8)
+        encoder_diagram(net, side=-64, tokens=8)
     assert not any(layer._forward_hooks for layer in net.g_a.analysis_transform)
     assert not net.training
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
