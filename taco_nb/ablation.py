@@ -12,7 +12,7 @@ from taco_nb.evaluation import evaluate
 from taco_nb.experiment import Experiment
 from taco_nb.notebook import Parameters
 from taco_nb.training import Run, fit
-from taco_nb.training.loop import Batches
+from taco_nb.training.loop import Batches, OnLog
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,8 +39,8 @@ def same_steps(baseline: Experiment, changed: Experiment, data_dir: str | None =
     return changed.replace(epochs=max(1, round(baseline.epochs * steps[0] / steps[1])))
 
 
-def train(p: Parameters, experiments: Mapping[str, Experiment]) -> dict[str, Run]:
-    """Train each experiment into a folder of its own below `p.runs`, or resume it, or find it finished.
+def train(p: Parameters, experiments: Mapping[str, Experiment], on_log: OnLog | None = None) -> dict[str, Run]:
+    """Train each experiment into a folder of its own below `p.runs`, or resume it, or find it finished; `on_log` as `fit`'s.
 
     `p.max_hours` is for all of them together. Where its end or a signal stops one, it is returned unfinished, and those
     after it take a single step.
@@ -53,6 +53,7 @@ def train(p: Parameters, experiments: Mapping[str, Experiment]) -> dict[str, Run
             exp, folder, data_dir=p.data_dir, device=p.device,
             max_hours=hours if all(run.finished for run in runs.values()) else 0.0,
             num_processes=p.num_processes, num_workers=p.num_workers, accumulation=p.accumulation,
+            on_log=on_log,
         )  # fmt: skip
         taken, total = runs[label].steps, runs[label].total_steps
         print(f"{label}: {taken} of {total} steps" + ("" if runs[label].finished else "; run this again to go on"))

@@ -6,22 +6,24 @@ import base64
 import io
 import re
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import make_codec
 from PIL import Image
 from test_compare import Page, pixels
 
-from taco_nb import datasets
+from taco_nb import baseline, datasets, fit
 from taco_nb.data.images import to_tensor
 from taco_nb.errors import SettingError
 from taco_nb.evaluation import evaluate, evaluate_peers
 from taco_nb.inspection import attentions
 from taco_nb.metrics.distortion import psnr
 from taco_nb.peers import encode_peer
-from taco_nb.widgets import caption_lab, caption_presets, explorer, upload_box
+from taco_nb.widgets import caption_lab, caption_presets, explorer, training_monitor, upload_box
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -238,3 +240,66 @@ def test_tokens_are_shaded_by_their_weights_and_a_pooled_text_has_one_map(codec,
     page = where_the_text_looks(image, {"pooled": records}, codec.tower, "a cat")._repr_html_()
     assert page.count("[1.0, 1.0]") == 8, "four tokens in two Injectors"
     assert isinstance(look.picture(), Image.Image)
+
+
+# --- Training monitor -------------------------------------------------------------------------------------------------
+
+SIZES = {"N": 16, "M": 24, "groups": (4, 4, 4, 4, 8), "text_dim": 64, "heads": 8, "context_widths": (16, 16)}
+
+
+@pytest.fixture
+def outputs(monkeypatch) -> list[list[dict]]:
+    """What `IPython.display.display` was given: for each output of the cell, its successive states."""
+    import IPython.display
+
+    shown: list[list[dict]] = []
+
+    def display(bundle, raw, display_id):
+        states = [bundle]
+        shown.append(states)
+        return SimpleNamespace(update=lambda bundle, raw: states.append(bundle))
+
+    monkeypatch.setattr(IPython.display, "display", display)
+    return shown
+
+
+def test_a_monitored_run_is_the_run_and_ends_with_its_own_picture(sample, tmp_path, outputs):
+    exp = baseline("sample", init="", sizes=SIZES, crop=64, epochs=1, batch_size=6)
+    image, caption = sample[0].image, "a cat"
+    monitor = training_monitor(image, caption)
+    watched = fit(exp, tmp_path / "watched", device="cpu", on_log=monitor)
+    alone = fit(exp, tmp_path / "alone", device="cpu")
+    assert all(torch.equal(w, v) for w, v in zip(*(run.codec.net.state_dict().values() for run in (watched, alone))))
+    curves, pictures = outputs
+    last = curves[-1]["application/vnd.plotly.v1+json"]
+    steps = np.frombuffer(base64.b64decode(last["data"][0]["x"]["bdata"]), last["data"][0]["x"]["dtype"])
+    assert list(steps) == list(watched.log["step"])
+    assert last["layout"]["title"]["text"] == f"watched, step {watched.steps} of {watched.total_steps}"
+    file = watched.codec.encode(monitor.image, caption)
+    assert monitor.image.size == (256, 256)
+    assert f"after {watched.steps} steps\n{len(file)} bytes" in pictures[-1]["text/plain"]
+    sheet = np.asarray(Image.open(io.BytesIO(pictures[-1]["image/png"])))
+    decoded = np.asarray(watched.codec.decode(file))
+    assert any(np.array_equal(sheet[:256, x : x + 256], decoded) for x in range(sheet.shape[1] - 255))
+    fit(exp, tmp_path / "watched", device="cpu", on_log=training_monitor(image, caption))
+    assert len(outputs) == 4, "a finished run shows its end"
+    assert outputs[3][-1]["text/plain"] == pictures[-1]["text/plain"]
+
+
+def test_what_is_slow_to_draw_is_drawn_less_often(outputs):
+    from taco_nb.widgets.monitor import SHARE, _Display
+
+    display, drawn = _Display(), []
+
+    def draw():
+        drawn.append(time.monotonic())
+        time.sleep(0.02)
+        return {"text/plain": str(len(drawn))}
+
+    started = time.monotonic()
+    while time.monotonic() < started + 2:
+        display.show(draw, False)
+        time.sleep(0.001)
+    assert 2 <= len(drawn) <= 1 + 2 * SHARE / 0.02
+    display.show(draw, True)
+    assert outputs[0][-1] == {"text/plain": str(len(drawn))}

@@ -9,6 +9,7 @@ processes or into pieces that fit into memory, changes the order of sums and not
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,10 @@ class Run:
         return pd.read_csv(self.dir / _LOG)
 
 
+OnLog = Callable[[Run, "list[dict[str, float]]", Callable[[], Codec]], None]
+"""What `fit` tells: the run so far, the rows of its log, and a function that gives the codec as it stands."""
+
+
 def fit(
     exp: Experiment,
     out_dir: str | os.PathLike,
@@ -94,6 +99,7 @@ def fit(
     num_processes: int = 1,
     num_workers: int | None = None,
     accumulation: int = 1,
+    on_log: OnLog | None = None,
 ) -> Run:
     """Train as `exp` says, into the folder `out_dir`; resume what was begun there; return at once what is finished.
 
@@ -106,6 +112,9 @@ def fit(
     a process's share of a batch is cut to need less memory. In a process that `accelerate launch` has started,
     `num_processes` has been decided and is left at 1.
 
+    `on_log` is told of each row of the log, with the run so far and a function that gives its codec as it stands (see
+    `taco_nb.widgets.training_monitor`); of a run that is finished already, or trained by several processes, once in the end.
+
     Raises `SettingError` if the folder holds another experiment's run or another process trains there, if the training
     data changed since it was begun, or if the loss stops being a finite number; `CheckpointError` for a damaged state;
     `TrainingError` where one of several processes dies; what `exp` needs and lacks besides.
@@ -116,19 +125,22 @@ def fit(
                                ("accumulation", accumulation, 1)):  # fmt: skip
         if type(value) is not int or value < least:
             raise SettingError(f"{name} must be a whole number of {least} or above, but is {value!r}.")
-    if run := _finished(folder, exp):
-        return run
-    if num_processes > 1:
-        return launch(
+    run = _finished(folder, exp)
+    if not run and num_processes > 1:
+        run = launch(
             exp, folder, num_processes, data_dir=data_dir, device=device, max_hours=max_hours, save_minutes=save_minutes,
             num_workers=num_workers, accumulation=accumulation,
         )  # fmt: skip
+    if run:
+        if on_log:
+            on_log(run, run.log.to_dict("records"), lambda: run.codec)
+        return run
     with torch.random.fork_rng():  # the caller's random numbers are the caller's
         trainer = Trainer(exp, folder, data_dir, device, num_workers, accumulation)
         with trainer.alone():
             if run := _finished(folder, exp):  # by somebody else, in the meantime
                 return run
-            return trainer.run(started, max_hours, save_minutes)
+            return trainer.run(started, max_hours, save_minutes, on_log)
 
 
 class Trainer:
@@ -206,7 +218,7 @@ class Trainer:
                 raise SettingError(refusal[0])
             yield
 
-    def run(self, started: float, max_hours: float | None, save_minutes: float) -> Run:
+    def run(self, started: float, max_hours: float | None, save_minutes: float, on_log: OnLog | None = None) -> Run:
         from tqdm.auto import tqdm
 
         if self.is_main:
@@ -233,6 +245,8 @@ class Trainer:
                     bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", "bpp", "mse")})
                     if self.is_main:
                         board.add_row(row)
+                        if on_log:
+                            on_log(Run(self.folder, self.exp, self.step, self.total), self.rows, self._codec)
                 if self.is_main and (self.step % self.picture_steps == 0 or self.step == self.total):
                     board.add_picture(self.bare_net, self.conditioning, self.step)
                 if self.is_main and now - saved >= 60 * save_minutes and self.step < self.total:
@@ -251,6 +265,19 @@ class Trainer:
                 )
         self.accelerator.free_memory()
         return Run(self.folder, self.exp, self.step, self.total)
+
+    def _codec(self) -> Codec:
+        """The codec as it stands, on a copy of the weights, so that training is not disturbed."""
+        codec = Codec(
+            copy.deepcopy(self.bare_net),
+            self.exp.text_encoder,
+            self.exp.text_tokens,
+            text_length=self.exp.text_length,
+            text_pooling=self.exp.text_pooling,
+            name=self.folder.name,
+        )
+        codec.conditioning = self.conditioning  # with the tower and the keyword weights that are loaded already
+        return codec
 
     def _stop(self, signals: list[int], late: bool) -> str | None:
         """Why to stop here, if so: what any of the processes was told, so that all of them end with the same step."""

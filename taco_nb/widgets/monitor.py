@@ -39,6 +39,7 @@ class TrainingMonitor:
             caption,
         )
         self._run: Path | None = None
+        self._curves_of([], "")  # plotly loads its parts when first used, which is no time of the run's
 
     def __call__(self, run: Run, log: list[dict[str, float]], codec: Callable[[], Codec]) -> None:
         """Show the state of a run: its log so far, and a function that gives the codec as it stands."""
@@ -46,14 +47,15 @@ class TrainingMonitor:
         if run.dir != self._run:
             self._run, self._first = run.dir, None
             self._curves, self._picture = _Display(), _Display()
-        self._curves.show(lambda: self._draw_curves(run, log), last)
+        title = f"{run.dir.name}, step {run.steps} of {run.total_steps}"
+        self._curves.show(lambda: self._curves_of(log, title), last)
         self._picture.show(lambda: self._draw_picture(run, codec()), last)
 
-    def _draw_curves(self, run: Run, log: list[dict[str, float]]) -> dict[str, Any]:
+    def _curves_of(self, log: list[dict[str, float]], title: str) -> dict[str, Any]:
         import pandas as pd
         import plotly.io
 
-        figure = training_curves(pd.DataFrame(log), title=f"{run.dir.name}, step {run.steps} of {run.total_steps}")
+        figure = training_curves(pd.DataFrame(log, columns=None if log else ["step", "loss"]), title=title)
         # the bare figure: with all that the notebook's renderers add, each change would carry plotly's script along
         return plotly.io.renderers["plotly_mimetype"].to_mimebundle(figure.to_dict())
 
