@@ -42,13 +42,13 @@ def same_steps(baseline: Experiment, changed: Experiment, data_dir: str | None =
 def train(p: Parameters, experiments: Mapping[str, Experiment], on_log: OnLog | None = None) -> dict[str, Run]:
     """Train each experiment into a folder of its own below `p.runs`, or resume it, or find it finished; `on_log` as `fit`'s.
 
-    `p.max_hours` is for all of them together. Where its end or a signal stops one, it is returned unfinished, and those
-    after it take a single step.
+    `p.max_hours` is for all of them together, and counts from when the parameters were checked. Where its end or a signal
+    stops one, it is returned unfinished, and those after it take a single step.
     """
-    started, runs = time.monotonic(), {}
+    runs = {}
     for label, exp in experiments.items():
         folder = p.runs / f"{label.replace(' ', '-')}-{exp.key}"
-        hours = None if p.max_hours is None else max(0.0, p.max_hours - (time.monotonic() - started) / 3600)
+        hours = None if p.max_hours is None else max(0.0, p.max_hours - (time.monotonic() - p.began) / 3600)
         runs[label] = fit(
             exp, folder, data_dir=p.data_dir, device=p.device,
             max_hours=hours if all(run.finished for run in runs.values()) else 0.0,
@@ -69,11 +69,17 @@ def codecs(p: Parameters, runs: Mapping[str, Run]) -> dict[str, Codec]:
 
 
 def measure(p: Parameters, runs: Mapping[str, Run]) -> pd.DataFrame:
-    """Evaluate every run on the profile's data sets, under the captions it was trained on; `codec` is its label."""
+    """Evaluate every run on the profile's data sets, under the captions it was trained on; `codec` is its label.
+
+    A run whose training was stopped is named in a line and left out: its time is over, and its figures would not stay.
+    """
     import pandas as pd
 
+    for label, run in runs.items():
+        if not run.finished:
+            print(f"Not evaluated: {label}, which has taken {run.steps} of {run.total_steps} steps.")
     tables = []
-    for label, codec in codecs(p, runs).items():
+    for label, codec in codecs(p, {label: run for label, run in runs.items() if run.finished}).items():
         sets = p.datasets(runs[label].experiment.captions)
         tables.append(evaluate(codec, sets, runs[label].dir, caption=p.caption, num_processes=p.num_processes))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import time
 import types
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -50,6 +51,8 @@ class Parameters:
     """The notebook's own parameters: fields of the `Experiment` that it changes."""
     started_in: Path = field(default_factory=Path.cwd)
     """What a relative `out_dir` is relative to."""
+    began: float = field(default_factory=time.monotonic, compare=False)
+    """When `max_hours` began."""
 
     @property
     def runs(self) -> Path:
@@ -104,7 +107,7 @@ def check_parameters(namespace: dict[str, Any], *own: str) -> Parameters:
     can be run again. After a check has passed, further names are the notebook's own, and running it again ignores them.
     """
     shared = {field.name: field.type for field in fields(Parameters)}
-    known = {name: shared[name] for name in shared if name not in ("settings", "started_in", *_OF_SOME)}
+    known = {name: shared[name] for name in shared if name not in ("settings", "started_in", "began", *_OF_SOME)}
     known |= {name: shared.get(name) for name in own}
     given = {
         name: value

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import os
 import sys
 import time
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taco_nb.errors import SettingError, TacoError
+from taco_nb.errors import CheckpointError, SettingError, TacoError
 from taco_nb.experiment import check_names
 
 LMBDAS = (0.0004, 0.0008, 0.0016, 0.004, 0.009, 0.015)
@@ -149,11 +148,16 @@ def _run(member: Member, given: Mapping[str, Any]) -> str:
 
 
 def unfinished(folder: Path) -> list[str]:
-    """Names of the runs below `folder` that were evaluated before their training had ended."""
+    """Names of the runs below `folder` whose training has not ended."""
+    from taco_nb.training.loop import EXPERIMENT, read_run
+
     left = []
-    for path in sorted(folder.glob("*/evaluation.json")):
-        weights = json.loads(path.read_text(encoding="utf-8")).get("weights", {})
-        if weights.get("steps", 0) < weights.get("total_steps", 0):
+    for path in sorted(folder.glob(f"*/{EXPERIMENT}")):
+        try:
+            finished = read_run(path.parent).finished
+        except CheckpointError:  # begun, and killed before it had any weights
+            finished = False
+        if not finished:
             left.append(path.parent.name)
     return left
 

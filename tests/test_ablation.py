@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -15,7 +16,7 @@ from conftest import make_codec
 from PIL import Image
 
 from taco_nb import baseline, datasets, fit, load
-from taco_nb.ablation import differences, same_steps, train
+from taco_nb.ablation import differences, measure, same_steps, train
 from taco_nb.checkpoint import load_fitting, save_weights
 from taco_nb.data import training_pairs
 from taco_nb.errors import CheckpointError, DataError, SettingError
@@ -227,10 +228,27 @@ def test_the_notebook_s_page_opens_without_a_network(executed):
     assert seen["compare" if name == "02_context" else "attention"] == 1
 
 
-def test_one_allowance_of_time_is_for_all_runs(tmp_path, monkeypatch):
-    p = Parameters(profile="sample", out_dir=str(tmp_path), max_hours=0.0, device="cpu")
+def test_one_allowance_of_time_is_for_all_that_a_notebook_does(tmp_path, capsys):
+    """It counts from when the parameters were checked, and what it has stopped is not evaluated."""
+    how = {"profile": "sample", "out_dir": str(tmp_path), "device": "cpu"}
+    p = Parameters(**how, max_hours=1.0, began=time.monotonic() - 3600)
     runs = train(p, {"baseline": tiny(), "linformer": tiny(attention="linformer")})
     assert [(run.steps, run.finished) for run in runs.values()] == [(1, False), (1, False)]
+    capsys.readouterr()
+    assert measure(p, runs).empty and not list(tmp_path.rglob("evaluation.*"))
+    total = runs["baseline"].total_steps
+    assert capsys.readouterr().out.splitlines() == [
+        f"Not evaluated: {label}, which has taken 1 of {total} steps." for label in runs
+    ]
+    for path in sorted((REPOSITORY / "notebooks").glob("0[2-4]_*.ipynb")):  # which then show no table of nothing
+        namespace = {"p": p, "runs": runs, "measure": measure, "sets": p.datasets()}
+        sources = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
+        for source in (s for s in sources if "measure(p, runs)" in s or "explorer(" in s):
+            exec(source, namespace)
+        assert namespace["results"].empty and "curves" not in namespace
+
+    finished = runs | {"baseline": fit(runs["baseline"].experiment, runs["baseline"].dir)}
+    assert set(measure(Parameters(**how, eval_limit=1), finished)["codec"]) == {"baseline"}
 
 
 def test_windows_with_keywords_is_refused_before_anything_is_loaded():

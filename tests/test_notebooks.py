@@ -12,15 +12,19 @@ from dataclasses import fields
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 import torch
 from browser import opens_without_a_network
+from PIL import Image
 from test_compare import Page, pixels
 from test_widgets import Cells
 
 from taco_nb import datasets, load
+from taco_nb.data import CaptionedFolder
 from taco_nb.errors import DataError, SettingError
+from taco_nb.evaluation import evaluate_matched, means
 from taco_nb.experiment import Experiment, baseline
 from taco_nb.export import export_html
 from taco_nb.files import REPOSITORY
@@ -98,7 +102,7 @@ def test_parameters_are_the_shared_ones_and_settings_of_an_experiment(path):
     for name, value in given.items():
         assert value == shared_ones[name] if name in shared_ones else name in vars(Experiment()), name
     if path == BASELINE:
-        assert given.keys() == shared_ones.keys() - {"settings", "started_in", "n_pairs"}
+        assert given.keys() == shared_ones.keys() - {"settings", "started_in", "began", "n_pairs"}
 
 
 # --- Parameters -------------------------------------------------------------------------------------------------------
@@ -247,6 +251,22 @@ def test_the_paper_profile_evaluates_what_is_there(shared, tmp_path, capsys):
     sets = Parameters(profile="paper", data_dir=str(tmp_path), eval_limit=2).datasets()
     assert [(dataset.name, len(dataset)) for dataset in sets] == [("kodak", 2)]
     assert "clic" in capsys.readouterr().out
+
+
+def test_the_other_codecs_are_matched_on_a_hundred_pictures(tmp_path):
+    """It takes seconds for a large one, and comes before the training; the table is over the same pictures for all."""
+    for i in range(101):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:03}.png")
+    (tmp_path / "captions.json").write_text(json.dumps({f"{i:03}.png": "" for i in range(101)}))
+    dataset = CaptionedFolder(tmp_path, tmp_path / "captions.json", name="many")
+    mine = {"codec": "mine", "dataset": "many", "name": dataset.names, "width": 8, "height": 8, "bytes": 1000}
+    namespace = {"results": pd.DataFrame(mine).assign(bpp=1.0, psnr=1.0, fid=1.0), "sets": [dataset], "means": means}
+    namespace |= {"evaluate_matched": evaluate_matched, "sortable": pd.DataFrame}
+    (source,) = [c.source for c in code_cells(nbformat.read(BASELINE, 4)) if "evaluate_matched(results" in c.source]
+    *_, last = source.splitlines()
+    exec(source.replace(last, f"table = {last}"), namespace)
+    table = namespace["table"].set_index("codec")
+    assert list(table.index) == ["mine", *available_peers()] and set(table["images"]) == {100} and "fid" not in table
 
 
 # --- Run by papermill -------------------------------------------------------------------------------------------------

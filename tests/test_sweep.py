@@ -19,6 +19,8 @@ from taco_nb.sweep import LMBDAS, main, members, sweep, unfinished
 
 BODY = """
 import json, os, pathlib, time
+import numpy
+from safetensors.numpy import save_file
 folder = pathlib.Path(out_dir) / f"run-{lmbda}"
 folder.mkdir(parents=True, exist_ok=True)
 with open(folder / "log", "a") as log:
@@ -27,8 +29,9 @@ while os.path.exists(os.environ.get("SLOW", "") + str(lmbda)):
     time.sleep(0.05)
 if lmbda == 13.0:
     raise ValueError("thirteen")
-steps = 1 if max_hours == 0 else 2
-(folder / "evaluation.json").write_text(json.dumps({"weights": {"steps": steps, "total_steps": 2}}))
+about = json.dumps({"steps": 1 if max_hours == 0 else 2, "total_steps": 2})
+(folder / "experiment.json").write_text("{}")
+save_file({"w": numpy.zeros(1)}, folder / "weights.safetensors", {"about": about})
 with open(folder / "log", "a") as log:
     print(f"ended with {epochs!r}", file=log)
 """
@@ -111,6 +114,10 @@ def test_training_that_its_time_stopped_is_not_done(tmp_path):
     }
     assert not log(out, 0.2) and unfinished(out / "lmbda-0.1") == ["run-0.1"]
     assert sweep([notebook], (0.1, 0.2), out, {"max_hours": 1.0}) == {} and unfinished(out / "lmbda-0.1") == []
+    killed = out / "lmbda-0.1" / "killed"  # before it had any weights
+    killed.mkdir()
+    (killed / "experiment.json").write_text("{}")
+    assert unfinished(out / "lmbda-0.1") == ["killed"] and not members([notebook], (0.1,), out)[0].done
     (member,) = members([notebook], (0.2,), out)
     given = nbformat.read(member.executed, 4).metadata.papermill.parameters
     assert member.done and 0 < given["max_hours"] < 1, "what the first has left of it"
