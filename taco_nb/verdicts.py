@@ -3,8 +3,9 @@
 The rules, which notebook 06 states to its readers as well:
 
 - Only a run that follows the report's protocol is judged: the profile `paper`, its settings, at least as many epochs, every
-  image of the data set (`unjudged` in `taco_nb.report.collect` says what is amiss). All others are shown, and are
-  "not yet measured".
+  image of the data set (of MS-COCO all that are large enough for the crop), evaluated in the mode "exact", with FID of
+  whole images over patches of 256 pixels, and on MS-COCO with the best of an image's captions (`unjudged` in
+  `taco_nb.report.collect` says what is amiss). All others are shown, and are "not yet measured".
 - A **figure** is "reproduced" if the measured mean is within `TOLERANCE` of it, else "not reproduced". Beside it stands
   a 95 % bootstrap interval of the mean, and whether the figure lies in it; that speaks of the choice of images alone.
 - A **sentence** ("better on all data sets") is judged on each data set by the difference to the baseline at the same lambda
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from taco_nb.experiment import Experiment
+from taco_nb.experiment import Experiment, baseline
 from taco_nb.files import bundled
 from taco_nb.report import ABLATION_FIELDS, DATASETS, MEASURES, PUBLISHED_AS, WHOLE_SET, points
 
@@ -217,11 +218,19 @@ def _row(
 
 
 def _pairs(means: pd.DataFrame):
-    """Rows of `points` of an ablation and of its baseline, on one data set."""
+    """Rows of `points` of an ablation and of its baseline, on one data set.
+
+    What belongs to an ablation may differ, but only by the ablation's doing: where the baseline is not the profile's own,
+    both must be alike.
+    """
     told = means[means["experiment"] != ""]
     for _, changed in told[told["ablation"] != "baseline"].iterrows():
         exp = Experiment.from_json(changed["experiment"])
         for _, base in told[(told["ablation"] == "baseline") & (told["dataset"] == changed["dataset"])].iterrows():
-            others = Experiment.from_json(base["experiment"]).diff(exp).keys() - {*ABLATION_FIELDS, "epochs"}
-            if not others and abs(changed["steps"] - base["steps"]) <= SAME_STEPS * base["steps"]:
+            plain = Experiment.from_json(base["experiment"])
+            free = {*ABLATION_FIELDS} - plain.diff(baseline(plain.profile)).keys() | {"epochs"}
+            if (
+                not plain.diff(exp).keys() - free
+                and abs(changed["steps"] - base["steps"]) <= SAME_STEPS * base["steps"]
+            ):
                 yield changed, base

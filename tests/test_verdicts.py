@@ -119,6 +119,19 @@ def test_only_like_is_compared_with_like(changes, steps, compared):
     assert paired(pd.concat([of_run("b", psnr=1.0), elsewhere])).empty
 
 
+def test_a_baseline_differs_from_the_profile_s_only_as_the_ablation_does():
+    def compared(base, changed):
+        return not paired(pd.concat([of_run("b", base, psnr=1.0), of_run("k", changed, psnr=1.0)])).empty
+
+    long = Experiment(text_tokens=77)
+    assert not compared(long, Experiment(**KEYWORDS)) and not compared(long, Experiment(captions="context"))
+    assert compared(long, long.replace(**KEYWORDS)) and compared(long, long.replace(captions="context"))
+    assert compared(Experiment(), long.replace(captions="context"))
+    assert not compared(Experiment(linformer_k=8), Experiment(attention="linformer"))
+    sample = baseline("sample")
+    assert compared(sample, sample.replace(keyword_sources="tfidf", **KEYWORDS))
+
+
 # --- Figures ----------------------------------------------------------------------------------------------------------
 
 
