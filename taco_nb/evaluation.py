@@ -399,7 +399,10 @@ def _finish(
         "mode": codec.mode,
         "text_encoder": codec.text_encoder,
         "sizes": {name: getattr(codec.net.config, name) for name in PAPER_SIZES},
-        "data": {name: {"images": images, "sha256": digest} for name, images, _, digest in subject["data"]},
+        "data": {
+            dataset.name: {"images": n, "skipped": dataset.skipped, "captions": dataset.captioned, "sha256": digest}
+            for dataset, (_, n, _, digest) in zip(sets, subject["data"])
+        },
         "caption": {"rule": settings["caption"], "chosen": CAPTIONS[settings["caption"]]},
         "batch_size": settings["batch_size"],
         "metrics": metrics,

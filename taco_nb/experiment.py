@@ -215,7 +215,7 @@ def choose_profile(profile: str = "auto", data_dir: str | None = None) -> tuple[
 
     coco = data_root(data_dir) / "coco"
     missing = [] if torch.cuda.is_available() else ["no CUDA device"]
-    missing += [] if (coco / "annotations").is_dir() else [f"no MS-COCO in {_shown(coco)}"]
+    missing += [] if (coco / "annotations").is_dir() else [f"no MS-COCO in {shown(coco)}"]
     if missing:
         return "sample", (
             f'Profile "sample", because there is {" and ".join(missing)}: the bundled pictures and a small model. '
@@ -244,7 +244,7 @@ def _is(value: Any, wanted: str) -> bool:
     return isinstance(value, types[wanted]) and not isinstance(value, bool)
 
 
-def _shown(path: Path) -> str:
+def shown(path: Path) -> str:
     """A path as short as it can be said: relative to the working directory where it lies below it."""
     try:
         return str(path.relative_to(Path.cwd()))

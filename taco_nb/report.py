@@ -7,6 +7,7 @@ is `taco_nb.verdicts`' to say.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taco_nb.errors import DataError, SettingError
-from taco_nb.experiment import Experiment, baseline
+from taco_nb.experiment import Experiment, baseline, shown
 from taco_nb.files import bundled, sha256
 from taco_nb.metrics.rate import bd_rate
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 DATASETS = {"MS-COCO": "coco", "CLIC": "clic", "Kodak": "kodak"}
 """The report's names of its data sets, and ours."""
 IMAGES = {"coco": 30504, "clic": 428, "kodak": 24}
-"""How many images the report's protocol has of each."""
+"""How many images the report's protocol has of each; those of MS-COCO that are too small for its crop count as seen."""
 PUBLISHED_AS = {"lpips": "lpips_01", "psnr": "psnr_taco"}
 """Columns in which TACO's protocol is followed, where the metric's plain name has another."""
 WHOLE_SET = ("fid", "cmmd")
@@ -51,9 +52,16 @@ _PROTOCOL = (
     "sizes", "init", "text_encoder", "train_data", "crop", "k_P", "k_J", "batch_size", "learning_rate", "aux_learning_rate",
     "schedule", "gradient_clip", "text_length", "keyword_weight", "keyword_sources",
 )  # fmt: skip
+_SAID = {
+    "codec", "fingerprint", "weights", "data", "finished", "seconds", "hardware", "packages", "python", "commit",
+}  # fmt: skip
+_HARDWARE, _DATA = {"cpu", "cores", "gpus"}, {"images", "sha256"}
+"""What an evaluation.json must say, and what of the machine and of each data set."""
+_USUAL = {"caption": "first", "mode": "exact", "patch-size": 256, "text-encoder": Experiment().text_encoder}
+"""How one evaluates; a label says what is otherwise."""
 _RUN_COLUMNS = (
-    "run", "label", "codec", "ablation", "fingerprint", "profile", "lmbda", "epochs", "steps", "seed", "experiment", "hours",
-    "evaluated_s", "options", "finished", "commit", "versions", "hardware",
+    "run", "folder", "label", "codec", "ablation", "fingerprint", "profile", "lmbda", "epochs", "steps", "seed", "experiment",
+    "hours", "evaluated_s", "options", "finished", "commit", "versions", "hardware",
 )  # fmt: skip
 _ROW_COLUMNS = ("dataset", "images", "data_sha256", "unjudged", "name")
 
@@ -62,11 +70,11 @@ def collect(*folders: str | os.PathLike) -> pd.DataFrame:
     """Every run at or below the folders in one tidy table: a row per run and image, a column per metric.
 
     What is measured of an image has `evaluate`'s column names (see `MEASURES`; one that a run lacks is NaN). What is so of
-    the run is repeated in each row: run (its folder, relative to the one given), label (what to call it in a figure),
-    codec, fingerprint, ablation ("baseline", "context", "linformer", "keywords", "keywords-tokens", joined by " + "),
-    profile, lmbda, epochs (taken, perhaps a fraction), steps, seed, experiment (its JSON, "" for a checkpoint from
-    elsewhere), hours of training; evaluated_s (seconds), options (of its command), finished, commit, versions
-    and hardware of the evaluation. Of the data set: dataset, images, data_sha256, unjudged (why its figures neither
+    the run is repeated in each row: run (its folder, relative to the one given), folder (where it is), label (what to call
+    it in a figure), codec, fingerprint, ablation ("baseline", "context", "linformer", "keywords", "keywords-tokens", joined
+    by " + "), profile, lmbda, epochs (taken, perhaps a fraction), steps, seed, experiment (its JSON, "" for a checkpoint
+    from elsewhere), hours of training; evaluated_s (seconds), options (of its command), finished, commit, versions and
+    hardware of the evaluation. Of the data set: dataset, images, data_sha256, unjudged (why its figures neither
     reproduce nor refute published ones, "" if they may).
 
     A folder with half a run, or a damaged one, is named in a printed line and left out, and so is one that does not exist.
@@ -82,7 +90,7 @@ def collect(*folders: str | os.PathLike) -> pd.DataFrame:
             try:
                 name = root.name if folder == root else str(folder.relative_to(root))
                 name = str(folder) if name in tables else name
-                tables[name] = _read(folder).assign(run=name)
+                tables[name] = _read(folder).assign(run=name, folder=str(folder))
             except DataError as error:
                 print(f"Left out: {error}")
     columns = [*_RUN_COLUMNS, *_ROW_COLUMNS]
@@ -232,14 +240,15 @@ def _read(folder: Path) -> pd.DataFrame:
         raise DataError(f"{folder}: evaluation.csv has rows of {counts}, but evaluation.json says {expected}.")
     steps, total = weights.get("steps", math.nan), weights.get("total_steps", weights.get("steps", math.nan))
     epochs = math.nan if exp is None else exp.epochs * (1.0 if math.isnan(total) else steps / total)
-    unjudged = {name: "; ".join(_unjudged(exp, about, epochs, name, n)) for name, n in counts.items()}
+    unjudged = {name: "; ".join(_unjudged(exp, about, epochs, name)) for name in counts}
     lmbda = _lmbda_in(weights.get("name", "")) if exp is None else exp.lmbda
     of_run = {
         "label": _label(exp, about, epochs), "ablation": "baseline" if exp is None else ablation_of(exp), "lmbda": lmbda,
         "codec": about["codec"], "fingerprint": about["fingerprint"], "profile": "" if exp is None else exp.profile,
         "epochs": epochs, "steps": steps, "seed": math.nan if exp is None else exp.seed,
         "experiment": "" if exp is None else exp.to_json(), "hours": weights.get("hours", math.nan),
-        "evaluated_s": about["seconds"], "options": _options(exp, about),
+        "evaluated_s": about["seconds"],
+        "options": " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in _options(exp, about).items()),
         "finished": about["finished"], "commit": about["commit"] or "",
         "versions": f"Python {about['python']}, " + ", ".join(f"{k} {v}" for k, v in about["packages"].items() if v),
         "hardware": ", ".join([hardware["cpu"], f"{hardware['cores']} cores", *hardware["gpus"]]),
@@ -259,22 +268,13 @@ def _record(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
         raise DataError(f"{folder}: {state}, there is no evaluation.json.")
     try:
         about = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        missing = {
-            "codec",
-            "fingerprint",
-            "weights",
-            "data",
-            "finished",
-            "seconds",
-            "hardware",
-            "packages",
-        } - about.keys()
-        if missing:
-            raise DataError(f"{folder}: evaluation.json does not say {', '.join(sorted(missing))}.")
+        missing = _SAID - about.keys()
+        for part, names in [(about.get("hardware"), _HARDWARE), *((d, _DATA) for d in about.get("data", {}).values())]:
+            missing |= names - (part or {}).keys()
     except (OSError, ValueError, AttributeError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"{folder}: evaluation.json is damaged ({error}). Evaluate again.") from None
+    if missing:
+        raise DataError(f"{folder}: evaluation.json does not say {', '.join(sorted(missing))}.")
     table = folder / "evaluation.csv"
     if "csv_sha256" in about and table.is_file() and sha256(table) != about["csv_sha256"]:
         raise DataError(f"{folder}: evaluation.csv is not the one that evaluation.json describes. Evaluate again.")
@@ -324,23 +324,35 @@ def ablation_of(exp: Experiment) -> str:
 
 def _label(exp: Experiment | None, about: Mapping[str, Any], epochs: float) -> str:
     """What to call the curve that a run is a point of: the same for runs that differ in lambda alone."""
+    usual = _USUAL | {"captions": "published" if exp is None else exp.captions}
+    measured = [f"{name}={v}" for name, v in _options(exp, about).items() if v != usual.get(name, v)]
     if exp is None:
-        return re.sub(r"(lambda_)?[\d.]+\.pth\.tar$", "TACO's own weights", about["codec"])
-    if _is_bundled(about["codec"]):
-        return f"{ablation_of(exp)}, bundled demo codec"
-    varied = [f"{name}={getattr(exp, name)}" for name in _VARIATIONS if name in baseline(exp.profile).diff(exp)]
-    varied += [f"seed {exp.seed}"] if exp.seed != Experiment().seed else []
-    parts = [ablation_of(exp), *varied, *([] if exp.profile == "paper" else [exp.profile])]
-    return ", ".join([*parts, f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}"])
+        return ", ".join([re.sub(r"(lambda_)?[\d.]+\.pth\.tar$", "TACO's own weights", about["codec"]), *measured])
+    if _is_bundled(about["codec"], about["fingerprint"]):
+        return ", ".join([ablation_of(exp), "bundled demo codec", *measured])
+    plain = baseline(exp.profile)
+    changed = {name: now for name, (_, now) in plain.diff(exp).items() if name not in ("lmbda", "epochs", *_SWITCHES)}
+    changed |= {name: now for name, now in changed.pop("sizes", {}).items() if now != plain.sizes.get(name)}
+    varied = [f"{name}={'none' if now == '' else now}" for name, now in changed.items()]
+    profile = [] if exp.profile == "paper" else [exp.profile]
+    length = f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}"
+    return ", ".join([ablation_of(exp), *varied, *measured, *profile, length])
 
 
-def _is_bundled(codec: str) -> bool:
-    return bundled(f"checkpoints/{codec}.safetensors").is_file()
+@functools.cache
+def _is_bundled(codec: str, fingerprint: str) -> bool:
+    """Whether it is the bundled codec of this name, by its weights: a run may be called like one."""
+    path = bundled(f"checkpoints/{codec}.safetensors")
+    if not path.is_file():
+        return False
+    from taco_nb.codec import load
+
+    return load(path).fingerprint.hex() == fingerprint
 
 
-def _unjudged(exp: Experiment | None, about: Mapping[str, Any], epochs: float, dataset: str, images: int) -> list[str]:
+def _unjudged(exp: Experiment | None, about: Mapping[str, Any], epochs: float, dataset: str) -> list[str]:
     """Why figures neither reproduce nor refute published ones; [] where they may."""
-    paper, reasons = Experiment(), []
+    paper, reasons, data = Experiment(), [], about["data"][dataset]
     if exp is None:
         if about.get("text_encoder") != paper.text_encoder:
             reasons.append(f"captions read through {about.get('text_encoder')}")
@@ -351,7 +363,8 @@ def _unjudged(exp: Experiment | None, about: Mapping[str, Any], epochs: float, d
     elif exp.profile != "paper":
         reasons.append(f"profile {exp.profile}")
     else:
-        reasons += [f"{name} is {now}" for name, (_, now) in paper.diff(exp).items() if name in _PROTOCOL]
+        fixed = _PROTOCOL if exp.captions == "context" else (*_PROTOCOL, "text_tokens")  # paragraphs may take more
+        reasons += [f"{name} is {now}" for name, (_, now) in paper.diff(exp).items() if name in fixed]
         stated = json.loads(bundled("reference/report.json").read_text(encoding="utf-8"))
         needed = stated.get(ablation_of(exp), {}).get("epochs", stated["protocol"]["epochs_baseline"])
         if epochs < needed:
@@ -361,10 +374,15 @@ def _unjudged(exp: Experiment | None, about: Mapping[str, Any], epochs: float, d
         for metric, network in about.get("metrics", {}).items()
         if network["weights"].startswith("given")
     ]
+    asked = {"mode": "exact"} | ({"caption": "best"} if dataset == "coco" else {"patch-size": 256})
+    done = _options(exp, about)
+    reasons += [f"evaluated with {name} {done.get(name)}" for name, value in asked.items() if done.get(name) != value]
+    if data.get("captions") != (kind := paper.captions if exp is None else exp.captions):
+        reasons.append(f"evaluated with captions {data.get('captions', 'of an unknown kind')}, not {kind}")
     if dataset not in IMAGES:
         reasons.append(f"{dataset} is not a data set of the report")
-    elif images < IMAGES[dataset]:
-        reasons.append(f"{images} of {IMAGES[dataset]:,} images")
+    elif data["images"] + data.get("skipped", 0) < IMAGES[dataset]:
+        reasons.append(f"{data['images']} of {IMAGES[dataset]:,} images")
     return reasons
 
 
@@ -374,22 +392,24 @@ def _lmbda_in(name: str) -> float:
     return float(found[1]) if found else math.nan
 
 
-def _options(exp: Experiment | None, about: Mapping[str, Any]) -> str:
-    """How the evaluation was made, as options of `python -m taco_nb.evaluation`."""
+def _options(exp: Experiment | None, about: Mapping[str, Any]) -> dict[str, Any]:
+    """How the evaluation was made, as options of `python -m taco_nb.evaluation`; what is not known is left out."""
+    kinds = {data.get("captions") for data in about["data"].values()}
     options = {
+        "captions": kinds.pop() if len(kinds) == 1 else None,
         "caption": about.get("caption", {}).get("rule"),
         "mode": about.get("mode"),
         "batch-size": about.get("batch_size"),
         "patch-size": about.get("subject", {}).get("patch_size"),
         "text-encoder": about.get("text_encoder") if exp is None else None,
     }
-    return " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None)
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _commands(run: pd.Series, sets: pd.DataFrame) -> Iterator[str]:
     """What to type to train and to evaluate a run again."""
-    folder, source = f"runs/{run['run']}", run["codec"]
-    if run["experiment"] and not _is_bundled(run["codec"]):
+    folder, source = shown(Path(run["folder"])), run["codec"]
+    if run["experiment"] and not _is_bundled(run["codec"], run["fingerprint"]):
         exp = Experiment.from_json(run["experiment"])
         source = folder
         changes = {name: now for name, (_, now) in baseline(exp.profile).diff(exp).items()}

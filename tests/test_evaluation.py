@@ -21,7 +21,7 @@ import pytest
 import torch
 from conftest import make_codec, make_net
 
-from taco_nb import evaluate, load
+from taco_nb import datasets, evaluate, load
 from taco_nb.checkpoint import save_weights
 from taco_nb.data import CaptionedFolder, CaptionedImages
 from taco_nb.data.images import to_tensor
@@ -213,13 +213,23 @@ def test_the_json_says_where_the_numbers_came_from(saved):
     assert said["weights"]["experiment"] == json.loads(experiment.to_json())
     assert said["text_encoder"] == "untrained-16"
     assert said["fingerprint"] == load(out.parent / "weights.safetensors").fingerprint.hex()
-    assert said["data"] == {"photos": {"images": 3, "sha256": dataset.checksum()}}
+    of_photos = {"images": 3, "skipped": 0, "captions": "published", "sha256": dataset.checksum()}
+    assert said["data"] == {"photos": of_photos}
     assert said["python"] == platform.python_version()
     assert said["packages"]["torch"] == metadata.version("torch")
     assert said["packages"].keys() >= {"torch", "compressai", "open_clip_torch", "lpips", "numpy", "pillow"}
     assert said["commit"] == commit()
     assert said["hardware"]["cores"] == os.cpu_count() and said["hardware"]["cpu"]
     pd.testing.assert_frame_equal(pd.DataFrame(said["means"]), means(results))
+
+
+def test_the_json_says_how_many_were_left_out_and_which_captions(tmp_path, tiny_codec):
+    whole = folder(tmp_path / "photos", {"small.png": (40, 30), "large.png": (70, 66)})
+    paragraphs = datasets("sample", limit=1, captions="context")[0]
+    evaluate(tiny_codec, [whole.centre_crop(64), paragraphs], tmp_path, networks={})
+    said = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["data"]
+    of = {name: (data["images"], data["skipped"], data["captions"]) for name, data in said.items()}
+    assert of == {"photos": (1, 1, "published"), "sample": (1, 0, "context")}
 
 
 def test_the_json_is_json_even_of_pictures_too_small_for_ms_ssim(tmp_path, tiny_codec, network):

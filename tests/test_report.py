@@ -22,7 +22,7 @@ from taco_nb.evaluation import means
 from taco_nb.experiment import Experiment
 from taco_nb.export import export_html
 from taco_nb.files import REPOSITORY, sha256
-from taco_nb.report import MEASURES, _commands, ablation_of, bd_rates, cards, collect, points, published_curves
+from taco_nb.report import MEASURES, _commands, _label, ablation_of, bd_rates, cards, collect, points, published_curves
 from taco_nb.training import __main__ as training
 from taco_nb.verdicts import NOT_MEASURED, verdicts
 from taco_nb.widgets import difference_plot, rate_panels
@@ -77,8 +77,12 @@ def test_every_run_is_in_the_table_and_the_one_begun_is_named(home, capsys):
         "authors": "baseline", "deeper/baseline": "baseline", "deeper/linformer": "linformer",
     }  # fmt: skip
     assert by_run.loc["authors", "lmbda"] == 0.0004 and by_run.loc["deeper/baseline", "lmbda"] == 0.0067
-    assert by_run.loc["authors", "label"] == "TACO's own weights"
-    assert by_run.loc["deeper/linformer", "label"] == "linformer, linformer_k=8, sample, 2 epochs"
+    assert by_run.loc["authors", "label"] == "TACO's own weights, text-encoder=untrained-16"
+    settings = (
+        "init=none, linformer_k=8, crop=64, batch_size=6, N=16, M=24, groups=(4, 4, 4, 4, 8), context_widths=(16, 16)"
+    )
+    assert by_run.loc["deeper/linformer", "label"] == f"linformer, {settings}, sample, 2 epochs"
+    assert by_run.loc["deeper/linformer", "folder"] == str(home / "deeper" / "linformer")
     assert by_run.loc["deeper/linformer", "fingerprint"] == load(home / "deeper" / "linformer").fingerprint.hex()
     assert by_run.loc["deeper/linformer", "epochs"] == 2 and by_run.loc["deeper/linformer", "steps"] > 0
     said = json.loads((home / "authors" / "evaluation.json").read_text())
@@ -118,11 +122,17 @@ def halve(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def leave_out(run, key):
+    path = run / "evaluation.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
+
+
 DAMAGE = {
     "evaluation.json is damaged": lambda run: halve(run / "evaluation.json"),
-    "evaluation.json does not say weights": lambda run: (run / "evaluation.json").write_text(
-        json.dumps({k: v for k, v in json.loads((run / "evaluation.json").read_text()).items() if k != "weights"})
-    ),
+    "evaluation.json does not say weights": lambda run: leave_out(run, "weights"),
+    "evaluation.json does not say python": lambda run: leave_out(run, "python"),
+    "evaluation.json does not say cores": lambda run: edit(run, hardware={"cpu": "a", "gpus": []}),
+    "evaluation.json does not say sha256": lambda run: edit(run, data={"sample": {"images": 2}}),
     "evaluation.json is damaged (": lambda run: (run / "evaluation.json").write_text("[1]"),
     "there is no evaluation.json": lambda run: (run / "evaluation.json").unlink(),
     "its evaluation is unfinished": lambda run: ((run / "evaluation.json").unlink(), (run / "unfinished").mkdir()),
@@ -154,6 +164,17 @@ def test_a_damaged_run_is_named_and_the_others_are_there(said, run, home, capsys
 PAPER = Experiment()
 
 
+def measured_on(run, exp, dataset, images, steps=100, data=None, **said):
+    """The table of the run, as if it were one of `exp` and measured on so many images of that data set."""
+    (run / "experiment.json").write_text(exp.to_json())
+    weights = {"experiment": json.loads(exp.to_json()), "steps": steps, "total_steps": 100}
+    about = {"images": images, "skipped": 0, "captions": exp.captions, "sha256": "0" * 64}
+    edit(run, weights=weights, data={dataset: about | (data or {})}, **said)
+    one = {"dataset": dataset, "name": [f"{i}.png" for i in range(images)]}
+    rewrite(run, lambda rows: pd.concat([rows.iloc[:1]] * images, ignore_index=True).assign(**one))
+    return collect(run)
+
+
 @pytest.mark.parametrize(
     "experiment, steps, dataset, images, reasons",
     [
@@ -166,19 +187,36 @@ PAPER = Experiment()
         (PAPER, 100, "kodak", 23, "23 of 24 images"),
         (PAPER.replace(init="demo", batch_size=4), 100, "clic", 428, "init is demo; batch_size is 4"),
         (PAPER.replace(keyword_weight=3.0, text_pooling="keywords"), 100, "kodak", 24, "keyword_weight is 3.0"),
+        (PAPER.replace(text_tokens=77), 100, "kodak", 24, "text_tokens is 77"),
+        (PAPER.replace(text_tokens=77, captions="context"), 100, "kodak", 24, ""),
         (baseline("sample"), 100, "kodak", 24, "profile sample"),
         (baseline("sample"), 100, "sample", 3, "profile sample; sample is not a data set of the report"),
     ],
 )
 def test_who_follows_the_protocol(experiment, steps, dataset, images, reasons, run):
-    (run / "experiment.json").write_text(experiment.to_json())
-    weights = {"experiment": json.loads(experiment.to_json()), "steps": steps, "total_steps": 100}
-    edit(run, weights=weights, data={dataset: {"images": images, "sha256": "0" * 64}})
-    one = {"dataset": dataset, "name": [f"{i}.png" for i in range(images)]}
-    rewrite(run, lambda rows: pd.concat([rows.iloc[:1]] * images, ignore_index=True).assign(**one))
-    table = collect(run)
+    table = measured_on(run, experiment, dataset, images, steps=steps)
     assert len(table) == images and set(table["unjudged"]) == {reasons}
     assert table["epochs"].iloc[0] == experiment.epochs * steps / 100
+
+
+BEST, COCO = {"caption": {"rule": "best"}}, {"skipped": 30_502}
+
+
+@pytest.mark.parametrize(
+    "dataset, images, said, reasons",
+    [
+        ("coco", 2, {**BEST, "data": COCO}, ""),  # the others are too small for the crop
+        ("coco", 1, {**BEST, "data": COCO}, "1 of 30,504 images"),
+        ("coco", 2, {"data": COCO}, "evaluated with caption first"),
+        ("coco", 2, {**BEST, "data": COCO, "subject": {"patch_size": 64}}, ""),  # FID is over crops
+        ("kodak", 24, {"caption": {"rule": "last"}}, ""),  # of one
+        ("kodak", 24, {"subject": {"patch_size": 64}}, "evaluated with patch-size 64"),
+        ("kodak", 24, {"mode": "fast"}, "evaluated with mode fast"),
+        ("kodak", 24, {"data": {"captions": "context"}}, "evaluated with captions context, not published"),
+    ],
+)
+def test_who_was_evaluated_by_the_protocol(dataset, images, said, reasons, run):
+    assert set(measured_on(run, PAPER, dataset, images, **said)["unjudged"]) == {reasons}
 
 
 def test_the_authors_weights_count_at_paper_size_and_through_clip(home, tmp_path):
@@ -193,6 +231,12 @@ def test_the_authors_weights_count_at_paper_size_and_through_clip(home, tmp_path
     assert set(collect(run)["unjudged"]) == {"; ".join(amiss[1:])}
     edit(run, sizes=PAPER.sizes)
     assert set(collect(run)["unjudged"]) == {amiss[2]}
+    data = json.loads((run / "evaluation.json").read_text())["data"]
+    edit(run, data={"sample": data["sample"] | {"captions": "context"}})
+    other = "evaluated with captions context, not published"
+    assert set(collect(run)["unjudged"]) == {f"{other}; {amiss[2]}"}
+    assert "--captions context" in collect(run)["options"].iloc[0]
+    edit(run, data=data)
     edit(run, metrics={"lpips": {"weights": "alexnet, 244,408,911 bytes"}, "fid": {"weights": "given, SHA-256 0"}})
     assert set(collect(run)["unjudged"]) == {f"fid through weights that were given to it; {amiss[2]}"}
 
@@ -209,6 +253,26 @@ def test_ablations_have_names():
     assert ablation_of(PAPER) == "baseline"
     all_three = PAPER.replace(attention="linformer", captions="context", text_pooling="keywords-tokens")
     assert ablation_of(all_three) == "context + linformer + keywords-tokens"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 1e-3}, {"batch_size": 4}, {"k_P": 1.0}, {"init": "demo"}, {"precision": "bfloat16"},
+        {"schedule": "cosine"}, {"seed": 3}, {"epochs": 10}, {"text_tokens": 77}, {"attention": "linformer"},
+        {"sizes": PAPER.sizes | {"N": 128}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_runs_have_a_label_in_common_if_they_differ_in_lambda_alone(change):
+    about = {"codec": "x", "fingerprint": "00000000", "data": {"kodak": {"captions": "published"}}, "mode": "exact"}
+    labels = {_label(exp, about, exp.epochs) for exp in (PAPER, PAPER.replace(lmbda=0.01))}
+    assert labels == {"baseline, 50 epochs"}
+    changed = PAPER.replace(**change)
+    assert _label(changed, about, changed.epochs) not in labels
+    others = [{"mode": "fast"}, {"caption": {"rule": "best"}}, {"subject": {"patch_size": 64}}]
+    others += [{"data": {"kodak": {"captions": "context"}}}]
+    assert len({_label(PAPER, about | other, 50) for other in others} - labels) == len(others)
 
 
 # --- BD-rates ---------------------------------------------------------------------------------------------------------
@@ -258,6 +322,8 @@ def test_the_card_and_the_evaluation_it_repeats(tmp_path, monkeypatch):
     assert f"torch {torch.__version__.partition('+')[0]}" in card["versions"]
     before = (tmp_path / "runs" / "evaluation-demo" / "evaluation.csv").read_text()
     shutil.move(tmp_path / "runs", tmp_path / "before")
+    assert card["what"] == "baseline, bundled demo codec"
+    assert card["to repeat it"].endswith(f"--out {tmp_path / 'runs' / 'evaluation-demo'}")
     command = re.sub("^python", f"{sys.executable} -W ignore", card["to repeat it"])
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -268,12 +334,23 @@ def test_the_card_and_the_evaluation_it_repeats(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("exp", [baseline("sample", epochs=3, init=""), PAPER.replace(text_pooling="keywords")])
 def test_the_command_that_trains_names_all_settings(exp):
-    run = pd.Series({"run": "x", "codec": "x", "experiment": exp.to_json(), "options": "--caption best"})
+    run = {"run": "x", "folder": "out/x", "codec": "x", "fingerprint": "0" * 8, "experiment": exp.to_json()}
+    run = pd.Series(run | {"options": "--caption best"})
     train, measure = _commands(run, pd.DataFrame({"dataset": ["kodak"], "images": [24]}))
     command = shlex.split(train)
     assert command[:3] == ["python", "-m", "taco_nb.training"]
     assert training._experiment(training.parser().parse_args(command[3:])) == exp
-    assert measure == "python -m taco_nb.evaluation runs/x --sets kodak --caption best --out runs/x"
+    assert measure == "python -m taco_nb.evaluation out/x --sets kodak --caption best --out out/x"
+
+
+def test_a_run_called_like_the_bundled_codec_is_none(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    edit(shutil.move(run, tmp_path / "demo"), codec="demo")
+    (card,) = cards(collect("demo")).to_dict("records")
+    assert "bundled" not in card["what"]
+    assert card["to repeat it"].startswith(
+        "python -m taco_nb.training --experiment demo/experiment.json --out demo && "
+    )
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------
@@ -320,7 +397,7 @@ def page(request, home, tmp_path_factory):
     return request.param, nbformat.read(folder / "06.ipynb", 4), soup
 
 
-def test_the_report_opens_with_runs_and_without(page):
+def test_the_report_opens_with_runs_and_without(page, home):
     which, notebook, soup = page
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"]
@@ -331,7 +408,7 @@ def test_the_report_opens_with_runs_and_without(page):
     if which == "with runs":
         assert "begun: it has not been evaluated" in said
         assert "1 of the 4 points that a BD-rate needs" in said
-        assert "taco_nb.training --experiment runs/deeper/linformer/experiment.json" in said
+        assert f"taco_nb.training --experiment {home}/deeper/linformer/experiment.json" in said
     else:
         assert "No runs in" in said and "papermill notebooks/01_baseline.ipynb" in said
         assert "Notebooks 02 to 04 train both" in said

@@ -128,7 +128,9 @@ def _captioned(
             f"There are no context captions for {dataset.name}: neither {own} nor {CONTEXT} beside it is there. "
             'Notebook 02 generates it, or write one: {"file.png": "a paragraph", ...}.'
         )
-    return dataset.recaptioned(found[0])
+    view = dataset.recaptioned(found[0])
+    view.captioned = captions
+    return view
 
 
 def _open(

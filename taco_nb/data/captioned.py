@@ -42,12 +42,14 @@ class CaptionedImages(Dataset):
     """Image files with captions, in the order of their names; each is opened only when it is asked for.
 
     `dataset[i]` is a `Sample` and raises `DataError`, naming the file, if the image cannot be read. `name` is the data
-    set's name, `skipped` how many images `centre_crop` has left out.
+    set's name, `skipped` how many images `centre_crop` has left out, `captioned` the kind of its captions: "published", those
+    that came with it, or "context".
     """
 
     def __init__(self, name: str, entries: Iterable[Entry]):
         self.name = name
         self.skipped = 0
+        self.captioned = "published"
         self._entries = sorted(entries)
         self._crop: int | None = None
 
