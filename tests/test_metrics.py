@@ -18,7 +18,7 @@ from scipy.interpolate import CubicHermiteSpline
 from taco_nb.errors import MissingWeightsError, SettingError
 from taco_nb.metrics.distortion import distortion, ms_ssim, psnr
 from taco_nb.metrics.perception import Lpips
-from taco_nb.metrics.rate import bd_quality, bd_rate, bpp
+from taco_nb.metrics.rate import bd_quality, bd_rate, bpp, rate_at
 from taco_nb.pretrained import ALEXNET
 
 CODECS = json.loads(
@@ -177,6 +177,23 @@ def test_bpp():
     for bad in [(-1, 8, 8), (10, 0, 8), (10, 8, -8)]:
         with pytest.raises(SettingError, match="bytes"):
             bpp(*bad)
+
+
+def test_a_rate_is_read_off_at_a_quality():
+    rates, decibels = curve("JPEG")
+    for rate, quality in zip(rates, decibels):
+        assert rate_at(rates[::-1], decibels[::-1], quality) == pytest.approx(rate)
+    between = rate_at(rates, decibels, (decibels[3] + decibels[4]) / 2)
+    assert rates[3] < between < rates[4]
+    # where two curves differ by a factor everywhere, so do the rates that are read off
+    assert rate_at([2 * rate for rate in rates], decibels, 30.0) == pytest.approx(2 * rate_at(rates, decibels, 30.0))
+    assert rate_at(rates, [-quality for quality in decibels], -30.0) == pytest.approx(rate_at(rates, decibels, 30.0))
+
+
+@pytest.mark.parametrize("wanted", [10.0, 60.0, math.nan])
+def test_beyond_a_curve_there_is_no_rate(wanted):
+    with pytest.raises(SettingError, match="is not on it"):
+        rate_at(*curve("JPEG"), wanted)
 
 
 # ---------------------------------------------------------------- distortion

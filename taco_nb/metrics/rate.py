@@ -76,6 +76,20 @@ def bd_quality(
     return _mean_gap(anchor, other, method, "rate")
 
 
+def rate_at(rate: Sequence[float], quality: Sequence[float], wanted: float) -> float:
+    """The rate at which a curve reaches the quality `wanted`, in the curve's own unit: monotone cubics between its points.
+
+    The curve is one that `bd_rate` takes. Raises `SettingError` as that does, and for a quality beyond its two ends.
+    """
+    log_rate, quality = _curve(rate, quality, "given", "pchip")
+    direction = _direction(log_rate, quality, "given")
+    if not quality.min() <= wanted <= quality.max():
+        raise SettingError(
+            f"The curve runs from {quality.min():.6g} to {quality.max():.6g}; {wanted:.6g} is not on it."
+        )
+    return math.exp(float(PchipInterpolator(direction * quality, log_rate)(direction * wanted)))
+
+
 def _curve(rate, quality, name: str, method: str) -> tuple[np.ndarray, np.ndarray]:
     """A checked curve as (natural logarithm of the rate, quality), by ascending rate."""
     if method not in _METHODS:
