@@ -51,7 +51,7 @@ def test_peak_memory_is_what_a_run_takes_at_once():
     at_once = timing._peak(
         lambda: sum(len(t) for t in [torch.ones(64 << 20, dtype=torch.uint8) for _ in range(3)]), "cpu"
     )
-    assert held.any() and 60 < one_after_the_other < 100 and 180 < at_once < 220
+    assert held.any() and 50 < one_after_the_other < 100 and 150 < at_once < 220  # others may free a little meanwhile
 
 
 # The sweeps ----------------------------------------------------------------------------------------------------------

@@ -52,6 +52,12 @@ def test_max_hours_by_the_clock(pictures, tmp_path, monkeypatch, capsys):
     assert f"python -m taco_nb.training --out {run.dir}" in said
 
 
+def running(folder):
+    """The processes that were told of the folder; one that is just ending tells its command line no more."""
+    processes = psutil.process_iter(["cmdline"])
+    return [process for process in processes if str(folder) in " ".join(process.info["cmdline"] or [])]
+
+
 def begin(processes, folder, exp, *arguments):
     """A run on the command line, in processes of its own that form a group, once it has taken its first steps."""
     folder.parent.mkdir(exist_ok=True)
@@ -95,7 +101,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(pictures, tmp_pa
     run = read_run(tmp_path / "run")
     assert 0 < run.steps < run.total_steps and state_of(run.dir)["step"] == run.steps
     assert re.search(rf"Stopped by SIGUSR1 after step {run.steps} of 1500", said)
-    assert not [p for p in psutil.process_iter() if str(run.dir) in " ".join(p.cmdline())]
+    assert not running(run.dir)
 
 
 def test_the_readmes_batch_script_resubmits_what_it_did_not_finish(pictures, tmp_path):
@@ -173,7 +179,7 @@ def test_ctrl_c_in_a_notebook_saves_and_leaves_no_process(pictures, tmp_path):
     assert said.endswith("interrupted\n"), complaint[-2000:]
     run = read_run(folder)
     assert 0 < run.steps < run.total_steps and state_of(folder)["step"] == run.steps
-    assert not [p for p in psutil.process_iter() if str(folder) in " ".join(p.cmdline())]
+    assert not running(folder)
 
 
 # --- One folder, one run ----------------------------------------------------------------------------------------------
