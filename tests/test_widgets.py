@@ -18,6 +18,7 @@ import torch
 from conftest import make_net
 from PIL import Image
 
+from taco_nb.errors import SettingError
 from taco_nb.evaluation import means
 from taco_nb.widgets import encoder_diagram, rate_distortion, side_by_side, sortable, training_curves
 from taco_nb.widgets.figures import IMAGES
@@ -256,11 +257,19 @@ def test_drawing_leaves_the_network_as_it_was():
     net = make_net()
     before = {key: value.clone() for key, value in net.state_dict().items()}
     encoder_diagram(net, side=64, tokens=8)
+    failing = make_net()
+    failing.g_a.analysis_transform[-1].double()
     with pytest.raises(RuntimeError):
-        encoder_diagram(net, side=-64, tokens=8)
-    assert not any(layer._forward_hooks for layer in net.g_a.analysis_transform)
+        encoder_diagram(failing, side=64, tokens=8)
+    assert not any(layer._forward_hooks for n in (net, failing) for layer in n.g_a.analysis_transform)
     assert not net.training
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("side, tokens", [(0, 8), (-64, 8), (64, 0)])
+def test_a_diagram_of_nothing_is_refused(side, tokens):
+    with pytest.raises(SettingError, match=f"at least 1, but are {side} and {tokens}"):
+        encoder_diagram(make_net(), side=side, tokens=tokens)
 
 
 # --- The curves -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from taco_nb.errors import SettingError
 from taco_nb.model.adapter import Extractor, Injector
 from taco_nb.model.attention import LinformerAttention
 from taco_nb.model.layers import ResidualBottleneck
@@ -30,10 +31,13 @@ def encoder_diagram(net: TACO, side: int = 256, tokens: int = 38) -> SVG:
     """g_a as an SVG, left to right and row by row, text arrows into the adapter's layers.
 
     The network is run once on an empty image of `side` x `side` pixels, and the boxes say what came out: channels,
-    height and width, and the number of parameters. The attention's sizes are those of that run.
+    height and width, and the number of parameters. The attention's sizes are those of that run. Raises `SettingError` for
+    a side or a number of tokens under 1.
     """
     from IPython.display import SVG
 
+    if min(side, tokens) < 1:
+        raise SettingError(f"side and tokens must be at least 1, but are {side} and {tokens}.")
     return SVG(_svg(_layers(net, side, tokens)))
 
 
