@@ -15,12 +15,14 @@ from PIL import Image
 
 from taco_nb import datasets, load
 from taco_nb.codec import read_header
-from taco_nb.data.images import to_tensor
+from taco_nb.data.images import to_rgb, to_tensor
 from taco_nb.errors import SettingError
 from taco_nb.inspection import bit_map
 from taco_nb.metrics.distortion import ms_ssim, psnr
 from taco_nb.peers import encode_peer
 from taco_nb.widgets import compare
+from taco_nb.widgets.compare import SHOWN
+from taco_nb.widgets.page import data_url
 
 
 class Page(HTMLParser):
@@ -44,7 +46,7 @@ class Page(HTMLParser):
 
 def pixels(figure: dict) -> Image.Image:
     kind, _, data = figure["src"].partition(";base64,")
-    assert kind == "data:image/webp"
+    assert kind in ("data:image/webp", "data:image/png")
     return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
 
 
@@ -108,6 +110,41 @@ def test_it_is_also_a_plain_picture(sample, jpeg):
     sheet = compare(sample.image, {"JPEG": (jpeg.image, jpeg.data)}).picture()
     assert sheet.width > 2 * sample.image.width and sheet.height > sample.image.height
     assert np.array_equal(np.asarray(sheet)[: sample.image.height, : sample.image.width], np.asarray(sample.image))
+
+
+def test_the_original_is_what_the_codec_saw():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 4), dtype=np.uint8))
+    turned, file = Image.Exif(), io.BytesIO()
+    turned[0x0112] = 6  # lies on its side
+    noise.convert("RGB").save(file, "PNG", exif=turned)
+    for original in (noise, Image.open(file)):
+        seen = to_rgb(original)
+        shown, coded = Page(compare(original, {"same": (seen, b"x")}).figures()).figures
+        assert pixels(shown).tobytes() == seen.tobytes() and "PSNR inf dB" in coded["text"]
+
+
+def test_a_very_large_picture_is_measured_whole_and_shown_smaller():
+    original = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, SHOWN + 452, 3), dtype=np.uint8))
+    coded = encode_peer(original, "JPEG", 50)
+    shown = compare(original, {"JPEG": (coded.image, coded.data)}, bits=torch.rand(4, 160))
+    page = Page(shown.figures())
+    for figure in page.figures[:2]:
+        assert "shown at 2048 x 33" in figure["text"]
+        assert pixels(figure).size == (2048, 33) == (int(figure["width"]), int(figure["height"]))
+    assert "2500 x 40 pixels" in page.figures[0]["text"]
+    said = page.figures[1]["text"]
+    assert f"PSNR {psnr(to_tensor(original), to_tensor(coded.image)):.2f} dB" in said
+    assert f"{8 * len(coded.data) / (2500 * 40):.3f} bpp" in said
+    assert (page.figures[2]["width"], page.figures[2]["height"]) == ("157", "3"), "the blocks of the whole picture"
+    assert "shown at" not in compare(coded.image.crop((0, 0, SHOWN, 40)), {}).figures()
+
+
+@pytest.mark.parametrize("size, kind", [((1, 16383), "webp"), ((1, 16384), "png"), ((40000, 2), "png")])
+def test_a_side_may_be_longer_than_webp_has(size, kind):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    src = data_url(picture)
+    assert src.startswith(f"data:image/{kind};")
+    assert pixels({"src": src}).tobytes() == picture.tobytes()
 
 
 # --- Where the bits went ----------------------------------------------------------------------------------------------

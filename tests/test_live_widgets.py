@@ -12,17 +12,19 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_codec
+from conftest import make_codec, make_lpips
 from PIL import Image
 from test_compare import Page, pixels
 
 from taco_nb import baseline, datasets, fit
 from taco_nb.data.images import to_tensor
-from taco_nb.errors import SettingError
+from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.evaluation import evaluate, evaluate_peers
 from taco_nb.inspection import attentions
 from taco_nb.metrics.distortion import psnr
+from taco_nb.metrics.networks import find_lpips
 from taco_nb.peers import encode_peer
+from taco_nb.training import Run
 from taco_nb.widgets import caption_lab, caption_presets, explorer, training_monitor, upload_box
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -89,6 +91,26 @@ def test_an_edited_caption_is_encoded_and_compared_with_the_first(codec, image):
     assert lab.table.value.count("<tr") == 4, "what has been tried stays, and is not tried twice"
 
 
+def test_nothing_is_measured_or_loaded_twice(codec, image, monkeypatch, tmp_path):
+    import sys
+
+    from taco_nb.metrics import networks
+
+    compare = sys.modules["taco_nb.widgets.compare"]  # the module, whose name the function has taken
+    measured, loaded, lpips = [], [], make_lpips()
+    measure = compare.distortion
+    monkeypatch.setattr(compare, "distortion", lambda x, x_hat: measured.append(x_hat) or measure(x, x_hat))
+    monkeypatch.setitem(networks._NEEDS, "lpips", SimpleNamespace(path=tmp_path))  # as if AlexNet were there
+    monkeypatch.setattr(networks.perception, "Lpips", lambda: loaded.append(1) or lpips)
+    find_lpips.cache_clear()
+    lab = caption_lab(codec, image, {"human": "a cat", "empty": ""})
+    for caption, count in (("two dogs", 3), ("", 3), ("two dogs", 3), ("three", 4)):
+        lab.text.value = caption
+        assert len(measured) == count and "LPIPS" in lab.view.figures
+    assert len(loaded) == 1
+    find_lpips.cache_clear()
+
+
 def test_without_a_kernel_the_presets_are_pictures(codec, image):
     lab = caption_lab(codec, image, {"human": "a <b>cat</b>", "nonsense": "qwzx"})
     bundle = lab._repr_mimebundle_()
@@ -131,6 +153,7 @@ def test_a_picture_of_ones_own_becomes_a_file_to_keep(codec, image):
         ("notes.txt", b"no picture", r"^notes\.txt cannot be read as an image"),
         ("half.png", b"\x89PNG\r\n\x1a\n", r"^half\.png cannot be read"),
         ("../../x<y>.png", b"", r"^x&lt;y&gt;\.png cannot be read"),
+        (f"{'long' * 99}.png", b"", r"^(long){99}\.png cannot be read"),
     ],
 )
 def test_what_is_no_picture_is_said_in_words(codec, name, content, said):
@@ -140,10 +163,21 @@ def test_what_is_no_picture_is_said_in_words(codec, name, content, said):
     assert re.search(said, box.said.value) and box.link.value == box.view.figures == ""
 
 
+def test_a_failure_that_nobody_foresaw_does_not_look_like_work(image, monkeypatch, caplog):
+    broken, file = make_codec(5), io.BytesIO()
+    image.save(file, "PNG")
+    monkeypatch.setattr(broken, "conditioning", lambda captions: 1 / 0)
+    box = upload_box(broken)
+    box.upload.value = uploaded("cat.png", file.getvalue())
+    box.button.click()
+    assert "Jupyter's log" in box.said.value and box.link.value == box.view.figures == ""
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_nothing_chosen_and_no_kernel(codec):
     box = upload_box(codec)
     box.button.click()
-    assert box.said.value == "Choose a picture first."
+    assert box.said.value.startswith("Choose a picture first.") and "10 MB" in box.said.value
     assert "JupyterLab" in box._repr_mimebundle_()["text/html"]
 
 
@@ -176,6 +210,16 @@ def test_a_click_opens_the_image_as_it_was_measured(explored, codec):
     assert widget.said.value.startswith(name)
     click(widget, [codec.name, "sample", dataset.names[0], None])
     assert [figure["data-label"] for figure in Page(widget.view.figures).figures] == ["original", codec.name]
+
+
+def test_a_codec_that_was_evaluated_twice_is_shown_once(codec, sample):
+    images = sample.centre_crop(128).head(1)
+    results = evaluate(codec, [images])
+    widget = explorer(results, results, sets=[images], codecs={codec.name: codec})
+    shown = Page(widget.compare_at(codec.name, "sample", images.names[0]).figures()).figures
+    file = codec.encode(images[0].image, images[0].captions[0])
+    assert [figure["data-label"] for figure in shown] == ["original", codec.name]
+    assert pixels(shown[1]).tobytes() == codec.decode(file).tobytes()
 
 
 def test_the_figure_is_an_output_of_its_own(explored, monkeypatch):
@@ -242,6 +286,20 @@ def test_tokens_are_shaded_by_their_weights_and_a_pooled_text_has_one_map(codec,
     assert isinstance(look.picture(), Image.Image)
 
 
+def test_the_map_over_the_picture_has_the_colours_of_the_scale(codec):
+    from taco_nb.widgets import attention_maps
+    from taco_nb.widgets.heat import COLD, HOT, heat
+
+    white = Image.new("RGB", (128, 64), "white")
+    record = attentions(codec, white, "a cat")[0]
+    weights = torch.linspace(0, 1, 16 * 32).reshape(1, -1, 1).expand(1, -1, record.weights.shape[2])
+    sheet = attention_maps(white, record._replace(weights=weights), {"cat": 1}, width=128)
+    seen = np.asarray(sheet)[:64, :128].reshape(-1, 3)
+    scale = {tuple(colour) for colour in np.asarray(heat(torch.arange(256)[None] / 255))[0]}
+    assert {tuple(colour) for colour in seen} <= scale
+    assert tuple(seen[0]) == tuple(COLD) and tuple(seen[-1]) == tuple(HOT)
+
+
 # --- Training monitor -------------------------------------------------------------------------------------------------
 
 SIZES = {"N": 16, "M": 24, "groups": (4, 4, 4, 4, 8), "text_dim": 64, "heads": 8, "context_widths": (16, 16)}
@@ -284,6 +342,18 @@ def test_a_monitored_run_is_the_run_and_ends_with_its_own_picture(sample, tmp_pa
     fit(exp, tmp_path / "watched", device="cpu", on_log=training_monitor(image, caption))
     assert len(outputs) == 4, "a finished run shows its end"
     assert outputs[3][-1]["text/plain"] == pictures[-1]["text/plain"]
+
+
+def test_weights_that_cannot_code_do_not_end_a_run(sample, tmp_path, outputs):
+    broken = make_codec(5)
+    torch.nn.init.constant_(broken.net.g_a.analysis_transform[0].weight, torch.nan)
+    run = Run(tmp_path, baseline("sample"), 1, 2)
+    training_monitor(sample[0].image, "a cat")(run, [{"step": 1, "loss": 2.0}], lambda: broken)
+    curves, pictures = outputs
+    with pytest.raises(CheckpointError) as error:
+        broken.encode(sample[0].image, "a cat")
+    assert pictures[0] == {"text/plain": f"No picture after 1 steps: {error.value}"}
+    assert "application/vnd.plotly.v1+json" in curves[0]
 
 
 def test_what_is_slow_to_draw_is_drawn_less_often(outputs):

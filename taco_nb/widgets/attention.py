@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from taco_nb.codec import MULTIPLE
+from taco_nb.data.images import to_rgb
 from taco_nb.inspection import Attention, energy
-from taco_nb.widgets.heat import COLD, HOT
+from taco_nb.widgets.heat import COLD, HOT, heat
 from taco_nb.widgets.page import img, self_contained
 from taco_nb.widgets.pictures import side_by_side
 
@@ -33,7 +35,8 @@ def attention_maps(
     `tokens` maps labels to positions in the caption. Each map is scaled from its own least to its own greatest value,
     which the label says: a map whose two are nearly equal looks lively and means nothing.
     """
-    height = round(width * image.height / image.width)
+    image = to_rgb(image)
+    height = max(1, round(width * image.height / image.width))
     grey = np.asarray(image.convert("L").resize((width, height)), dtype=np.float32)[..., None] / 255
     pictures = {}
     for label, token in tokens.items():
@@ -55,9 +58,9 @@ def _overlay(grey: np.ndarray, field: Tensor, size: tuple[int, int]) -> Image.Im
     """A field (h, w) in [0, 1] over the padded picture, laid in colour over the grey picture without padding."""
     padded = tuple(-(-side // MULTIPLE) * MULTIPLE for side in size)
     scaled = Image.fromarray((field.numpy() * 255).astype(np.uint8)).resize(padded, Image.Resampling.BICUBIC)
-    heat = np.asarray(scaled.crop((0, 0, *size)).resize(grey.shape[1::-1]), dtype=np.float32)[..., None] / 255
-    colour = COLD + heat * (HOT - COLD)
-    return Image.fromarray((colour * (0.35 + 0.65 * grey)).astype(np.uint8))
+    seen = np.asarray(scaled.crop((0, 0, *size)).resize(grey.shape[1::-1]), dtype=np.float32) / 255
+    colour = np.asarray(heat(torch.from_numpy(seen)))
+    return Image.fromarray((colour * (0.35 + 0.65 * grey)).round().astype(np.uint8))
 
 
 class Look:
@@ -115,7 +118,7 @@ def where_the_text_looks(
     spans = [span for span in tower.spans(caption) if span is not None]
     tokens = ["start", *(caption[slice(*span)] for span in spans[1:-1]), "end"]
     shades = None if weights is None else weights.token_weights([caption], tower)[0, : len(tokens)].tolist()
-    return Look(image.convert("RGB"), looks, tokens, shades)
+    return Look(to_rgb(image), looks, tokens, shades)
 
 
 def _json(name: str, content: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from taco_nb.data.images import to_rgb, to_tensor
 from taco_nb.errors import DataError, SettingError, TacoError
 from taco_nb.metrics.distortion import psnr
 from taco_nb.metrics.rate import bpp
-from taco_nb.widgets.compare import CompareView, compare
+from taco_nb.widgets.compare import CompareView, badges_of, compare_measured
 
 NONSENSE = "qwzx vbnk plmt"
 _CELL = 'style="text-align:right;font-variant-numeric:tabular-nums;padding:1px 8px"'
@@ -31,6 +31,7 @@ class _Try(NamedTuple):
     file: bytes
     picture: Image.Image
     psnr: float
+    badges: tuple[str, ...]
 
 
 def caption_presets(dataset: CaptionedImages, i: int, data_dir: str | os.PathLike | None = None) -> dict[str, str]:
@@ -60,8 +61,8 @@ class CaptionLab(ipywidgets.VBox):
         self._codec, self._image = codec, to_rgb(image)
         self._tries = self._encode(presets)
         self._first = self._tries[0]
-        shown = {t.name: (t.picture, t.file) for t in self._tries}
-        self._static = self._table() + compare(self._image, shown, caption=self._first.caption)._repr_html_()
+        shown = {t.name: (t.picture, t.badges) for t in self._tries}
+        self._static = self._table() + compare_measured(self._image, shown, self._first.caption)._repr_html_()
 
         self.text = ipywidgets.Text(self._first.caption, description="caption", continuous_update=False)
         self.text.layout = {"width": "auto", "max_width": "900px"}
@@ -89,7 +90,8 @@ class CaptionLab(ipywidgets.VBox):
         for name, caption in captions.items():  # one by one, so that nothing but the caption differs between them
             file = self._codec.encode(self._image, caption)
             picture = self._codec.decode(file)
-            made.append(_Try(name, caption, file, picture, psnr(x, to_tensor(picture))))
+            badges = badges_of(self._image, picture, file)
+            made.append(_Try(name, caption, file, picture, psnr(x, to_tensor(picture)), badges))
         return made
 
     def _edited(self, change: dict[str, Any]) -> None:
@@ -111,10 +113,10 @@ class CaptionLab(ipywidgets.VBox):
     def _show(self, current: _Try) -> None:
         self.table.value = self._table(current)
         pictures = {
-            f"first caption: {self._first.name}": (self._first.picture, self._first.file),
-            f"this caption: {current.name}": (current.picture, current.file),
+            f"first caption: {self._first.name}": (self._first.picture, self._first.badges),
+            f"this caption: {current.name}": (current.picture, current.badges),
         }
-        self.view.figures = compare(self._image, pictures, caption=current.caption).figures()
+        self.view.figures = compare_measured(self._image, pictures, current.caption).figures()
 
     def _table(self, current: _Try | None = None) -> str:
         heads = ("bytes", "bits per pixel", "PSNR in dB", "bytes more", "dB more")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anywidget
 import traitlets
 from PIL import Image
 from torch import Tensor
 
-from taco_nb.data.images import to_tensor
+from taco_nb.data.images import to_rgb, to_tensor
 from taco_nb.errors import SettingError
 from taco_nb.metrics.distortion import distortion
 from taco_nb.metrics.networks import find_lpips
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from taco_nb.metrics.perception import Lpips
 
 BLOCK = 16  # pixels to a position of y, across and down
+SHOWN = 2048
+"""Pixels on the longer side up to which a picture is shown as it is: of a camera's, a page would be tens of megabytes."""
 
 
 class _Layer(NamedTuple):
@@ -38,7 +40,8 @@ class Compare:
     """What `compare` gives: HTML that swipes without a kernel, and a plain sheet of pictures."""
 
     def __init__(self, layers: list[_Layer], bits: Tensor | None):
-        self._layers, self._bits = layers, bits
+        self._size = layers[0].picture.size
+        self._layers, self._bits = [_fitted(layer) for layer in layers], bits
 
     def _repr_html_(self) -> str:
         return self_contained("compare", self.figures())
@@ -64,7 +67,7 @@ class Compare:
 
     def _map(self, bits: Tensor) -> str:
         """The map, stretched over the picture: the shares of its width and height that the blocks cover, in per cent."""
-        width, height = self._layers[0].picture.size
+        width, height = self._size
         rows, columns = -(-height // BLOCK), -(-width // BLOCK)
         seen = bits[:rows, :columns]  # the rest is padding
         low, high = float(seen.min()), float(seen.max())
@@ -76,7 +79,7 @@ class Compare:
 
 
 def compare(
-    original: Image.Image,
+    original: Any,
     reconstructions: Mapping[str, tuple[Image.Image, bytes]],
     *,
     caption: str = "",
@@ -87,34 +90,53 @@ def compare(
 
     `reconstructions` maps a label to the decoded picture and the file it was decoded from, whose length is the rate. The
     badges give bits per pixel, PSNR, MS-SSIM (of pictures large enough) and LPIPS (where its weights are on the machine).
-    `caption` goes into the alternative texts. `bits` is a map from `taco_nb.inspection.bit_map`. Raises `SettingError`
-    for a reconstruction of another size than the original's.
+    They are those of the whole picture; one with a side of more than `SHOWN` pixels is shown smaller, and a badge says so.
+    `original` is whatever `Codec.encode` takes. `caption` goes into the alternative texts. `bits` is a map from
+    `taco_nb.inspection.bit_map`. Raises `SettingError` for a reconstruction of another size than the original's.
     """
-    original = original.convert("RGB")
-    about = f": {caption}" if caption else ""
-    layers = [_Layer("original", original, (f"{original.width} x {original.height} pixels",), f"The original{about}")]
-    lpips = (lpips or find_lpips()) if reconstructions else None
+    original = to_rgb(original)
+    measured = {}
     for label, (picture, file) in reconstructions.items():
         if picture.size != original.size:
             raise SettingError(f"{label!r} is {picture.size} large, but the original is {original.size}.")
-        badges = (
-            f"{len(file):,} bytes",
-            f"{bpp(len(file), *picture.size):.3f} bpp",
-            *_quality(original, picture, lpips),
-        )
+        measured[label] = (picture, badges_of(original, picture, file, lpips))
+    return compare_measured(original, measured, caption, bits)
+
+
+def badges_of(original: Image.Image, picture: Image.Image, file: bytes, lpips: Lpips | None = None) -> tuple[str, ...]:
+    """The badges of a reconstruction: its file's size, and how far it is from the original."""
+    x, x_hat = to_tensor(original), to_tensor(picture.convert("RGB"))
+    measured = distortion(x, x_hat)
+    badges = [f"{len(file):,} bytes", f"{bpp(len(file), *picture.size):.3f} bpp", f"PSNR {measured['psnr']:.2f} dB"]
+    if not math.isnan(measured["ms_ssim"]):
+        badges.append(f"MS-SSIM {measured['ms_ssim']:.4f}")
+    lpips = lpips or find_lpips()
+    if lpips and not math.isnan(value := lpips(x, x_hat)["lpips"]):
+        badges.append(f"LPIPS {value:.4f}")
+    return tuple(badges)
+
+
+def compare_measured(
+    original: Image.Image,
+    measured: Mapping[str, tuple[Image.Image, tuple[str, ...]]],
+    caption: str = "",
+    bits: Tensor | None = None,
+) -> Compare:
+    """As `compare`, of an RGB original and reconstructions whose badges are known already."""
+    about = f": {caption}" if caption else ""
+    layers = [_Layer("original", original, (f"{original.width} x {original.height} pixels",), f"The original{about}")]
+    for label, (picture, badges) in measured.items():
         layers.append(_Layer(label, picture.convert("RGB"), badges, f"{label}, {', '.join(badges)}{about}"))
     return Compare(layers, bits)
 
 
-def _quality(original: Image.Image, picture: Image.Image, lpips: Lpips | None) -> list[str]:
-    x, x_hat = to_tensor(original), to_tensor(picture.convert("RGB"))
-    measured = distortion(x, x_hat)
-    badges = [f"PSNR {measured['psnr']:.2f} dB"]
-    if not math.isnan(measured["ms_ssim"]):
-        badges.append(f"MS-SSIM {measured['ms_ssim']:.4f}")
-    if lpips and not math.isnan(value := lpips(x, x_hat)["lpips"]):
-        badges.append(f"LPIPS {value:.4f}")
-    return badges
+def _fitted(layer: _Layer) -> _Layer:
+    """The layer with a picture that a page can hold."""
+    if max(layer.picture.size) <= SHOWN:
+        return layer
+    small = layer.picture.copy()
+    small.thumbnail((SHOWN, SHOWN))
+    return layer._replace(picture=small, badges=(*layer.badges, f"shown at {small.width} x {small.height}"))
 
 
 class CompareView(anywidget.AnyWidget):

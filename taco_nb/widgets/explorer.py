@@ -66,19 +66,21 @@ class Explorer:
     def compare_at(self, codec: str, dataset: str, name: str, quality: float | None = None) -> Compare:
         """The image of a point under the handle, as the codec of the point and the codecs that were given make it.
 
-        They encode it once more, which gives the files that were measured; `quality` is that of a peer.
+        They encode it once more, which gives the files that were measured, but for the rounding of a larger batch where
+        crops were evaluated in batches; `quality` is that of a peer.
         """
         images = self._sets[dataset]
         sample = images[images.names.index(name)]
-        rows = self._results[(self._results["dataset"] == dataset) & (self._results["name"] == name)].set_index("codec")
+        rows = self._results[(self._results["dataset"] == dataset) & (self._results["name"] == name)]
+        captions = rows.drop_duplicates("codec").set_index("codec")["caption"]
         shown = {}
         if codec not in self._codecs:
             peer = encode_peer(sample.image, codec, int(quality))
             shown[f"{codec}, quality {peer.quality}"] = (peer.image, peer.data)
         for label in sorted(
-            self._codecs.keys() & set(rows.index), key=lambda label: label != codec
+            self._codecs.keys() & set(captions.index), key=lambda label: label != codec
         ):  # the point's own first
-            file = self._codecs[label].encode(sample.image, rows.loc[label, "caption"])
+            file = self._codecs[label].encode(sample.image, captions[label])
             shown[label] = (self._codecs[label].decode(file), file)
         return compare(sample.image, shown, caption=sample.captions[0])
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from taco_nb.data.images import to_rgb, to_tensor
+from taco_nb.errors import TacoError
 from taco_nb.metrics.distortion import psnr
 from taco_nb.widgets.figures import training_curves
 from taco_nb.widgets.pictures import side_by_side
@@ -49,7 +50,7 @@ class TrainingMonitor:
             self._curves, self._picture = _Display(), _Display()
         title = f"{run.dir.name}, step {run.steps} of {run.total_steps}"
         self._curves.show(lambda: self._curves_of(log, title), last)
-        self._picture.show(lambda: self._draw_picture(run, codec()), last)
+        self._picture.show(lambda: self._draw_picture(run, codec), last)
 
     def _curves_of(self, log: list[dict[str, float]], title: str) -> dict[str, Any]:
         import pandas as pd
@@ -59,9 +60,13 @@ class TrainingMonitor:
         # the bare figure: with all that the notebook's renderers add, each change would carry plotly's script along
         return plotly.io.renderers["plotly_mimetype"].to_mimebundle(figure.to_dict())
 
-    def _draw_picture(self, run: Run, codec: Codec) -> dict[str, Any]:
-        file = codec.encode(self.image, self.caption)
-        picture = codec.decode(file)
+    def _draw_picture(self, run: Run, codec: Callable[[], Codec]) -> dict[str, Any]:
+        try:
+            coder = codec()
+            file = coder.encode(self.image, self.caption)
+            picture = coder.decode(file)
+        except TacoError as error:  # weights that cannot code yet are no reason to end a run
+            return {"text/plain": f"No picture after {run.steps} steps: {error}"}
         quality = psnr(to_tensor(self.image), to_tensor(picture))
         now = (f"after {run.steps} steps\n{len(file)} bytes, {quality:.2f} dB", picture)
         self._first = self._first or now

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 _FOLDER = Path(__file__).parent
+_WEBP_SIDE = (1 << 14) - 1
 
 
 def source(name: str) -> Path:
@@ -33,10 +34,14 @@ def self_contained(name: str, body: str) -> str:
 
 
 def data_url(picture: Image.Image) -> str:
-    """The picture as lossless WebP in a data URL: every pixel as it is, a fifth smaller than PNG and sooner made."""
+    """The picture as lossless WebP in a data URL: every pixel as it is, a fifth smaller than PNG and sooner made.
+
+    PNG where a side is longer than the 16383 pixels that WebP can have.
+    """
     file = io.BytesIO()
-    picture.save(file, "WEBP", lossless=True, method=0)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+    kind, settings = ("webp", {"lossless": True, "method": 0}) if max(picture.size) <= _WEBP_SIDE else ("png", {})
+    picture.save(file, kind, **settings)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def img(picture: Image.Image, alt: str) -> str:

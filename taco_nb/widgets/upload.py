@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets
+from PIL import Image
 
 from taco_nb.codec import Codec
 from taco_nb.data.images import to_rgb
-from taco_nb.errors import TacoError
+from taco_nb.errors import DataError, TacoError
 from taco_nb.widgets.compare import CompareView, compare
 
 _STATIC = "<p>Run this notebook in JupyterLab to put a picture and a caption of your own through the codec here.</p>"
@@ -38,28 +39,47 @@ class UploadBox(ipywidgets.VBox):
     def _encode(self, _: ipywidgets.Button) -> None:
         self.link.value = self.view.figures = ""
         if not self.upload.value:
-            self.said.value = "Choose a picture first."
+            self.said.value = (
+                "Choose a picture first. One that was chosen but never arrived is larger than Jupyter's messages may be, "
+                "by default 10 MB: put the file beside the notebook and give its path to codec.encode."
+            )
             return
         (chosen,) = self.upload.value
         name = Path(chosen["name"]).name or "picture"
         self.said.value = f"Encoding {html.escape(name)} …"
-        with tempfile.TemporaryDirectory() as folder:  # a file, so that an error can name it
-            path = Path(folder, name)
-            path.write_bytes(chosen["content"])
-            try:
-                image = to_rgb(path)
-                file = self._codec.encode(image, self.caption.value)
-                picture = self._codec.decode(file)
-            except TacoError as error:
-                self.said.value = html.escape(str(error).replace(f"{folder}/", ""))
-                return
-        self.said.value = (
-            f"{chosen['size']:,} bytes became {len(file):,}, which hold {picture.width} x {picture.height} pixels."
-        )
-        kept = html.escape(f"{Path(name).stem}.taco", quote=True)
-        data = base64.b64encode(file).decode()
-        self.link.value = f'<a download="{kept}" href="data:application/octet-stream;base64,{data}">Download {kept}</a>'
-        self.view.figures = compare(image, {self._codec.name: (picture, file)}, caption=self.caption.value).figures()
+        said = "This failed, for a reason that is in Jupyter's log."
+        try:
+            image = _picture(chosen["content"], name)
+            file = self._codec.encode(image, self.caption.value)
+            picture = self._codec.decode(file)
+            shown = compare(image, {self._codec.name: (picture, file)}, caption=self.caption.value)
+            self.view.figures = shown.figures()
+            self.link.value = _link(file, f"{Path(name).stem}.taco")
+            said = (
+                f"{chosen['size']:,} bytes became {len(file):,}, which hold {picture.width} x {picture.height} pixels."
+            )
+        except TacoError as error:
+            said = html.escape(str(error))
+        finally:
+            self.said.value = said
+
+
+def _link(file: bytes, name: str) -> str:
+    """An <a> that holds a file to keep under a name."""
+    kept = html.escape(name, quote=True)
+    data = base64.b64encode(file).decode()
+    return f'<a download="{kept}" href="data:application/octet-stream;base64,{data}">Download {kept}</a>'
+
+
+def _picture(content: memoryview, name: str) -> Image.Image:
+    """The picture in an uploaded file. Raises `DataError`, which calls the file by its name at the reader's."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "picture")  # not its own name, which may be longer than a file's can be here
+        path.write_bytes(content)
+        try:
+            return to_rgb(path)
+        except DataError as error:
+            raise DataError(str(error).replace(str(path), name)) from None
 
 
 def upload_box(codec: Codec) -> UploadBox:
