@@ -28,10 +28,6 @@ QUIET = {  # Lab asks whether it may fetch news, which a test has no answer to
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "@jupyterlab/apputils-extension/themes": {"theme": "JupyterLab Light"},
 }
-BENIGN = (
-    "favicon",  # Lab's own icon, which a page asks for before the server has it
-    "Failed to load resource",  # Lab asks for settings and workspaces that are not there yet, and copes
-)
 
 
 class Lab(NamedTuple):
@@ -100,7 +96,10 @@ def lab(server) -> Iterator[Lab]:
             heard = errors[name]
             page.on("pageerror", lambda error, heard=heard: heard.append(str(error)))
             page.on(
-                "console", lambda message, heard=heard: heard.append(message.text) if message.type == "error" else None
+                "console",
+                lambda message, heard=heard: (
+                    heard.append(f"{message.text} ({message.location['url']})") if message.type == "error" else None
+                ),
             )
             page.goto(address.replace("NAME", name))
             page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
@@ -260,5 +259,4 @@ def test_a_token_is_picked(linformer):
 
 
 def test_the_console_has_no_errors(lab, baseline, linformer):
-    for name, said in lab.errors.items():
-        assert [error for error in said if not any(benign in error for benign in BENIGN)] == [], name
+    assert lab.errors == {name: [] for name in NOTEBOOKS}

@@ -17,6 +17,10 @@ from taco_nb.errors import DataError, TacoError
 from taco_nb.widgets.compare import CompareView, compare
 
 _STATIC = "<p>Run this notebook in JupyterLab to put a picture and a caption of your own through the codec here.</p>"
+_LIMIT = (
+    "<small>A file of more than 10 MB, Jupyter's limit for a message unless it is set otherwise, does not arrive: put it "
+    "beside the notebook and give its path to <code>codec.encode</code>.</small>"
+)
 
 
 class UploadBox(ipywidgets.VBox):
@@ -31,7 +35,7 @@ class UploadBox(ipywidgets.VBox):
         self.said, self.link, self.view = ipywidgets.HTML(), ipywidgets.HTML(), CompareView()
         self.button.on_click(self._encode)
         row = ipywidgets.HBox([self.upload, self.caption, self.button], layout={"flex_flow": "row wrap"})
-        super().__init__([row, self.said, self.link, self.view])
+        super().__init__([row, ipywidgets.HTML(_LIMIT), self.said, self.link, self.view])
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, str]:
         return {**super()._repr_mimebundle_(**kwargs), "text/html": _STATIC}
@@ -39,10 +43,7 @@ class UploadBox(ipywidgets.VBox):
     def _encode(self, _: ipywidgets.Button) -> None:
         self.link.value = self.view.figures = ""
         if not self.upload.value:
-            self.said.value = (
-                "Choose a picture first. One that was chosen but never arrived is larger than Jupyter's messages may be, "
-                "by default 10 MB: put the file beside the notebook and give its path to codec.encode."
-            )
+            self.said.value = "Choose a picture first."
             return
         (chosen,) = self.upload.value
         name = Path(chosen["name"]).name or "picture"
@@ -55,9 +56,8 @@ class UploadBox(ipywidgets.VBox):
             shown = compare(image, {self._codec.name: (picture, file)}, caption=self.caption.value)
             self.view.figures = shown.figures()
             self.link.value = _link(file, f"{Path(name).stem}.taco")
-            said = (
-                f"{chosen['size']:,} bytes became {len(file):,}, which hold {picture.width} x {picture.height} pixels."
-            )
+            size = f"{picture.width} x {picture.height} pixels"
+            said = f"{html.escape(name)}: {chosen['size']:,} bytes became {len(file):,}, which hold {size}."
         except TacoError as error:
             said = html.escape(str(error))
         finally:
