@@ -7,6 +7,10 @@ import inspect
 import json
 import math
 import random
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -465,6 +469,94 @@ def test_halves_of_a_convolution_are_the_convolution(threads, layer):
     narrow = Conv2d(64, 16, 5)
     with repeatable():
         assert narrow(torch.randn(1, 64, 64, 64)).shape == (1, 16, 60, 60)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [(64, 64), (192, 128)])
+def test_decoding_repeats_encoding_whatever_the_layout_of_the_weights(size):
+    """The encoder's y is channels_last, the decoder's symbols are not; the codec's weights alone would hide that."""
+    net, (x, text) = latents_model(), inputs(1, *size)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        net.to(memory_format=memory_format)
+        y = net.g_a(x, text)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        for given in (y, y.contiguous()):
+            coded = net.encode_latents(given)
+            decoded = net.decode_latents(coded.y_string, coded.z_string, (size[0] // 64, size[1] // 64))
+            assert torch.equal(decoded, coded.y_hat)
+
+
+def test_threads_take_turns_at_what_is_set_for_all_of_them(threads):
+    threads(2)
+    inside, ended = [], []
+
+    def enter(name: int) -> None:
+        for _ in range(20):
+            with repeatable():
+                inside.append(name)
+                both(lambda: time.sleep(0.001), lambda: None)
+                ended.append((name, inside.copy(), torch.get_num_threads()))
+                inside.clear()
+
+    several = [threading.Thread(target=enter, args=(name,)) for name in range(3)]
+    for thread in several:
+        thread.start()
+    for thread in several:
+        thread.join()
+    assert len(ended) == 60 and all(alone == [name] and count == 1 for name, alone, count in ended)
+
+
+def test_the_second_thread_computes_alone_whatever_others_set(threads):
+    threads(2)
+    with repeatable():
+        other = threading.Thread(target=torch.set_num_threads, args=(2,))
+        other.start()
+        other.join()
+        assert both(torch.get_num_threads, torch.get_num_threads) == (1, 1)
+    assert torch.get_num_threads() == 2
+
+
+def test_images_of_several_sizes_are_coded_at_once(threads):
+    threads(2)
+    net, failed = make_net(), []
+    net.tables()
+    switch = sys.getswitchinterval()
+
+    def code(height: int) -> None:
+        x, text = inputs(1, height)
+        with torch.inference_mode():
+            y = net.g_a(x, text)
+        for _ in range(20):
+            coded = net.encode_latents(y)
+            if not torch.equal(net.decode_latents(coded.y_string, coded.z_string, (height // 64, 1)), coded.y_hat):
+                failed.append(height)
+        for _ in range(2000):
+            if len(net._z_indexes(net.config.N * height)) != net.config.N * height:
+                failed.append(height)
+
+    try:
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(code, (64, 128, 192)))
+    finally:
+        sys.setswitchinterval(switch)
+    assert not failed
+
+
+def test_somebodys_autocast_changes_no_bit():
+    x, text = inputs(1, 128, 64)
+    quiet, (once, again) = make_net(), (make_net(), make_net())
+    with torch.inference_mode():
+        y = quiet.g_a(x, text)
+    expected = quiet.encode_latents(y)
+    with torch.autocast("cpu", torch.bfloat16):
+        coded = once.encode_latents(y)  # whose tables are made here too
+        decoded = again.decode_latents(coded.y_string, coded.z_string, (2, 1))
+        assert torch.is_autocast_enabled("cpu")
+        whole = once.decompress(**once.compress(x, text))["x_hat"]
+    assert coded[:2] == expected[:2]
+    assert torch.equal(coded.y_hat, expected.y_hat) and torch.equal(decoded, expected.y_hat)
+    assert whole.dtype == torch.float32
 
 
 def test_an_error_in_either_half_is_the_callers(threads):

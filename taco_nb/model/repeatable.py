@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
+from threading import RLock
 
 import torch
 import torch.nn.functional as F
@@ -23,25 +24,29 @@ _VECTOR = 16
 """Output channels that a processor computes together; the first half is a multiple of it."""
 _inside: ContextVar[bool] = ContextVar("inside repeatable()", default=False)
 _helper: ContextVar[ThreadPoolExecutor | None] = ContextVar("the second thread", default=None)
+_turn = RLock()
+"""Held in `repeatable()`: what it sets, PyTorch keeps for the whole process."""
 
 
 @contextmanager
 def repeatable() -> Iterator[None]:
     """In it the convolutions of this module, and all else on a CPU, give the same bits for any number of threads.
 
-    On a GPU cuDNN's deterministic algorithms do, in full float32.
+    On a GPU cuDNN's deterministic algorithms do, in full float32. An autocast around it has no effect in it, and threads
+    that enter it take turns.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # new threads inherit it
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.backends.cudnn.flags(True, benchmark=False, deterministic=True, allow_tf32=False))
-            helper = stack.enter_context(ThreadPoolExecutor(1)) if threads > 1 else None
-            for variable, value in ((_inside, True), (_helper, helper)):
-                stack.callback(variable.reset, variable.set(value))
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    with ExitStack() as stack:
+        stack.enter_context(_turn)
+        threads = torch.get_num_threads()
+        stack.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(1)
+        stack.enter_context(torch.backends.cudnn.flags(True, benchmark=False, deterministic=True, allow_tf32=False))
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        helper = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) if threads > 1 else None
+        for variable, value in ((_inside, True), (_helper, helper and stack.enter_context(helper))):
+            stack.callback(variable.reset, variable.set(value))
+        yield
 
 
 def both(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:

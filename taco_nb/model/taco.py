@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,18 @@ _RENAMED = {f"entropy_bottleneck._{old}": f"entropy_bottleneck.{new}."
 _TABLES = ("_offset", "_quantized_cdf", "_cdf_length")
 
 
+class Symbols(NamedTuple):
+    """The integers of one image that are coded, and y_hat (1, M, h, w), which they decode to.
+
+    y's and the numbers of their distributions, `indexes`, are one tensor for each step of the walk; all are int32 and flat.
+    """
+
+    y: list[Tensor]
+    indexes: list[Tensor]
+    z: Tensor
+    y_hat: Tensor
+
+
 class Encoded(NamedTuple):
     """One image, coded: its two rANS streams, and y_hat (1, M, h, w), which they decode to."""
 
@@ -33,7 +45,6 @@ class Encoded(NamedTuple):
 class _Tables:
     y: rans.CodingTables
     z: rans.CodingTables
-    z_indexes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
 class TACO(SpaceChannelModel):
@@ -89,7 +100,7 @@ class TACO(SpaceChannelModel):
     @torch.inference_mode()
     def compress(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
         """Code every image of the batch, by CompressAI's convention: {"strings": [[y...], [z...]], "shape": z's (h, w)}."""
-        coded = [self.encode_latents(y) for y in self.g_a(x, text, mask).split(1)]
+        coded = [self.encode_latents(y) for y in self.g_a(x, text, mask).float().split(1)]
         shape = (x.shape[2] // 64, x.shape[3] // 64)
         return {"strings": [[c.y_string for c in coded], [c.z_string for c in coded]], "shape": shape}
 
@@ -100,36 +111,43 @@ class TACO(SpaceChannelModel):
         Raises `DamagedFileError` where a stream ends too early; a stream altered otherwise decodes to other latents.
         """
         y_hat = [self.decode_latents(y, z, shape) for y, z in zip(*strings, strict=True)]
-        return {"x_hat": self.g_s(torch.cat(y_hat)).clamp_(0, 1)}
+        return {"x_hat": self.g_s(torch.cat(y_hat)).float().clamp_(0, 1)}
 
     @torch.inference_mode()
     def encode_latents(self, y: Tensor) -> Encoded:
-        """Code the y of one image, (1, M, h, w).
+        """Code the y of one image, float32 (1, M, h, w).
 
         Images are coded one by one even in a batch: the parameters of the entropy model must come out the same to the
         last bit at the decoder, and a convolution over a batch need not equal the one over a single image. Raises
         `CheckpointError` where the weights make values that are not finite or too large to be coded.
         """
-        tables, medians = self.tables(), self.medians()
+        symbols, tables = self.quantize(y), self.tables()
+        y_string = rans.encode(torch.cat(symbols.y).cpu(), torch.cat(symbols.indexes).cpu(), tables.y)
+        z_string = rans.encode(symbols.z.cpu(), self._z_indexes(len(symbols.z)), tables.z)
+        return Encoded(y_string, z_string, symbols.y_hat)
+
+    @torch.inference_mode()
+    @repeatable()
+    def quantize(self, y: Tensor) -> Symbols:
+        """What `encode_latents` gives to the coder. Raises `CheckpointError` for values that are not finite."""
+        self.tables()  # made here where they are missing, since both ends must make the same
+        medians = self.medians()
         z = self.h_a(y)
-        z_symbols = (z - medians).round().int()
         halves = {anchor: squeeze(y, anchor) for anchor in (True, False)}
         symbols: list[Tensor] = []
         indexes: list[Tensor] = []
 
-        def quantize(step: Step, scales: Tensor, means: Tensor) -> Tensor:
-            rounded = (halves[step.anchor][:, step.channels] - means).round().int()
-            symbols.append(rounded.flatten())
+        def visit(step: Step, scales: Tensor, means: Tensor) -> Tensor:
+            # by way of a flat tensor, as the decoder has them: the order of the numbers in memory decides how they are summed
+            symbols.append((halves[step.anchor][:, step.channels] - means).round().int().flatten())
             indexes.append(self.y_indexes(scales))
-            return rounded + means
+            return symbols[-1].reshape(means.shape) + means
 
-        with repeatable():
-            y_hat = self.walk(self.h_s(z_symbols + medians), quantize)
+        z_symbols = (z - medians).round().int().flatten()
+        y_hat = self.walk(self.h_s(z_symbols.reshape(z.shape) + medians), visit)
         if not all(torch.isfinite(values).all() for values in (y, z, y_hat)):
             raise CheckpointError("The encoder produced values that are not finite numbers: the weights are broken.")
-        y_string = rans.encode(torch.cat(symbols).cpu(), torch.cat(indexes).cpu(), tables.y)
-        z_string = rans.encode(z_symbols.flatten().cpu(), self._z_indexes(tuple(z_symbols.shape[2:])), tables.z)
-        return Encoded(y_string, z_string, y_hat)
+        return Symbols(symbols, indexes, z_symbols, y_hat)
 
     @torch.inference_mode()
     @repeatable()
@@ -143,8 +161,8 @@ class TACO(SpaceChannelModel):
             raise DamagedFileError(
                 f"{len(z_string)} bytes cannot hold the latents of so large an image: forged header."
             )
-        z_indexes = self._z_indexes(shape)
-        z_symbols = rans.Decoder(z_string, tables.z, z_indexes.numel()).read(z_indexes)
+        z_indexes = self._z_indexes(self.config.N * shape[0] * shape[1])
+        z_symbols = rans.Decoder(z_string, tables.z, len(z_indexes)).read(z_indexes)
         decoder = rans.Decoder(y_string, tables.y, 16 * self.config.M * shape[0] * shape[1])
 
         def read(step: Step, scales: Tensor, means: Tensor) -> Tensor:
@@ -183,13 +201,9 @@ class TACO(SpaceChannelModel):
             scales.contiguous(), self.gaussian_conditional.scale_table[:-1], out_int32=True
         ).flatten()
 
-    def _z_indexes(self, shape: tuple[int, int]) -> Tensor:
-        """The distribution of z's symbols is that of their channel."""
-        cache = self.tables().z_indexes
-        if shape not in cache:
-            cache.clear()
-            cache[shape] = torch.arange(self.config.N, dtype=torch.int32).repeat_interleave(shape[0] * shape[1])
-        return cache[shape]
+    def _z_indexes(self, count: int) -> Tensor:
+        """The distributions of z's `count` symbols are those of their channels."""
+        return torch.arange(self.config.N, dtype=torch.int32).repeat_interleave(count // self.config.N)
 
     @torch.no_grad()
     def update(self) -> None:
