@@ -10,6 +10,7 @@ import random
 import sys
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -596,6 +597,27 @@ def test_strips_give_what_the_whole_gives(monkeypatch, size, dtype):
         assert b.shape == a.shape and b.dtype == a.dtype
     if size[0] > 256:
         assert narrow < largest / 2
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch, height, width, most", [(12, 64, 64, 1), (3, 256, 64, 1.5), (1, 256, 1024, 1.5)])
+def test_parts_repeat_little_work(monkeypatch, batch, height, width, most):
+    """A strip of few rows consists of its overlap; a batch has whole images to be cut into."""
+    net, (x, text) = make_net(), inputs(batch, height, width)
+    rows: Counter = Counter()
+    for i, layer in enumerate((*net.g_a.analysis_transform, *net.g_s.synthesis_transform)):
+        layer.register_forward_hook(lambda _, x, out, i=i: rows.update({i: out.shape[0] * out.shape[2]}))
+
+    def work() -> Counter:
+        rows.clear()
+        net.g_s(net.g_a(x, text))
+        return rows.copy()
+
+    whole = work()
+    monkeypatch.setitem(transforms.STRIP, "cpu", 8 * 64 * 64 * 2)
+    in_parts = work()
+    assert all(whole[i] <= in_parts[i] <= most * whole[i] for i in whole)
+    assert sum(in_parts.values()) > sum(whole.values()) or most == 1
 
 
 def test_training_is_not_cut_into_strips(monkeypatch):

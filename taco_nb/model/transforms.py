@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -22,26 +23,28 @@ zeroing of fresh pages takes as long as the arithmetic."""
 def in_strips(
     layers: Iterable[nn.Module], x: Tensor, *, halo: int, widest: float, down: int = 1, up: int = 1
 ) -> Tensor:
-    """The layers applied to x (B, C, H, W) one strip of rows after the other, so that memory does not grow with H.
+    """The layers applied to x (B, C, H, W) in parts, so that memory does not grow with B or H.
 
-    The result is that of the whole: strips overlap by the `halo` rows of x on either side that their outputs depend on.
-    `up / down` is the height of the output over that of x; `widest`, in channels at the size of x, is the largest tensor
-    between the layers. In training, and where x is small, there is one strip.
+    The parts are as many whole images as may be, else strips of the rows of one image. The result is that of the whole:
+    strips overlap by the `halo` rows of x on either side that their outputs depend on, and are four times as high at
+    least. `up / down` is the height of the output over that of x; `widest`, in channels at the size of x, is the largest
+    tensor between the layers. In training, and where x is small, there is one part.
     """
     kept = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    height, row = x.shape[2], x.shape[0] * x.shape[3] * widest * kept.itemsize
-    count = 1 if torch.is_grad_enabled() else max(1, math.ceil(height * row / STRIP.get(x.device.type, 1 << 30)))
-    rows = math.ceil(height / count / down) * down
-    if rows >= height:
+    images, height, strip = x.shape[0], x.shape[2], STRIP.get(x.device.type, 1 << 30)
+    image = max(1, height * x.shape[3] * widest * kept.itemsize)
+    together = max(1, int(strip / image))
+    rows = max(4 * halo, math.ceil(height / math.ceil(image / strip) / down) * down)
+    if torch.is_grad_enabled() or (together >= images and rows >= height):
         return _apply(layers, x)
     out = None
-    for top in range(0, height, rows):
-        above, bottom = min(halo, top), min(top + rows, height)
-        part = _apply(layers, x[:, :, top - above : bottom + halo])[:, :, above * up // down :]
+    for first, top in product(range(0, images, together), range(0, height, rows)):
+        these, above, bottom = slice(first, first + together), min(halo, top), min(top + rows, height)
+        part = _apply(layers, x[these, :, top - above : bottom + halo])[:, :, above * up // down :]
         if out is None:
-            shape = (*part.shape[:2], height * up // down, part.shape[3])
+            shape = (images, part.shape[1], height * up // down, part.shape[3])
             out = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
-        out[:, :, top * up // down : bottom * up // down] = part[:, :, : (bottom - top) * up // down]
+        out[these, :, top * up // down : bottom * up // down] = part[:, :, : (bottom - top) * up // down]
     return out
 
 
