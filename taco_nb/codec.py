@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import zlib
 from collections.abc import Sequence
 from functools import cached_property
@@ -160,7 +161,7 @@ class Codec:
                 "pixels a file may have. Scale the image down or cut it into parts."
             )
         x = pad(torch.stack([to_tensor(picture) for picture in pictures]).to(self.device))
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):  # the caller's, if any
             text = self.conditioning(captions)
             with self.transform_precision():
                 y = self.net.g_a(x.contiguous(memory_format=torch.channels_last), *text).float()
@@ -266,7 +267,12 @@ def has_fast_bfloat16(device_type: str) -> bool:
     """Whether bfloat16 is quicker than float32 there: on a processor without instructions for it, it is six times slower."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device_type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if device_type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    # there oneDNN says yes wherever it can emulate it, from AVX-512 on; a processor with AMX has AVX512_BF16 as well
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 def load(

@@ -250,16 +250,40 @@ def test_fast_is_exact_where_bfloat16_is_slow(monkeypatch, tiny_codec, file):
     assert torch.equal(fast.decode_tensor(file), tiny_codec.decode_tensor(file))
 
 
-def test_an_edited_caption_is_encoded_while_one_waits():
-    """0.3 s on two idle cores is the aim; the best of a few, on a machine that is also doing other things, is below 1 s."""
-    demo, crop = load("demo", mode="fast"), picture(256, 256)
+@pytest.mark.parametrize("machine, instructions, expected", [
+    ("x86_64", True, True), ("AMD64", False, False), ("x86_64", False, False), ("aarch64", False, True),
+])  # fmt: skip
+def test_bfloat16_is_fast_where_the_processor_has_instructions_for_it(monkeypatch, machine, instructions, expected):
+    """From AVX-512 on oneDNN takes it, without AVX512_BF16 at a sixth of float32's speed."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions, raising=False)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert has_fast_bfloat16("cpu") == expected and not has_fast_bfloat16("mps")
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    assert has_fast_bfloat16("cpu") == (machine == "aarch64")
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_somebodys_autocast_changes_no_file(mode):
+    quiet, codec = (Codec(make_net(), "untrained-16", 8, mode=mode) for _ in range(2))
+    expected = quiet.encode(picture(), CAPTION)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert codec.encode(picture(), CAPTION) == expected
+        decoded = codec.decode_tensor(expected)
+    assert torch.equal(decoded, quiet.decode_tensor(expected))
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+def test_an_edited_caption_is_encoded_while_one_waits(mode):
+    """In 0.3 s on two idle cores; the processor's time for one, which other programs do not lengthen, is below even that."""
+    demo, crop = load("demo", mode=mode), picture(256, 256)
     demo.encode(crop, CAPTION)
     seconds = []
     for count in range(5):
-        clock = time.perf_counter()
+        clock = time.process_time()
         demo.encode(crop, f"{CAPTION}, {count} clouds")
-        seconds.append(time.perf_counter() - clock)
-    assert min(seconds) < 1
+        seconds.append(time.process_time() - clock)
+    assert min(seconds) < 0.3
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
