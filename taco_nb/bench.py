@@ -23,10 +23,8 @@ from taco_nb.codec import Codec, has_fast_bfloat16, pad
 from taco_nb.data.images import to_image, to_rgb, to_tensor
 from taco_nb.files import atomic_write, bundled
 from taco_nb.model import TACO, rans
-from taco_nb.model.entropy import squeeze
-from taco_nb.model.repeatable import repeatable
 from taco_nb.provenance import provenance
-from taco_nb.timing import compare
+from taco_nb.timing import compare, training_step
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,8 +91,10 @@ def speed(device: str, repeats: int, training_repeats: int) -> pd.DataFrame:
     if device == "cuda":
         tasks |= _batches(device, repeats, peer, codecs)
     net = codecs["exact"].net
-    train = {REFERENCE: _training_step(peer, device, False), "exact": _training_step(net, device, False)}
-    train["fast"] = _training_step(net, device, has_fast_bfloat16(device))
+    crops = torch.rand(8 if device == "cuda" else 1, 3, 256, 256, device=device).to(memory_format=torch.channels_last)
+    text = torch.randn(len(crops), 38, net.config.text_dim, device=device)
+    train = {REFERENCE: training_step(peer, crops), "exact": training_step(net, crops, text)}
+    train["fast"] = training_step(net, crops, text, bfloat16=has_fast_bfloat16(device))
     tasks["training step"] = compare(train, device, training_repeats)
     rows = [
         {"task": task, "codec": name, **row, "bytes": sizes[name] if task == "encode" else None}
@@ -118,25 +118,6 @@ def _batches(device: str, repeats: int, peer: torch.nn.Module, codecs: dict[str,
     return {"encode 32 crops": compare(encode, device, repeats), "decode 32 crops": compare(decode, device, repeats)}
 
 
-def _training_step(net: torch.nn.Module, device: str, bfloat16: bool) -> Callable[[], None]:
-    x = torch.rand(8 if device == "cuda" else 1, 3, 256, 256, device=device).contiguous(
-        memory_format=torch.channels_last
-    )
-    inputs = (x, torch.randn(len(x), 38, net.config.text_dim, device=device)) if isinstance(net, TACO) else (x,)
-    optimizer = torch.optim.Adam([p for name, p in net.named_parameters() if not name.endswith("quantiles")], 0.0)
-
-    def step() -> None:
-        net.train()
-        optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
-            out = net(*inputs)
-        rate = sum(-likelihoods.log2().sum() for likelihoods in out["likelihoods"].values()) / x[:, 0].numel()
-        ((out["x_hat"] - x).square().mean() + rate).backward()
-        optimizer.step()
-
-    return step
-
-
 @torch.inference_mode()
 def parts(codec: Codec, device: str, repeats: int) -> pd.DataFrame:
     """Where a codec's time goes, each part timed by itself: transfers, transforms, entropy networks, coder."""
@@ -147,7 +128,7 @@ def parts(codec: Codec, device: str, repeats: int) -> pd.DataFrame:
     in_precision = codec.transform_precision
     with in_precision():
         y = net.g_a(on_device, *text).float()
-    coded, seen = net.encode_latents(y), []
+    coded = net.quantize(y)
 
     def g_a() -> None:
         with in_precision():
@@ -157,22 +138,8 @@ def parts(codec: Codec, device: str, repeats: int) -> pd.DataFrame:
         with in_precision():
             net.g_s(coded.y_hat)
 
-    halves = {anchor: squeeze(y, anchor) for anchor in (True, False)}
-
-    def quantize(step: Any, scales: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-        symbols = (halves[step.anchor][:, step.channels] - means).round().int()
-        seen.append((symbols.flatten().cpu(), net.y_indexes(scales).cpu()))
-        return symbols + means
-
-    def networks() -> None:
-        seen.clear()
-        z = net.h_a(y)
-        with repeatable():
-            net.walk(net.h_s((z - net.medians()).round() + net.medians()), quantize)
-
-    networks()
-    symbols, indexes = (torch.cat(tensors) for tensors in zip(*seen))
-    tables, lengths = net.tables().y, [len(part) for part, _ in seen]
+    symbols, indexes = (torch.cat(steps).cpu() for steps in (coded.y, coded.indexes))
+    tables, lengths = net.tables().y, [len(part) for part in coded.y]
     stream = rans.encode(symbols, indexes, tables)
 
     def read() -> None:
@@ -182,7 +149,7 @@ def parts(codec: Codec, device: str, repeats: int) -> pd.DataFrame:
 
     runs: dict[str, Callable[[], Any]] = {
         "g_a": g_a,
-        "entropy networks": networks,
+        "entropy networks": lambda: net.quantize(y),
         "coder, encoding": lambda: rans.encode(symbols, indexes, tables),
         "coder, decoding": read,
         "g_s": g_s,

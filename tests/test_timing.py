@@ -37,8 +37,8 @@ def test_runs_take_turns_and_their_ratio_is_measured():
         order.append(name)
         time.sleep(seconds)
 
-    rows = timing.compare({"slow": lambda: nap("slow", 0.04), "fast": lambda: nap("fast", 0.01)}, "cpu", 5, warm_up=2)
-    assert order == ["slow"] * 2 + ["fast"] * 2 + ["slow", "fast"] * 5
+    rows = timing.compare({"slow": lambda: nap("slow", 0.04), "fast": lambda: nap("fast", 0.01)}, "cpu", 5)
+    assert order == ["slow", "fast"] * 7
     assert rows["slow"]["speedup"] == 1 and 2 < rows["fast"]["speedup"] <= 4.1
     for row, least in ((rows["slow"], 40), (rows["fast"], 10)):
         assert least <= row["q25_ms"] <= row["median_ms"] <= row["q75_ms"] and row["runs"] == 5
@@ -52,6 +52,28 @@ def test_peak_memory_is_what_a_run_takes_at_once():
         lambda: sum(len(t) for t in [torch.ones(64 << 20, dtype=torch.uint8) for _ in range(3)]), "cpu"
     )
     assert held.any() and 50 < one_after_the_other < 100 and 150 < at_once < 220  # others may free a little meanwhile
+
+
+@LINUX
+def test_what_starts_but_once_is_nobodys_memory():
+    kept = []
+
+    def run() -> None:
+        if not kept:
+            kept.append(torch.ones(64 << 20, dtype=torch.uint8))
+
+    rows = timing.compare({"first": run, "second": run}, "cpu", 1)
+    assert kept and rows["first"]["peak_mib"] < 32 and rows["second"]["peak_mib"] < 32
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_a_timed_step_of_training_reaches_every_weight_and_changes_none(bfloat16):
+    net = make_net()
+    before = {name: weight.clone() for name, weight in net.named_parameters()}
+    timing.training_step(net, torch.rand(2, 3, 64, 64), torch.randn(2, 8, 16), bfloat16=bfloat16)()
+    for name, weight in net.named_parameters():
+        assert torch.equal(weight, before[name])
+        assert weight.grad is not None
 
 
 # The sweeps ----------------------------------------------------------------------------------------------------------
@@ -127,8 +149,13 @@ def test_linformer_pays_from_where_it_is_quicker_for_good(ratio, tokens):
     assert found == (tokens if tokens is None else pytest.approx(tokens))
 
 
-def made_up(share: float, ratio: float) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Sweeps of a machine on which attention is this share of the encoder and Linformer this much slower or quicker."""
+def made_up(
+    share: float, ratio: float, over_widths: tuple[float, float] = (1, 1), spread: float = 0.01
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Sweeps of a machine on which attention is this share of the encoder and Linformer this much slower or quicker.
+
+    `over_widths` is by how much over the width sweep, where the quartiles lie off the median by the share `spread`.
+    """
     rows = [
         {"side": 256, "tokens": tokens, "attention": name, "part": part, "gflop": value, "median_ms": value}
         for tokens in (38, 380)
@@ -136,19 +163,41 @@ def made_up(share: float, ratio: float) -> tuple[pd.DataFrame, pd.DataFrame]:
         for part, value in (("attention", 10 * share * factor), ("encoder", 10 * (1 - share) + 10 * share * factor))
     ]
     widths = [
-        {"width": width, "attention": name, "pass": kind, "median_ms": value}
-        for width in (8, 16) for kind in ("inference", "training") for name, value in (("softmax", 2), ("linformer", 3))
+        {"width": width, "attention": name, "pass": kind, "median_ms": value,
+         "q25_ms": value * (1 - spread), "q75_ms": value * (1 + spread)}
+        for width, factor in zip((8, 16), over_widths) for kind in ("inference", "training")
+        for name, value in (("softmax", 2), ("linformer", 2 * factor))
     ]  # fmt: skip
     return pd.DataFrame(widths), pd.DataFrame(rows)
 
 
+NULL = "a null result is what these figures predict."
+
+
 def test_the_conclusion_is_what_was_measured():
-    small = timing.conclusion(*made_up(0.1, 1.2))
-    assert "take 10% of the encoder's time" in small and "1.11 times as fast" in small
-    assert "1.50 to 1.50 times softmax's in training" in small
-    assert "no length measured" in small and small.endswith("a null result is what these figures predict.")
+    small = timing.conclusion(*made_up(0.1, 1.2, (1.02, 0.98)))
+    assert "and width 8, the three" in small and "take 10% of the encoder's time" in small
+    assert "make that encoder 1.11 times as fast; over widths up to 16" in small
+    assert "0.98 to 1.02 times softmax's in training" in small
+    assert "at no length measured" in small and small.endswith(NULL)
     large = timing.conclusion(*made_up(0.6, 0.5))
-    assert "take 60%" in large and "38 tokens at 256 x 256" in large and large.endswith("let a difference show.")
+    assert "take 60%" in large and large.endswith("shows no difference, though the share would have let one show.")
+    assert "the quicker at 256 x 256 already with 38 tokens, the fewest measured" in large
+    widths, lengths = made_up(0.6, 0.5)
+    lengths.loc[(lengths["tokens"] == 38) & (lengths["attention"] == "linformer"), "median_ms"] *= 4
+    assert "the quicker at 256 x 256 from about 120 tokens on" in timing.conclusion(widths, lengths)
+
+
+@pytest.mark.parametrize(
+    "over_widths, spread, differ", [((1, 0.32), 0.01, 2), ((1.5, 1.5), 0.1, 4), ((1, 0.8), 0.2, 0), ((1.08, 1), 0, 0)]
+)
+def test_a_null_result_needs_widths_without_a_difference(over_widths, spread, differ):
+    said = timing.conclusion(*made_up(0.1, 0.9, over_widths, spread))
+    assert said.endswith(NULL) == (not differ)
+    assert differ == 0 or f": in {differ} of 4 cases of the width sweep the two differ by 10% or more" in said
+
+
+def test_shares_are_ratios_of_times():
     table = timing.shares(made_up(0.6, 0.5)[1])
     assert table["time_share"].tolist() == pytest.approx([0.6, 0.6])
     assert table["attention_ratio"].tolist() == pytest.approx([0.5, 0.5])
