@@ -40,10 +40,11 @@ _TEMPLATE = """{%- extends 'index.html.j2' -%}
 <div class="jp-RenderedHTMLCommon jp-OutputArea-output">{{ output.data['text/latex'] | markdown2html }}</div>
 {%- endblock -%}
 """
-_FETCHING = (
-    "script[src], link[href], img[src], source[src], video[src], audio[src], iframe[src], embed[src], object[data]"
-)
-_FETCHING_CSS = re.compile(r"""@import\s|url\(\s*["']?(?!data:|#)""")
+_FETCHING = ("src", "data", "poster", "background", "href", "xlink:href")
+"""Attributes that name what a page fetches; in a link, what it leads to."""
+_CANDIDATE = re.compile(r"[\s,]*(\S*[^\s,])(?:,|[^,]*)")  # of a srcset: an address, perhaps a width or density
+_BROUGHT_ALONG = ("data:", "#")
+_FETCHING_CSS = re.compile(r"""@import\s|url\((?!\s*(?:["']?\s*(?:data:|#|\))|""|''))""", re.IGNORECASE)
 
 
 def export_html(notebook_path: str | os.PathLike, html_path: str | os.PathLike | None = None) -> Path:
@@ -51,8 +52,8 @@ def export_html(notebook_path: str | os.PathLike, html_path: str | os.PathLike |
 
     Figures stay interactive; pictures have alt texts, their own (`IPython.display.Image(..., alt=...)`) or the heading they
     stand under.
-    Raises `DataError` for a file that is no notebook, a formula that cannot be turned into MathML, and a page that would
-    fetch something, each named; whatever stood at `html_path` is then untouched.
+    Raises `DataError` for a file that is no notebook, a formula that cannot be turned into MathML, and a page whose HTML or
+    CSS would fetch something, each named; whatever stood at `html_path` is then untouched. Scripts are not inspected.
     """
     import nbformat
 
@@ -178,9 +179,15 @@ def _exporter() -> Any:
 
 
 def _refuse_fetching(page: Any) -> None:
-    addresses = [tag.get("src") or tag.get("href") or tag.get("data") for tag in page.select(_FETCHING)]
-    addresses = [address for address in addresses if not address.startswith("data:")]
-    addresses += [style.string for style in page("style") if _FETCHING_CSS.search(style.string or "")]
+    """Raise `DataError` if the page names something that is not in it; what its scripts would fetch is not looked into."""
+    addresses, styles = [], [style.string or "" for style in page("style")]
+    for tag in page(True):
+        attributes = {} if tag.name in ("a", "area") else tag.attrs
+        addresses += [attributes[name].strip() for name in _FETCHING if attributes.get(name)]
+        addresses += _CANDIDATE.findall(attributes.get("srcset") or "")
+        styles.append(tag.get("style") or "")
+    addresses = [address for address in addresses if address and not address.lower().startswith(_BROUGHT_ALONG)]
+    addresses += [style for style in styles if _FETCHING_CSS.search(style)]
     if addresses:
         raise DataError(f"the page would fetch {addresses[0][:200]!r}, and could not without a network. Embed it.")
 

@@ -120,8 +120,13 @@ def fetched(html):
         (fetched('<script src="https://cdn.example/x.js"></script>'), "would fetch 'https://cdn.example/x.js'"),
         (fetched("<style>@import 'https://x.example/a.css'</style>"), "would fetch"),
         (fetched("<style>a {background: url(https://x.example/a.png)}</style>"), "would fetch"),
+        (fetched("<p style=\"background: URL('https://x.example/a.png')\">"), "would fetch"),
+        (fetched('<img srcset="data:image/png;base64,AA== 1x,https://x.example/a.png 2x">'), "would fetch 'https://x"),
+        (fetched('<video poster="a.png"></video>'), "would fetch 'a.png'"),
+        (fetched('<svg><image href="https://x.example/a.png"/></svg>'), "would fetch 'https://x.example/a.png'"),
+        (fetched('<svg><image xlink:href="a.png"/></svg>'), "would fetch 'a.png'"),
     ],
-    ids=["formula", "picture", "script", "import", "background"],
+    ids=["formula", "picture", "script", "import", "background", "style", "srcset", "poster", "svg", "xlink"],
 )
 def test_what_would_need_a_network_is_refused(cell, said, tmp_path):
     path = written(tmp_path, cell)
@@ -130,6 +135,16 @@ def test_what_would_need_a_network_is_refused(cell, said, tmp_path):
         export_html(path)
     assert (tmp_path / "a.html").read_text() == "before"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.html", "a.ipynb"]
+
+
+def test_what_needs_no_network_is_kept(tmp_path):
+    html = (
+        """<img src=""><img src=" data:image/gif;base64,AA=="><img srcset="data:image/gif;base64,AA== 1x,">"""
+        """<p style="background: url('data:image/gif;base64,AA=='); mask: url( #a ), url()">"""
+        """<style>p {background: url("data:image/gif;base64,AA==")}</style>"""
+        """<a href="https://arxiv.org"></a><svg><use href="#a"/></svg>"""
+    )
+    assert "mask: url( #a )" in export_html(written(tmp_path, fetched(html))).read_text(encoding="utf-8")
 
 
 def test_a_figure_that_brings_plotly_along_keeps_its_picture(tmp_path):
