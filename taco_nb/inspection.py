@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +15,6 @@ from taco_nb.data.images import to_rgb, to_tensor
 from taco_nb.experiment import Experiment
 from taco_nb.model import TACO
 from taco_nb.model.adapter import Extractor, Injector
-
-if TYPE_CHECKING:
-    from taco_nb.text import TextTower
 
 
 class Attention(NamedTuple):
@@ -91,13 +87,6 @@ def bit_map(codec: Codec, image: Any, caption: str) -> Tensor:
     likelihoods = codec.net(x, *codec.conditioning([caption]))["likelihoods"]
     y, z = (-likelihoods[name].log2().sum(dim=1)[0].float().cpu() for name in ("y", "z"))
     return y + z.repeat_interleave(4, 0).repeat_interleave(4, 1) / 16
-
-
-def word_positions(tower: TextTower, caption: str, letters: int = 4) -> dict[str, int]:
-    """The words of at least so many letters, each with the position of its first token, as far as the tower reads."""
-    starts = {span[0]: at for at, span in enumerate(tower.spans(caption)) if span and span[1] > span[0]}
-    words = re.finditer(rf"\w{{{letters},}}", caption)
-    return {word[0]: starts[word.start()] for word in words if word.start() in starts}
 
 
 def energy(weights: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from taco_nb.data import training_pairs
 from taco_nb.errors import CheckpointError, DataError, SettingError
 from taco_nb.export import export_html
 from taco_nb.files import REPOSITORY
-from taco_nb.inspection import attentions, cost_table, text_contribution, word_positions
+from taco_nb.inspection import attentions, cost_table, text_contribution
 from taco_nb.model import TACO, ModelConfig
 from taco_nb.notebook import Parameters
 from taco_nb.text import Conditioning, KeywordWeights, text_tower
@@ -92,14 +92,6 @@ def test_attentions_are_those_that_ran():
     # of an Injector, what all tokens get of one position adds up to one
     total = sum(records[0].over_image(token) for token in range(8))
     torch.testing.assert_close(total, torch.ones(records[0].grid))
-
-
-def test_word_positions_are_where_the_tower_has_them():
-    tower = text_tower("untrained-16", length=9)
-    positions = word_positions(tower, "a tabby cat and an umbrella behind the windowsill")
-    ids, _ = tower.tokenize(["tabby"])
-    assert positions["tabby"] == 2 and tower.tokenize(["a tabby"])[0][0, 2] == ids[0, 1]
-    assert "windowsill" not in positions  # truncated
 
 
 def test_the_cost_of_long_captions():
