@@ -132,7 +132,7 @@ def evaluate(
             if processes.is_main_process:
                 _finish(codec, sets, folder, settings, found, absent)
             processes.wait_for_everyone()
-        return read_evaluation(folder)
+        return read_evaluation(folder).assign(codec=codec.name)  # it may have had another when it was measured
 
 
 def read_evaluation(folder: str | os.PathLike) -> pd.DataFrame:
@@ -265,7 +265,6 @@ def _subject(
     keywords = codec.keywords and hashlib.sha256(codec.keywords.encode()).hexdigest()
     text = [codec.text_encoder, codec.text_tokens, codec.text_length, codec.text_pooling, keywords]
     return {
-        "name of the codec": codec.name,
         "weights": state_digest(codec.net),
         "mode": codec.mode,
         "text encoder": [*text, sha256(tower) if tower.is_file() else None],

@@ -348,15 +348,10 @@ def other_tower(codec, home):
     codec.__dict__.pop("tower", None), codec.__dict__.pop("conditioning", None)
 
 
-def another_name(codec, home):
-    codec.name = "another"
-
-
 CHANGES = {
     "weights": other_weights,
     "data": [other_caption, other_image],
     "text encoder": other_tower,
-    "name of the codec": another_name,
     "mode": lambda codec, home: setattr(codec, "mode", "fast"),
     "caption": {"caption": "last"},
     "batch_size": {"batch_size": 2},
@@ -387,6 +382,17 @@ def test_whatever_has_changed_is_said_and_evaluated(small, tmp_path, capsys, wha
     assert run(**change)[0] == []
     if what in ("weights", "data", "caption", "networks"):
         assert not without_times(after).equals(without_times(before))
+
+
+def test_a_codec_under_another_name_is_the_same(small, tmp_path):
+    """As a notebook names it by its label, and the command line by its run."""
+    codec, run = small
+    codec.name = "one"
+    _, before = run()
+    codec.name = "another"
+    asked, after = run()
+    assert asked == [] and set(before["codec"]) == {"one"} and set(after["codec"]) == {"another"}
+    pd.testing.assert_frame_equal(after.assign(codec="one"), before, check_exact=True)
 
 
 def test_a_table_that_somebody_has_edited_is_not_believed(small, tmp_path):
