@@ -30,6 +30,7 @@ from taco_nb.codec import MODES, Codec, load
 from taco_nb.data import CaptionedImages, Sample, datasets
 from taco_nb.data.captioned import check_count
 from taco_nb.data.images import to_tensor
+from taco_nb.device import check_device
 from taco_nb.errors import MissingWeightsError, SettingError, TacoError
 from taco_nb.experiment import PAPER_SIZES
 from taco_nb.files import atomic_write, sha256
@@ -101,7 +102,8 @@ def evaluate(
     have changed, it says so and starts over.
 
     Raises `DataError` for an image that cannot be read, `SettingError` if `sets` is no list of data sets with names of
-    their own or a setting is out of range, `MissingWeightsError` for caption="best" without LPIPS.
+    their own, a setting is out of range or there are fewer GPUs than processes, `MissingWeightsError` for caption="best"
+    without LPIPS.
     """
     from accelerate import PartialState
 
@@ -113,7 +115,9 @@ def evaluate(
             say_missing(metric)
     settings = {"caption": caption, "batch_size": batch_size, "patch_size": patch_size}
     _check_settings(settings, num_processes, found, absent)
-    if processes.num_processes > 1 and out_dir is None:
+    if processes.num_processes == 1:
+        check_device(codec.device.type, num_processes)
+    elif out_dir is None:
         raise SettingError("Several processes need a folder that they share: give out_dir.")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch if out_dir is None else out_dir)
@@ -535,10 +539,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("which codec?")
     from accelerate import PartialState
 
-    # Shares may take longer than the ten minutes for which processes on GPUs wait for each other by default.
-    process = PartialState(cpu=given.device == "cpu", timeout=timedelta(days=7))
     try:
-        codec = load(given.codec, device=str(process.device), data_dir=given.data_dir, text_encoder=given.text_encoder)
+        check_device(given.device)
+        # Shares may take longer than the ten minutes for which processes on GPUs wait for each other by default.
+        process = PartialState(cpu=given.device == "cpu", timeout=timedelta(days=7))
+        how = {"mode": given.mode, "device": str(process.device), "text_encoder": given.text_encoder}
+        codec = load(given.codec, data_dir=given.data_dir, **how)
         out = given.out or (given.codec if Path(given.codec).is_dir() else None)
         if out is None:
             raise SettingError(f"{given.codec} is no folder to keep the evaluation in: say where, by --out.")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from taco_nb.device import check_device
 from taco_nb.errors import DataError, SettingError
 from taco_nb.experiment import Experiment, baseline, choose_profile
 
@@ -137,10 +138,7 @@ def check_parameters(namespace: dict[str, Any], *own: str) -> Parameters:
     from taco_nb.evaluation import check_caption
 
     check_caption(parameters.caption)
-    if parameters.device not in ("auto", "cpu", "cuda"):
-        raise SettingError(f'device must be "auto", "cpu" or "cuda", but is {parameters.device!r}.')
-    if parameters.device == "cuda" and not _has_cuda():
-        raise SettingError('device is "cuda", but PyTorch sees no CUDA device here. Use "auto" or "cpu".')
+    check_device(parameters.device, parameters.num_processes)
     if parameters.runs.exists() and not parameters.runs.is_dir():
         raise SettingError(
             f"out_dir must be a folder, or the name of one to make, but {parameters.out_dir!r} is a file."

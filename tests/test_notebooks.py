@@ -192,7 +192,7 @@ def test_a_notebook_has_parameters_of_its_own():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the CUDA device that is asked for")
 def test_cuda_without_a_device():
-    with pytest.raises(SettingError, match="device is .cuda., but"):
+    with pytest.raises(SettingError, match="device=.cuda., but"):
         check_parameters({"profile": "sample", "device": "cuda"})
 
 

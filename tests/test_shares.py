@@ -8,6 +8,7 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 from conftest import make_net, make_networks
 from test_unfinished import SETTINGS, kept, two_sets, without_times
 
@@ -75,6 +76,19 @@ def test_the_command_line_on_two_processes_of_accelerate_and_on_one(paper_data, 
     pd.testing.assert_frame_equal(without_times(two), without_times(one), check_exact=True)
     assert list(one["dataset"]) == ["kodak"] * 3 + ["coco"] * 3 and set(one["width"][3:]) == {256}
     assert one["encode_s"][3] == one["encode_s"][4] != one["encode_s"][5], "one batch of two, one of one"
+
+
+def test_the_command_lines_mode_is_that_of_the_transforms(tmp_path):
+    experiment = baseline("sample", text_encoder="untrained-16", text_tokens=8)
+    save_weights(tmp_path / "weights.safetensors", make_net(), {"experiment": experiment.__dict__})
+    main([str(tmp_path), "--sets", "sample", "--limit", "1", "--device", "cpu", "--mode", "fast"])
+    assert kept(tmp_path)["mode"] == kept(tmp_path)["subject"]["mode"] == "fast"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the CUDA device that is asked for")
+def test_cuda_where_there_is_none(tmp_path):
+    with pytest.raises(SystemExit, match='SettingError: device="cuda", but PyTorch sees no CUDA device here'):
+        main([str(tmp_path), "--device", "cuda"])
 
 
 def test_the_command_line_says_what_is_wrong_in_one_line(paper_data, capsys):

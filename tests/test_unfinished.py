@@ -251,6 +251,14 @@ def test_bad_settings(small, bad, words):
         small[1](**bad)
 
 
+def test_processes_without_a_gpu_each(small, monkeypatch):
+    codec, run = small
+    monkeypatch.setattr(type(codec), "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SettingError, match="num_processes=3 needs a GPU for each, but here are 2"):
+        run(num_processes=3)
+
+
 # --- Killed, and gone on with -----------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from taco_nb import errors
+from taco_nb.device import check_device
 from taco_nb.experiment import Experiment
 from taco_nb.files import REPOSITORY
 from taco_nb.training.signals import on_warning
@@ -38,14 +39,11 @@ def launch(
     Ctrl-C, SIGTERM and SIGUSR1 here let them save and stop between two steps. `options` are those of the command line.
     Raises `SettingError` where there are fewer GPUs than processes, `TrainingError` where one of them dies.
     """
-    import torch
     from tqdm.auto import tqdm
 
     from taco_nb.training.loop import read_run
 
-    gpus = torch.cuda.device_count() if device != "cpu" else 0
-    if 0 < gpus < num_processes or (device == "cuda" and not gpus):
-        raise errors.SettingError(f"num_processes={num_processes} needs a GPU for each, but here are {gpus}.")
+    check_device(device, num_processes)
     options |= {"device": device, "max_hours": max_hours, "out": folder}
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         file.write(exp.to_json())

@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Sampler
 from taco_nb import checkpoint
 from taco_nb.codec import Codec, load
 from taco_nb.data import TrainPairs, training_pairs
+from taco_nb.device import check_device
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, sha256
@@ -579,10 +580,7 @@ def _accelerator(device: str, precision: str) -> Any:
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
-    if device not in ("auto", "cpu", "cuda"):
-        raise SettingError(f'device must be "auto", "cpu" or "cuda", but is {device!r}.')
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SettingError('device="cuda", but PyTorch sees no CUDA device here. Use device="auto" or "cpu".')
+    check_device(device)
     AcceleratorState._reset_state(reset_partial_state=True)  # one process may train several experiments
     return Accelerator(
         cpu=device == "cpu" or not torch.cuda.is_available(),
