@@ -416,6 +416,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "aux_optimizer": self.aux_optimizer.state_dict(),
             "step": self.step,
+            "total_steps": self.total,
             "data": self.data,
             "rows": self.rows,
             "sums": dict(self.sums),
@@ -440,9 +441,8 @@ class Trainer:
             self.aux_optimizer.load_state_dict(state["aux_optimizer"])
             self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
             self.sums, data = Counter(state["sums"]), state["data"]
-        except Exception as error:  # torch and pickle each have errors of their own for a damaged file
-            reason = str(error).split("\n")[0]
-            raise CheckpointError(f"{path} cannot be read ({reason}). Delete it to start this run again.") from error
+        except Exception as error:
+            raise _damaged(path, error) from error
         if data != self.data:
             raise SettingError(
                 f"The run in {self.folder} was begun on other training data or other initial weights: the images or captions "
@@ -614,3 +614,24 @@ def read_run(folder: str | os.PathLike) -> Run:
     _, about = checkpoint.read_weights(Path(folder) / checkpoint.WEIGHTS)
     exp = Experiment.from_json(Path(folder, EXPERIMENT).read_text(encoding="utf-8"))
     return Run(Path(folder), exp, about.get("steps", 0), about.get("total_steps", 1))
+
+
+def saved_steps(folder: str | os.PathLike) -> tuple[int, int] | None:
+    """The steps taken when the run in a folder was last saved, however it ended, and all; None if it never was.
+
+    Raises `CheckpointError` for a damaged state.
+    """
+    path = Path(folder, _STATE)
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # of which no weight is read
+    except Exception as error:
+        raise _damaged(path, error) from error
+    return state["step"], state["total_steps"]
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    """Torch and pickle each have errors of their own for a damaged state."""
+    reason = str(error).split("\n")[0]
+    return CheckpointError(f"{path} cannot be read ({reason}). Delete it to start this run again.")
