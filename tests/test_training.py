@@ -22,7 +22,7 @@ from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.experiment import Experiment
 from taco_nb.files import REPOSITORY
 from taco_nb.model import TACO, ModelConfig
-from taco_nb.training import activation_memory, fit, step_times
+from taco_nb.training import activation_memory, fit, lock, loop, step_times
 from taco_nb.training.loop import Batches, Trainer, learning_rate_factor
 from taco_nb.training.loss import TacoLoss
 
@@ -454,6 +454,18 @@ def test_a_finished_run_is_returned_at_once_and_untouched(tmp_path):
     assert len(before) == 6 and run.finished and run.total_steps == 1
     assert fit(tiny(one, epochs=1), run.dir) == run
     assert {path: path.stat().st_mtime_ns for path in run.dir.iterdir()} == before
+
+
+def test_a_run_that_somebody_else_finished_meanwhile_is_told_of(whole, tmp_path, monkeypatch):
+    folder, told = tmp_path / "run", []
+
+    def alone_in(where):
+        shutil.copytree(whole.dir, where, dirs_exist_ok=True)
+        return lock.alone_in(where)
+
+    monkeypatch.setattr(loop, "alone_in", alone_in)
+    run = fit(whole.experiment, folder, device="cpu", on_log=lambda run, rows, _: told.append((run, len(rows))))
+    assert run.finished and told == [(run, len(whole.log))]
 
 
 # --- Where a run starts -----------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -150,6 +151,49 @@ def test_handlers_are_put_back_and_a_second_signal_is_delivered():
         signal.signal(signal.SIGUSR1, mine)
 
 
+def test_a_warning_that_came_in_a_block_around_counts():
+    mine, acted = signal.signal(signal.SIGTERM, signal.SIG_IGN), []
+    try:
+        with on_warning(lambda _: None):
+            os.kill(os.getpid(), signal.SIGTERM)
+            with on_warning(acted.append):
+                assert acted == [signal.SIGTERM]
+        with on_warning(acted.append):
+            assert acted == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, mine)
+
+
+def test_a_signal_before_the_first_step_stops_after_it(pictures, tmp_path, monkeypatch):
+    def digest(*arguments):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return training_digest(*arguments)
+
+    came, training_digest = [], loop.training_digest
+    mine = signal.signal(signal.SIGUSR1, lambda number, _: came.append(number))
+    monkeypatch.setattr(loop, "training_digest", digest)
+    try:
+        assert fit(experiment(pictures), tmp_path / "run", device="cpu").steps == 1 and not came
+    finally:
+        signal.signal(signal.SIGUSR1, mine)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_signal_while_pytorch_loads_stops_after_the_first_step(pictures, tmp_path):
+    (tmp_path / "exp.json").write_text(experiment(pictures, epochs=500).to_json())
+    command = [sys.executable, "-m", "taco_nb.training", "--experiment", "exp.json", "--out", "run", "--device", "cpu"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    maps = Path("/proc", str(process.pid), "maps")
+    while "libtorch" not in maps.read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    said, complaint = process.communicate(timeout=60)
+    assert process.returncode == 0, complaint
+    assert "Stopped by SIGUSR1 after step 1 of 1500" in said
+
+
 def test_in_another_thread_signals_are_left_alone(pictures, tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
@@ -216,6 +260,22 @@ def test_the_command_line_trains_goes_on_and_says_where_it_stands(pictures, tmp_
     assert "Finished: 3 steps" in capsys.readouterr().out
     assert main([*out, "--status"]) == 0
     assert capsys.readouterr().out.endswith("3 of 3 steps, finished.\n")
+
+
+def test_status_is_what_was_saved_last_however_the_run_ended(pictures, tmp_path, monkeypatch, capsys):
+    """The weights are written by a clean stop only; a run that was killed is beyond them, and not finished without."""
+    folder, exp = tmp_path / "run", experiment(pictures, epochs=1)
+    fit(exp, folder, device="cpu", max_hours=0)
+    monkeypatch.setattr(loop.Trainer, "_export", lambda self: None)  # as if it had been killed before
+    for hours, steps in ((0, 2), (None, 3)):
+        fit(exp, folder, device="cpu", max_hours=hours)
+        capsys.readouterr()
+        assert main(["--out", str(folder), "--status"]) == 3
+        assert capsys.readouterr().out == f"{folder}: {steps} of 3 steps.\n"
+    (folder / "weights.safetensors").unlink()
+    (folder / "state.pt").unlink()
+    assert main(["--out", str(folder), "--status"]) == 3
+    assert capsys.readouterr().out == f"{folder}: begun, and nothing is saved yet.\n"
 
 
 @pytest.mark.parametrize(

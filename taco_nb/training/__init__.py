@@ -1,6 +1,16 @@
-"""Training: `fit` turns an `Experiment` into a `Run`; on the command line, `python -m taco_nb.training`."""
+"""Training: `fit` turns an `Experiment` into a `Run`; on the command line, `python -m taco_nb.training`.
 
-from taco_nb.training.loop import Run, fit
-from taco_nb.training.profiling import activation_memory, step_times
+The names below are imported when they are first used, so that the command line can listen for signals before PyTorch loads.
+"""
 
-__all__ = ["Run", "activation_memory", "fit", "step_times"]
+from importlib import import_module
+from typing import Any
+
+_HOMES = {"Run": "loop", "activation_memory": "profiling", "fit": "loop", "step_times": "profiling"}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'taco_nb.training' has no attribute {name!r}")
+    return getattr(import_module(f"taco_nb.training.{_HOMES[name]}"), name)

@@ -6,13 +6,12 @@ import argparse
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-import torch
-
-from taco_nb.errors import SettingError, TacoError
+from taco_nb.errors import CheckpointError, SettingError, TacoError
 from taco_nb.experiment import Experiment, baseline
-from taco_nb.training.loop import EXPERIMENT, fit, read_run
+from taco_nb.training.signals import on_warning
 
 UNFINISHED = 3
 """What `--status` exits with while there is something left to do."""
@@ -57,6 +56,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
+    with on_warning(lambda _: None):  # what comes while PyTorch loads, `fit` acts on
+        return _main(args)
+
+
+def _main(args: argparse.Namespace) -> int:
+    import torch
+
+    from taco_nb.training.loop import fit
+
     try:
         if args.status:
             return _status(args.out)
@@ -76,6 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _experiment(args: argparse.Namespace) -> Experiment:
     """What the arguments ask for. Raises `SettingError`."""
+    from taco_nb.training.loop import EXPERIMENT
+
     source = args.experiment or args.out / EXPERIMENT
     if args.profile:
         exp = baseline(args.profile, data_dir=args.data_dir)
@@ -96,15 +106,17 @@ def _experiment(args: argparse.Namespace) -> Experiment:
 
 
 def _status(folder: Path) -> int:
+    from taco_nb.training.loop import EXPERIMENT, read_run, saved_steps
+
     if not (folder / EXPERIMENT).is_file():
         raise SettingError(f"There is no run in {folder}.")
-    try:
-        run = read_run(folder)
-    except TacoError:  # begun, and never stopped cleanly
-        print(f"{folder}: unfinished.")
-        return UNFINISHED
-    print(f"{folder}: {run.steps} of {run.total_steps} steps" + (", finished." if run.finished else "."))
-    return 0 if run.finished else UNFINISHED
+    with suppress(CheckpointError):  # its weights come last
+        if (run := read_run(folder)).finished:
+            print(f"{folder}: {run.steps} of {run.total_steps} steps, finished.")
+            return 0
+    saved = saved_steps(folder)
+    print(f"{folder}: {saved[0]} of {saved[1]} steps." if saved else f"{folder}: begun, and nothing is saved yet.")
+    return UNFINISHED
 
 
 if __name__ == "__main__":

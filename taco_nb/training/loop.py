@@ -132,16 +132,17 @@ def fit(
             exp, folder, num_processes, data_dir=data_dir, device=device, max_hours=max_hours, save_minutes=save_minutes,
             num_workers=num_workers, accumulation=accumulation,
         )  # fmt: skip
-    if run:
-        if on_log:
-            on_log(run, run.log.to_dict("records"), lambda: run.codec)
-        return run
-    with torch.random.fork_rng():  # the caller's random numbers are the caller's
-        trainer = Trainer(exp, folder, data_dir, device, num_workers, accumulation)
-        with trainer.alone():
-            if run := _finished(folder, exp):  # by somebody else, in the meantime
-                return run
-            return trainer.run(started, max_hours, save_minutes, on_log)
+    if not run:
+        signals: list[int] = []
+        with on_warning(signals.append), torch.random.fork_rng():  # the caller's random numbers are the caller's
+            trainer = Trainer(exp, folder, data_dir, device, num_workers, accumulation)
+            with trainer.alone():
+                run = _finished(folder, exp)  # by somebody else, in the meantime
+                if not run:
+                    return trainer.run(started, max_hours, save_minutes, signals, on_log)
+    if on_log:
+        on_log(run, run.log.to_dict("records"), lambda: run.codec)
+    return run
 
 
 class Trainer:
@@ -219,7 +220,14 @@ class Trainer:
                 raise SettingError(refusal[0])
             yield
 
-    def run(self, started: float, max_hours: float | None, save_minutes: float, on_log: OnLog | None = None) -> Run:
+    def run(
+        self,
+        started: float,
+        max_hours: float | None,
+        save_minutes: float,
+        signals: Sequence[int],
+        on_log: OnLog | None = None,
+    ) -> Run:
         from tqdm.auto import tqdm
 
         if self.is_main:
@@ -227,9 +235,8 @@ class Trainer:
                 file.write(self.exp.to_json())
         self._restore()
         saved = clock = time.monotonic()
-        stopped, signals = None, []
+        stopped = None
         with contextlib.ExitStack() as stack:
-            stack.enter_context(on_warning(signals.append))
             bar = stack.enter_context(
                 tqdm(total=self.total, initial=self.step, desc=f"training {self.folder.name}", unit="step",
                      disable=not self.is_main)
@@ -280,7 +287,7 @@ class Trainer:
         codec.conditioning = self.conditioning  # with the tower and the keyword weights that are loaded already
         return codec
 
-    def _stop(self, signals: list[int], late: bool) -> str | None:
+    def _stop(self, signals: Sequence[int], late: bool) -> str | None:
         """Why to stop here, if so: what any of the processes was told, so that all of them end with the same step."""
         reason = torch.tensor(signals[0] if signals else int(late))  # no signal of `on_warning` has the number 1
         if self.processes > 1:

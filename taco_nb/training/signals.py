@@ -14,6 +14,8 @@ WARNINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(
 def on_warning(act: Callable[[int], None]) -> Iterator[None]:
     """Call `act(signal's number)` at the first warning within the block; at its end deliver those that came after it.
 
+    One that came in a block around this, before it began, counts as come at its beginning.
+
     A batch system may signal a launcher and its processes both, and the launcher then its processes once more: the second
     must not kill what the first has asked to save. Python lets only its main thread handle signals; in another one the
     block changes nothing.
@@ -28,7 +30,10 @@ def on_warning(act: Callable[[int], None]) -> Iterator[None]:
         if len(came) == 1:
             act(number)
 
+    handle.came = came
     before = {number: signal.signal(number, handle) for number in WARNINGS}
+    for number in getattr(before[signal.SIGTERM], "came", [])[:1]:
+        act(number)
     try:
         yield
     finally:
