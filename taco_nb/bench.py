@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from taco_nb.data.images import to_image, to_rgb, to_tensor
 from taco_nb.files import atomic_write, bundled
 from taco_nb.model import TACO, rans
 from taco_nb.provenance import provenance
-from taco_nb.timing import compare, training_step
+from taco_nb.timing import compare, resident, training_step
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,7 +161,10 @@ def parts(codec: Codec, device: str, repeats: int) -> pd.DataFrame:
 
 
 def peak_memory(codec: str, width: int, height: int) -> float:
-    """MiB that a process of its own takes at most, PyTorch and weights included, to encode and decode one image."""
+    """MiB that a process of its own takes at most, PyTorch and weights included, to encode and decode one image.
+
+    NaN where the system does not tell it.
+    """
     command = [sys.executable, "-W", "ignore", "-m", "taco_nb.bench", "--peak", codec, str(width), str(height)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
@@ -174,8 +177,10 @@ def _print_peak(name: str, width: int, height: int) -> None:
     else:
         codec = paper_codecs("cpu")[name]
         codec.decode(codec.encode(image, CAPTION))
-    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    try:
+        print(resident("VmHWM") / 1024)
+    except OSError:
+        print(math.nan)
 
 
 def memory(sizes: list[tuple[int, int]]) -> pd.DataFrame:

@@ -100,13 +100,16 @@ def _peak(run: Callable[[], Any], device: str) -> float:
     except (AttributeError, OSError, TypeError):
         run()
         return math.nan
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     run()
-    return max(0.0, (_resident("VmHWM") - before) / 1024)
+    return max(0.0, (resident("VmHWM") - before) / 1024)
 
 
-def _resident(field: str) -> int:
-    """kB of memory, from the process's own status."""
+def resident(field: str) -> int:
+    """kB of memory that this process has ("VmRSS") or had at most ("VmHWM"), on Linux. Raises `OSError` elsewhere.
+
+    Not `getrusage`'s peak: that of a new process counts what its parent held when it was started.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1])
 
