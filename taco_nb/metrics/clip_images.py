@@ -14,15 +14,17 @@ def embed_images(clip: nn.Module, pictures: Tensor) -> Tensor:
     CLIP's own mean and standard deviation are taken out first. On CUDA the network runs in float16, as OpenAI's does:
     what that rounds off is noise of about 1e-3 in each vector, far below what one coded picture moves it.
     """
+    with torch.autocast(pictures.device.type, torch.float16, enabled=pictures.is_cuda):
+        embedding = clip.encode_image(standardized(pictures.float() / 255))
+    return normalize(embedding.float(), dim=-1)
+
+
+def standardized(x: Tensor) -> Tensor:
+    """Pictures (B,3,H,W) in [0,1] less the mean of those that OpenAI trained CLIP on, over their standard deviation."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-    mean, std = (
-        torch.tensor(values, device=pictures.device)[:, None, None]
-        for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
-    )
-    with torch.autocast(pictures.device.type, torch.float16, enabled=pictures.is_cuda):
-        embedding = clip.encode_image((pictures.float() / 255 - mean) / std)
-    return normalize(embedding.float(), dim=-1)
+    mean, std = (x.new_tensor(values)[:, None, None] for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    return (x - mean) / std
 
 
 def image_side(clip: nn.Module) -> int:

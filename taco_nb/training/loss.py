@@ -16,12 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taco_nb.errors import SettingError
+from taco_nb.metrics.clip_images import standardized
 
 LOGIT_SCALE = math.exp(2.6592)  # at which CLIP's training starts, and where TACO leaves it
 IMAGE_WEIGHT = 40.0
 CLIP_SIDE = 224
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class TacoLoss:
@@ -130,6 +129,4 @@ def clip_input(x: Tensor) -> Tensor:
     size = [CLIP_SIDE * side // min(x.shape[2:]) for side in x.shape[2:]]
     x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
     top, left = (round((side - CLIP_SIDE) / 2) for side in size)
-    x = x[:, :, top : top + CLIP_SIDE, left : left + CLIP_SIDE]
-    mean, std = (x.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    return (x - mean) / std
+    return standardized(x[:, :, top : top + CLIP_SIDE, left : left + CLIP_SIDE])
