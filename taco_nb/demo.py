@@ -30,6 +30,7 @@ from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.metrics.rate import bd_rate, rate_at
 from taco_nb.peers import available_peers
 from taco_nb.provenance import provenance
+from taco_nb.report import SWITCHES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +39,6 @@ LARGEST = 8_000_000
 """Bytes that one bundled codec may have."""
 PEER_QUALITIES = (1, *QUALITIES)
 """Of the other codecs' own scales: the lowest too, for the PSNR of a demo codec is low."""
-ABLATIONS = ("attention", "captions", "text_pooling")
 NOT_TO_BE_CLAIMED = (
     "anything about text in image compression, TACO or the report: the text tower knows no meanings, the training set is "
     "tiny and the training short"
@@ -81,14 +81,15 @@ def standing(codecs: Sequence[Codec], sets: Sequence[CaptionedImages]) -> tuple[
 
     The first table has a row per codec and data set: bpp, psnr and ms_ssim, means over images, and per peer "JPEG, %" and
     so on, the codec's rate less the peer's in percent of it, at the codec's mean PSNR (NaN where the peer's curve does
-    not reach it). The second has a row per data set and peer: the BD-rate (PSNR) of the curve through all the codecs, NaN
-    for fewer than two of them.
+    not reach it). The second has a row per data set and peer: the BD-rate (PSNR) of the curve through those codecs that are
+    baselines, NaN for fewer than two of them.
     """
     import pandas as pd
 
     ours = means(pd.concat([evaluate(codec, sets) for codec in codecs], ignore_index=True))
     theirs = means(evaluate_peers(sets, PEER_QUALITIES))
     curves = {key: curve.sort_values("bpp") for key, curve in theirs.groupby(["dataset", "codec"])}
+    baselines = [codec.name for codec in codecs if not _changes(codec)]
     rows, gaps = [], []
     for dataset, group in ours.groupby("dataset", sort=False):
         for row in group.to_dict("records"):
@@ -97,10 +98,11 @@ def standing(codecs: Sequence[Codec], sets: Sequence[CaptionedImages]) -> tuple[
                 for peer in available_peers()
             }
             rows.append({key: row[key] for key in ("codec", "dataset", "images", "bpp", "psnr", "ms_ssim")} | at)
+        points = group[group["codec"].isin(baselines)]
         for peer in available_peers():
             curve = curves[dataset, peer]
-            several = len(group) > 1
-            gap = bd_rate(curve["bpp"], curve["psnr"], group["bpp"], group["psnr"]) if several else float("nan")
+            several = len(points) > 1
+            gap = bd_rate(curve["bpp"], curve["psnr"], points["bpp"], points["psnr"]) if several else float("nan")
             gaps.append({"dataset": dataset, "peer": peer, "BD-rate (PSNR), %": gap})
     return pd.DataFrame(rows), pd.DataFrame(gaps)
 
@@ -123,8 +125,9 @@ def _card_of(init: str, data_dir: str | os.PathLike | None) -> dict[str, Any]:
 
 def _changes(codec: Codec) -> dict[str, str]:
     """The ablations that a codec was trained with: {} for the baseline."""
-    exp = codec.about["experiment"]
-    return {name: exp[name] for name in ABLATIONS if exp[name] != getattr(Experiment(), name)}
+    plain = Experiment()
+    differences = plain.diff(plain.replace(**codec.about.get("experiment", {})))
+    return {name: now for name, (_, now) in differences.items() if name in SWITCHES}
 
 
 def _card(
@@ -182,9 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(json.dumps(bundle(given.run, given.name, given.data, shelf, data_dir=given.data_dir), indent=1))
             return 0
         codecs = [load(path.stem, data_dir=given.data_dir) for path in sorted(shelf.glob("*.safetensors"))]
-        kodak = datasets("kodak", data_dir=given.data_dir)
-        print(standing(codecs, kodak)[0].round(4).to_string(index=False))
-        print(standing([codec for codec in codecs if not _changes(codec)], kodak)[1].round(1).to_string(index=False))
+        table, gaps = standing(codecs, datasets("kodak", data_dir=given.data_dir))
+        print(table.round(4).to_string(index=False))
+        print(gaps.round(1).to_string(index=False))
     except TacoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

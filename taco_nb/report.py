@@ -40,13 +40,14 @@ MEASURES = (
 BD_POINTS = 4
 """Fewer points than Bjøntegaard's four do not fix a curve well enough to integrate a difference of a few per cent."""
 
-_SWITCHES = {
+SWITCHES = {
     "captions": "context",
     "attention": "linformer",
     "text_pooling": None,
-}  # None: any but "none", by its own name
+}
+"""The settings that name an ablation, each with its value there. None: any but "none", by its own name."""
 _VARIATIONS = ("linformer_k", "linformer_sharing", "text_tokens", "text_length", "keyword_weight", "keyword_sources")
-ABLATION_FIELDS = (*_SWITCHES, *_VARIATIONS)
+ABLATION_FIELDS = (*SWITCHES, *_VARIATIONS)
 """The settings of an `Experiment` in which an ablation may differ from its baseline."""
 _PROTOCOL = (
     "sizes", "init", "text_encoder", "train_data", "crop", "k_P", "k_J", "batch_size", "learning_rate", "aux_learning_rate",
@@ -315,7 +316,7 @@ def _experiment(folder: Path, about: Mapping[str, Any]) -> Experiment | None:
 def ablation_of(exp: Experiment) -> str:
     """What an experiment changes in the model or its text: "baseline", or the names of the changes joined by " + "."""
     plain, names = Experiment(), []
-    for field, name in _SWITCHES.items():
+    for field, name in SWITCHES.items():
         value = getattr(exp, field)
         if value != getattr(plain, field):
             names.append(name or value)
@@ -331,7 +332,7 @@ def _label(exp: Experiment | None, about: Mapping[str, Any], epochs: float) -> s
     if _is_bundled(about["codec"], about["fingerprint"]):
         return ", ".join([ablation_of(exp), "bundled demo codec", *measured])
     plain = baseline(exp.profile)
-    changed = {name: now for name, (_, now) in plain.diff(exp).items() if name not in ("lmbda", "epochs", *_SWITCHES)}
+    changed = {name: now for name, (_, now) in plain.diff(exp).items() if name not in ("lmbda", "epochs", *SWITCHES)}
     changed |= {name: now for name, now in changed.pop("sizes", {}).items() if now != plain.sizes.get(name)}
     varied = [f"{name}={'none' if now == '' else now}" for name, now in changed.items()]
     profile = [] if exp.profile == "paper" else [exp.profile]
