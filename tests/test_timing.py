@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
 
 import nbformat
@@ -46,12 +47,14 @@ def test_runs_take_turns_and_their_ratio_is_measured():
 
 @LINUX
 def test_peak_memory_is_what_a_run_takes_at_once():
+    def peak(run):
+        """Of five, since the system now and then takes pages from a process, or gives it some, beside what it runs."""
+        return statistics.median(timing._peak(run, "cpu") for _ in range(5))
+
     held = torch.ones(32 << 20, dtype=torch.uint8)
-    one_after_the_other = timing._peak(lambda: [torch.ones(64 << 20, dtype=torch.uint8).any() for _ in range(3)], "cpu")
-    at_once = timing._peak(
-        lambda: sum(len(t) for t in [torch.ones(64 << 20, dtype=torch.uint8) for _ in range(3)]), "cpu"
-    )
-    assert held.any() and 50 < one_after_the_other < 100 and 150 < at_once < 220  # others may free a little meanwhile
+    one_after_the_other = peak(lambda: [torch.ones(64 << 20, dtype=torch.uint8).any() for _ in range(3)])
+    at_once = peak(lambda: sum(len(t) for t in [torch.ones(64 << 20, dtype=torch.uint8) for _ in range(3)]))
+    assert held.any() and 60 < one_after_the_other < 100 and 180 < at_once < 220
 
 
 @LINUX
