@@ -51,7 +51,7 @@ ABLATION_FIELDS = (*SWITCHES, *_VARIATIONS)
 """The settings of an `Experiment` in which an ablation may differ from its baseline."""
 _PROTOCOL = (
     "sizes", "init", "text_encoder", "train_data", "crop", "k_P", "k_J", "batch_size", "learning_rate", "aux_learning_rate",
-    "schedule", "gradient_clip", "text_length", "keyword_weight", "keyword_sources",
+    "optimizer", "schedule", "gradient_clip", "text_length", "keyword_weight", "keyword_sources",
 )  # fmt: skip
 _SAID = {
     "codec", "fingerprint", "weights", "data", "finished", "seconds", "hardware", "packages", "python", "commit",

@@ -259,8 +259,8 @@ def test_ablations_have_names():
     "change",
     [
         {"learning_rate": 1e-3}, {"batch_size": 4}, {"k_P": 1.0}, {"init": "demo"}, {"precision": "bfloat16"},
-        {"schedule": "cosine"}, {"seed": 3}, {"epochs": 10}, {"text_tokens": 77}, {"attention": "linformer"},
-        {"sizes": PAPER.sizes | {"N": 128}},
+        {"optimizer": "muon"}, {"schedule": "cosine"}, {"seed": 3}, {"epochs": 10}, {"text_tokens": 77},
+        {"attention": "linformer"}, {"sizes": PAPER.sizes | {"N": 128}},
     ],
     ids=str,
 )  # fmt: skip

@@ -188,6 +188,33 @@ def test_quantiles_are_moved_by_the_second_optimizer_only(pictures, stopped, tmp
             assert torch.equal(value, fast[name]), name
 
 
+def test_muon_moves_kernels_by_orthogonal_matrices_and_all_else_by_adam(pictures):
+    """To be seen in a first step: Adam's is as long for every weight, Muon's as long in every direction of a matrix."""
+    exp = tiny(pictures, optimizer="muon")
+    net = TACO(ModelConfig(**SIZES))
+    optimizer, aux = loop.make_optimizers(exp, net)
+    names = {id(p): name for name, p in net.named_parameters()}
+    moved = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    assert sorted([*moved, "entropy_bottleneck.quantiles"]) == sorted(names.values())
+    assert [names[id(p)] for p in aux.param_groups[0]["params"]] == ["entropy_bottleneck.quantiles"]
+
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()
+    kernels = 0
+    for name, p in net.named_parameters():
+        step = (p.detach() - before[name]) / exp.learning_rate
+        if name.startswith("entropy_bottleneck.") or p.ndim == 1:
+            assert step.abs().max() - step.abs().min() < 0.01, name
+        else:
+            stretch = torch.linalg.svdvals(step.flatten(1)) / (0.2 * max(step.flatten(1).shape) ** 0.5)
+            assert stretch.quantile(0.2) > 0.5 and stretch.max() < 1.5, name  # a few directions hardly have a gradient
+            kernels += 1
+    assert kernels > 80
+
+
 def test_the_loss_has_no_slope_in_the_quantiles():
     net = TACO(ModelConfig(**SIZES)).train()
     x, text = torch.rand(2, 3, 64, 64), torch.randn(2, 38, 64)
@@ -419,9 +446,9 @@ def test_workers_give_the_same_bits(pictures, tmp_path):
     "ablation",
     [
         {"attention": "linformer", "linformer_k": 4, "text_pooling": "keywords", "keyword_sources": "tfidf+rules"},
-        {"attention": "linformer", "linformer_sharing": "layerwise", "text_length": "windows"},
+        {"attention": "linformer", "linformer_sharing": "layerwise", "text_length": "windows", "optimizer": "muon"},
     ],
-    ids=["keywords", "windows"],
+    ids=["keywords", "windows and muon"],
 )
 def test_ablations_combine_and_resume_to_the_same_bits(pictures, tmp_path, ablation):
     exp = tiny(pictures, epochs=1, **ablation)

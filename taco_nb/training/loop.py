@@ -183,15 +183,9 @@ class Trainer:
         )
 
         net = initial_net(exp, data_dir, say=self.is_main).to(self.device, memory_format=torch.channels_last).train()
-        quantiles = [p for name, p in net.named_parameters() if name.endswith(".quantiles")]
-        others = [p for name, p in net.named_parameters() if not name.endswith(".quantiles")]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch is about to rename broadcast_buffers
-            self.net, self.optimizer, self.aux_optimizer = self.accelerator.prepare(
-                net,
-                torch.optim.Adam(others, exp.learning_rate, fused=True),
-                torch.optim.Adam(quantiles, exp.aux_learning_rate, fused=True),
-            )
+            self.net, self.optimizer, self.aux_optimizer = self.accelerator.prepare(net, *make_optimizers(exp, net))
         self.bare_net = net
         self.keywords = fit_keywords(exp, self.pairs, data_dir)
         self.data = training_digest(exp, self.pairs, data_dir)
@@ -517,6 +511,25 @@ class Batches(Sampler):
 def shares(size: int, parts: int) -> list[range]:
     """The positions 0 to `size` cut into so many parts, in order, as equal as can be; some are empty if parts > size."""
     return [range(size * i // parts, size * (i + 1) // parts) for i in range(parts)]
+
+
+def make_optimizers(exp: Experiment, net: TACO) -> tuple[torch.optim.Optimizer, torch.optim.Adam]:
+    """The optimizer that `exp` names of all weights but z's quantiles, and the one of those.
+
+    "muon" (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) moves each kernel, flattened to a matrix of rows
+    per channel, by the orthogonal matrix nearest to its gradient's running mean. Steps are as long as Adam's in the root
+    mean square (Liu et al. 2025, arXiv:2502.16982), so a learning rate of Adam's suits it. Biases, and the model of z, which
+    is one small network for each channel and no matrix, are moved by Adam with Nesterov's momentum.
+    """
+    weights = dict(net.named_parameters())
+    aux = torch.optim.Adam([weights.pop("entropy_bottleneck.quantiles")], exp.aux_learning_rate, fused=True)
+    if exp.optimizer == "adam":
+        return torch.optim.Adam(weights.values(), exp.learning_rate, fused=True), aux
+    from timm.optim import Muon
+
+    of_z = [weights.pop(name) for name in list(weights) if name.startswith("entropy_bottleneck.")]
+    groups = [{"params": list(weights.values())}, {"params": of_z, "use_fallback": True}]
+    return Muon(groups, exp.learning_rate, nesterov=True, adjust_lr_fn="match_rms_adamw"), aux
 
 
 def learning_rate_factor(schedule: str, step: int, total: int) -> float:
