@@ -116,6 +116,18 @@ def load_fitting(net: TACO, path: str | os.PathLike) -> tuple[list[str], list[st
     return sorted(own.keys() - fitting), sorted(state.keys() - fitting - tables)
 
 
+def card_of(codec: Path) -> dict[str, Any]:
+    """The card beside a bundled codec: its SHA-256, how it was trained, its results. Raises `CheckpointError`."""
+    card = codec.with_suffix(".json")
+    try:
+        content = json.loads(card.read_text(encoding="utf-8"))
+        if not isinstance(content["sha256"], str) or not isinstance(content["experiment"], dict):
+            raise ValueError("its entries are of another kind")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"The card {card} of {codec.name} cannot be read: {error!r}. Get both again.") from None
+    return content
+
+
 def find(source: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> Path:
     """The checkpoint file that `source` means: a bundled codec's name, a run's folder, or a file.
 
@@ -132,14 +144,7 @@ def find(source: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
         return path / WEIGHTS
     codec = bundled(f"checkpoints/{source}.safetensors", data_dir)
     if codec.is_file() and codec.name == f"{source}.safetensors":  # a name, and no path that leads there
-        card = codec.with_suffix(".json")
-        try:
-            expected = json.loads(card.read_text(encoding="utf-8"))["sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"The card {card} of {codec.name} cannot be read: {error!r}. Get both again."
-            ) from None
-        if sha256(codec) != expected:
+        if sha256(codec) != card_of(codec)["sha256"]:
             raise CheckpointError(f"{codec} is not the file that its card describes (SHA-256 differs): get it again.")
         return codec
     shelf = bundled("checkpoints", data_dir)

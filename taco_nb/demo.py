@@ -1,7 +1,7 @@
-"""The bundled demo codecs: how a run becomes one, with the card that says what it is, and where they stand.
+"""The bundled demo codecs: how runs become such, with cards that say what they are, and where they stand.
 
     python -m taco_nb.demo                                    # all bundled codecs beside JPEG, WebP and AVIF on Kodak
-    python -m taco_nb.demo bundle runs/mine --name demo-mine --data "500 photographs of ..., for research use"
+    python -m taco_nb.demo bundle demo-mine=runs/mine ... --data "500 photographs of ..., for research use"
 
 A card is measured, never typed: real files on the sample's validation images, and on Kodak where that is there.
 """
@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,12 @@ from taco_nb.codec import Codec, load
 from taco_nb.data import CaptionedImages, datasets
 from taco_nb.errors import DataError, SettingError, TacoError
 from taco_nb.evaluation import QUALITIES, evaluate, evaluate_peers, means
-from taco_nb.experiment import Experiment
+from taco_nb.experiment import SWITCHES, Experiment
 from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.metrics.rate import bd_rate, rate_at
 from taco_nb.peers import available_peers
 from taco_nb.provenance import provenance
-from taco_nb.report import SWITCHES
+from taco_nb.training.start import initial_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,6 +39,8 @@ LARGEST = 8_000_000
 """Bytes that one bundled codec may have."""
 PEER_QUALITIES = (1, *QUALITIES)
 """Of the other codecs' own scales: the lowest too, for the PSNR of a demo codec is low."""
+RECIPE = ("lmbda", "crop", "batch_size", "optimizer", "learning_rate", "schedule", "precision", "seed")
+"""The settings that a card gives of each run on the way to a codec, beside its ablations."""
 NOT_TO_BE_CLAIMED = (
     "anything about text in image compression, TACO or the report: the text tower knows no meanings, the training set is "
     "tiny and the training short"
@@ -46,34 +48,95 @@ NOT_TO_BE_CLAIMED = (
 
 
 def bundle(
-    run: str | os.PathLike, name: str, data: str, shelf: str | os.PathLike, *, data_dir: str | os.PathLike | None = None
-) -> dict[str, Any]:
-    """Write `name.safetensors` (kernels in half precision) and its card `name.json` into the folder `shelf`; the card.
+    runs: Mapping[str, str | os.PathLike],
+    data: str,
+    shelf: str | os.PathLike,
+    *,
+    data_dir: str | os.PathLike | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Write of each finished run {name: folder} a codec `name.safetensors`, kernels in half precision, into the folder
+    `shelf`, with its card `name.json`; the cards.
 
-    `run` is a finished run's folder, `data` says in words what it was trained on and under which terms. Steps and hours
-    of what the run started from are counted in. Raises `SettingError` for a run that is not finished or a file above
-    `LARGEST`, `CheckpointError` for one that cannot be read; nothing is written then.
+    `data` says in words what they were trained on and under which terms. Steps and hours of what a run started from are
+    counted in. Raises `SettingError` for a run that is not finished or a file above `LARGEST`, `CheckpointError` for one
+    that cannot be read; nothing is written then.
     """
-    weights = Path(run) / checkpoint.WEIGHTS
-    net, about = checkpoint.load_net(weights)
+    with tempfile.TemporaryDirectory(dir=shelf, prefix=".") as scratch:
+        made = {name: Path(scratch, f"{name}.safetensors") for name in runs}
+        cards = {name: _compact(Path(run), name, made[name], data_dir) for name, run in runs.items()}
+        codecs = {name: load(path) for name, path in made.items()}
+        table, _ = standing(list(codecs.values()), _sets(data_dir))
+        for name, card in cards.items():
+            rows = table[table["codec"] == name].drop(columns="codec").to_dict("records")
+            results = {row.pop("dataset"): {key: _rounded(value) for key, value in row.items()} for row in rows}
+            cards[name] = {
+                "sha256": sha256(made[name]),
+                "what": _what(codecs[name]),
+                "data": data,
+                **card,
+                "results": results,
+            }
+            cards[name]["not_to_be_used_to_claim"] = NOT_TO_BE_CLAIMED
+        for name, path in made.items():
+            path.replace(Path(shelf) / path.name)
+            with atomic_write(Path(shelf, f"{name}.json"), "w") as file:
+                json.dump(cards[name], file, indent=1)
+    return cards
+
+
+def _compact(run: Path, name: str, path: Path, data_dir: str | os.PathLike | None) -> dict[str, Any]:
+    """Write the run's weights in half precision to `path`; what its card says of the way there."""
+    net, about = checkpoint.load_net(run / checkpoint.WEIGHTS)
     if about.get("steps", 0) != about.get("total_steps", 1):
         raise SettingError(f"{run} is not a finished run: {about.get('steps', 0)} steps of {about.get('total_steps')}.")
+    exp, history = Experiment().replace(**about["experiment"]), _history(run / checkpoint.WEIGHTS, about, data_dir)
+    steps, hours = (sum(link[key] for link in history) for key in ("steps", "hours"))
+    # where things lay is nobody's business
+    exp = exp.replace(train_data=Path(exp.train_data).name, init=Path(exp.init).name)
+    experiment = json.loads(exp.to_json())
+    about |= {"name": name, "experiment": experiment, "steps": steps, "total_steps": steps, "hours": hours}
+    checkpoint.save_weights(path, net, about, torch.float16)
+    if path.stat().st_size > LARGEST:
+        raise SettingError(f"{name} has {path.stat().st_size:,} bytes, more than the {LARGEST:,} of a demo codec.")
+    return {
+        "lmbda": exp.lmbda,
+        "loss": "lmbda * 255^2 * MSE + bpp" + "".join(f" + {key}" for key in ("k_P", "k_J") if getattr(exp, key)),
+        "steps": steps,
+        "hours": round(hours, 2),
+        "history": history,
+        "experiment": experiment,
+        "text_tower": f"{exp.text_encoder}: fixed random weights behind CLIP's tokenizer",
+        "hardware": f"{about['device']}: {provenance()['hardware']['cpu']}",
+        "stored_in": "float16 kernels, float32 otherwise",
+    }
+
+
+def _history(weights: Path, about: dict[str, Any], data_dir: str | os.PathLike | None) -> list[dict[str, Any]]:
+    """The runs that led to these weights, the first one first; a bundled codec's are on its card."""
+    if weights.with_suffix(".json").is_file():
+        return checkpoint.card_of(weights)["history"]
     exp = Experiment().replace(**about["experiment"])
-    exp = exp.replace(train_data=Path(exp.train_data).name)  # where it lay is nobody's business
-    before = _card_of(exp.init, data_dir)
-    steps, hours = about["steps"] + before["steps"], about["hours"] + before["hours"]
-    about |= {"name": name, "experiment": asdict(exp), "steps": steps, "total_steps": steps, "hours": hours}
-    path = Path(shelf) / f"{name}.safetensors"
-    with tempfile.TemporaryDirectory(dir=shelf, prefix=".") as scratch:
-        made = Path(scratch) / path.name
-        checkpoint.save_weights(made, net, about, torch.float16)
-        if made.stat().st_size > LARGEST:
-            raise SettingError(f"{name} has {made.stat().st_size:,} bytes, more than the {LARGEST:,} of a demo codec.")
-        card = _card(made, exp, about, data, before, data_dir)
-        made.replace(path)
-    with atomic_write(path.with_suffix(".json"), "w") as file:
-        json.dump(card, file, indent=1)
-    return card
+    run = weights.parent.name if weights.name == checkpoint.WEIGHTS else weights.stem
+    settings = {name: getattr(exp, name) for name in (*RECIPE, *_changes(exp))}
+    link = {"run": run, "steps": about["steps"], "hours": round(about["hours"], 2), "settings": settings}
+    before = initial_weights(exp, data_dir)
+    return [*(_history(before, checkpoint.read_weights(before)[1], data_dir) if before else []), link]
+
+
+def _what(codec: Codec) -> str:
+    kind = ", ".join(f"{name}={value}" for name, value in _changes(experiment_of(codec)).items())
+    kind = kind or "baseline (softmax attention, published captions)"
+    return f"TACO at small size, {sum(p.numel() for p in codec.net.parameters()) / 1e6:.2f} million parameters, {kind}"
+
+
+def _sets(data_dir: str | os.PathLike | None) -> list[CaptionedImages]:
+    """The sample's validation pictures, and Kodak where it is there."""
+    sets = datasets("sample", data_dir=data_dir)
+    try:
+        return sets + datasets("kodak", data_dir=data_dir)
+    except DataError as error:
+        print(f"Not on the cards: {error}")
+        return sets
 
 
 def standing(codecs: Sequence[Codec], sets: Sequence[CaptionedImages]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -89,7 +152,7 @@ def standing(codecs: Sequence[Codec], sets: Sequence[CaptionedImages]) -> tuple[
     ours = means(pd.concat([evaluate(codec, sets) for codec in codecs], ignore_index=True))
     theirs = means(evaluate_peers(sets, PEER_QUALITIES))
     curves = {key: curve.sort_values("bpp") for key, curve in theirs.groupby(["dataset", "codec"])}
-    baselines = [codec.name for codec in codecs if not _changes(codec)]
+    baselines = [codec.name for codec in codecs if not _changes(experiment_of(codec))]
     rows, gaps = [], []
     for dataset, group in ours.groupby("dataset", sort=False):
         for row in group.to_dict("records"):
@@ -114,54 +177,14 @@ def _rate_at(curve: pd.DataFrame, psnr: float) -> float:
         return float("nan")
 
 
-def _card_of(init: str, data_dir: str | os.PathLike | None) -> dict[str, Any]:
-    """What the weights that a run started from had behind them: the card of a bundled codec, a run's own words."""
-    if not init:
-        return {"steps": 0, "hours": 0.0}
-    path = checkpoint.find(init, data_dir)
-    _, about = checkpoint.read_weights(path)
-    return {"name": init, "sha256": sha256(path), "steps": about.get("steps", 0), "hours": about.get("hours", 0.0)}
+def experiment_of(codec: Codec) -> Experiment:
+    """How a codec was trained, by its own words."""
+    return Experiment().replace(**codec.about.get("experiment", {}))
 
 
-def _changes(codec: Codec) -> dict[str, str]:
-    """The ablations that a codec was trained with: {} for the baseline."""
-    plain = Experiment()
-    differences = plain.diff(plain.replace(**codec.about.get("experiment", {})))
-    return {name: now for name, (_, now) in differences.items() if name in SWITCHES}
-
-
-def _card(
-    path: Path, exp: Experiment, about: dict, data: str, before: dict, data_dir: str | os.PathLike | None
-) -> dict[str, Any]:
-    codec = load(path)
-    machine = provenance()
-    kind = ", ".join(f"{key}={value}" for key, value in _changes(codec).items())
-    kind = kind or "baseline (softmax attention, published captions)"
-    sets = datasets("sample", data_dir=data_dir)
-    try:
-        sets += datasets("kodak", data_dir=data_dir)
-    except DataError as error:
-        print(f"Not on the card: {error}")
-    table, _ = standing([codec], sets)
-    return {
-        "sha256": sha256(path),
-        "what": f"TACO at small size, {sum(p.numel() for p in codec.net.parameters()) / 1e6:.2f} million parameters, {kind}",
-        "lmbda": exp.lmbda,
-        "steps": about["steps"],
-        "hours": round(about["hours"], 2),
-        "started_from": before if exp.init else None,
-        "experiment": json.loads(exp.to_json()),
-        "loss": "lmbda * 255^2 * MSE + bpp" + "".join(f" + {key}" for key in ("k_P", "k_J") if getattr(exp, key)),
-        "data": data,
-        "text_tower": f"{exp.text_encoder}: fixed random weights behind CLIP's tokenizer",
-        "hardware": f"{about['device']}: {machine['hardware']['cpu']}",
-        "stored_in": "float16 kernels, float32 otherwise",
-        "results": {
-            row.pop("dataset"): {key: _rounded(value) for key, value in row.items()}
-            for row in table.drop(columns="codec").to_dict("records")
-        },
-        "not_to_be_used_to_claim": NOT_TO_BE_CLAIMED,
-    }
+def _changes(exp: Experiment) -> dict[str, str]:
+    """The ablations in an experiment: {} in the baseline."""
+    return {name: now for name, (_, now) in Experiment().diff(exp).items() if name in SWITCHES}
 
 
 def _rounded(value: float) -> float | None:
@@ -174,15 +197,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m taco_nb.demo", description=__doc__.partition("\n")[0])
     parser.add_argument("--data-dir", help="the data folder, with kodak/ in it; default: the repository's data/")
     commands = parser.add_subparsers(dest="command")
-    adding = commands.add_parser("bundle", help="make a finished run a demo codec, with its card")
-    adding.add_argument("run", help="the run's folder")
-    adding.add_argument("--name", required=True, help="of the demo codec, as load() takes it")
-    adding.add_argument("--data", required=True, help="what it was trained on and under which terms, in words")
+    adding = commands.add_parser("bundle", help="make demo codecs of finished runs, with their cards")
+    adding.add_argument(
+        "runs", nargs="+", metavar="NAME=RUN", help="the codec's name, as load() takes it, and a run's folder"
+    )
+    adding.add_argument("--data", required=True, help="what they were trained on and under which terms, in words")
     given = parser.parse_args(arguments)
     shelf = bundled("checkpoints", given.data_dir)
     try:
         if given.command == "bundle":
-            print(json.dumps(bundle(given.run, given.name, given.data, shelf, data_dir=given.data_dir), indent=1))
+            if bad := [run for run in given.runs if not re.fullmatch(r"[\w-]+=.+", run)]:
+                raise SettingError(f"{bad[0]!r} is not NAME=RUN, such as demo-mine=runs/mine.")
+            runs = dict(run.split("=", 1) for run in given.runs)
+            print(json.dumps(bundle(runs, given.data, shelf, data_dir=given.data_dir), indent=1))
             return 0
         codecs = [load(path.stem, data_dir=given.data_dir) for path in sorted(shelf.glob("*.safetensors"))]
         table, gaps = standing(codecs, datasets("kodak", data_dir=given.data_dir))

@@ -28,6 +28,12 @@ DEMO_SIZES = {
     "N": 48, "M": 96, "groups": (8, 8, 16, 16, 48), "text_dim": 64, "heads": 8, "context_widths": (64, 48),
 }  # fmt: skip
 
+SWITCHES = {
+    "captions": "context",
+    "attention": "linformer",
+    "text_pooling": None,
+}
+"""The settings that name an ablation, each with its value there. None: any but "none", by its own name."""
 CHOICES = {
     "profile": ("paper", "sample"),
     "attention": ("softmax", "linformer"),
@@ -53,7 +59,8 @@ class Experiment:
     sizes: dict[str, Any] = dataclasses.field(default_factory=PAPER_SIZES.copy)
     """The widths in `taco_nb.model.ModelConfig`."""
     init: str = ""
-    """Weights to start from: a bundled codec's name, a run's folder or a checkpoint file; "" for random ones."""
+    """Weights to start from: a bundled codec's name, a run's folder or a checkpoint file; "" for random ones. "demo" means
+    that bundled codec which was trained with the same ablation, if there is one, at the nearest lambda."""
 
     attention: str = "softmax"
     """Of the adapter: "softmax" or "linformer"."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taco_nb.errors import DataError, SettingError
-from taco_nb.experiment import Experiment, baseline, shown
+from taco_nb.experiment import SWITCHES, Experiment, baseline, shown
 from taco_nb.files import bundled, sha256
 from taco_nb.metrics.rate import bd_rate
 
@@ -40,12 +40,6 @@ MEASURES = (
 BD_POINTS = 4
 """Fewer points than Bjøntegaard's four do not fix a curve well enough to integrate a difference of a few per cent."""
 
-SWITCHES = {
-    "captions": "context",
-    "attention": "linformer",
-    "text_pooling": None,
-}
-"""The settings that name an ablation, each with its value there. None: any but "none", by its own name."""
 _VARIATIONS = ("linformer_k", "linformer_sharing", "text_tokens", "text_length", "keyword_weight", "keyword_sources")
 ABLATION_FIELDS = (*SWITCHES, *_VARIATIONS)
 """The settings of an `Experiment` in which an ablation may differ from its baseline."""

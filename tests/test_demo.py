@@ -1,6 +1,7 @@
 """The bundled codecs are the ones that their cards describe, and as good; a run becomes one with a card of its own."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.evaluation import evaluate_matched
 from taco_nb.experiment import baseline
 from taco_nb.files import REPOSITORY, sha256
+from taco_nb.training.start import initial_net, initial_weights
 
 SHELF = REPOSITORY / "data" / "checkpoints"
 NAMES = sorted(path.stem for path in SHELF.glob("*.safetensors"))
@@ -40,6 +42,7 @@ def test_a_card_is_of_its_file(name):
     card, about = card_of(name), load(name).about
     assert sha256(SHELF / f"{name}.safetensors") == card["sha256"]
     assert about["steps"] == card["steps"] and about["experiment"]["lmbda"] == card["lmbda"]
+    assert about["experiment"] == card["experiment"] and sum(link["steps"] for link in card["history"]) == card["steps"]
     assert card["not_to_be_used_to_claim"] and card["data"] and card["hardware"]
     assert "/" not in about["experiment"]["train_data"]  # nobody's folders
 
@@ -75,7 +78,7 @@ def run(tmp_path_factory):
 def first(run, tmp_path_factory):
     """That run, bundled: the shelf it lies on, and its card."""
     shelf = tmp_path_factory.mktemp("shelf")
-    return shelf, bundle(run.dir, "first", "the bundled pictures", shelf)
+    return shelf, bundle({"first": run.dir}, "the bundled pictures", shelf)["first"]
 
 
 def test_a_run_becomes_a_bundled_codec_with_a_measured_card(run, first):
@@ -83,7 +86,8 @@ def test_a_run_becomes_a_bundled_codec_with_a_measured_card(run, first):
     assert card == card_of("first", shelf)
     assert sorted(path.name for path in shelf.iterdir()) == ["first.json", "first.safetensors"]
     assert card["sha256"] == sha256(shelf / "first.safetensors")
-    assert (card["steps"], card["data"], card["started_from"]) == (run.total_steps, "the bundled pictures", None)
+    assert (card["steps"], card["data"]) == (run.total_steps, "the bundled pictures")
+    assert [link["run"] for link in card["history"]] == ["tiny"]
     codec = load(shelf / "first.safetensors")
     results = evaluate(codec, datasets("sample"))
     assert card["results"]["sample"]["psnr"] == pytest.approx(results["psnr"].mean(), abs=1e-4)
@@ -93,12 +97,19 @@ def test_a_run_becomes_a_bundled_codec_with_a_measured_card(run, first):
     assert torch.equal(kernels, kernels.half().float())
 
 
-def test_steps_and_hours_of_what_it_started_from_are_counted_in(run, first, tmp_path):
+def test_what_it_started_from_is_counted_in_and_told(run, first, tmp_path):
+    """A run that went on from a bundled codec, and one that went on from that run."""
     shelf, card = first
     exp = run.experiment.replace(init=str(shelf / "first.safetensors"), attention="linformer", seed=1)
-    after = bundle(fit(exp, tmp_path / "second", device="cpu").dir, "next", "pictures", tmp_path)
-    assert after["steps"] == 2 * card["steps"] and after["started_from"]["sha256"] == card["sha256"]
-    assert "attention=linformer" in after["what"] and "baseline" in card["what"]
+    second = fit(exp, tmp_path / "second", device="cpu")
+    third = fit(exp.replace(init=str(second.dir), lmbda=0.02), tmp_path / "third", device="cpu")
+    made = bundle({"next": second.dir, "last": third.dir}, "pictures", tmp_path)
+    assert [made[name]["steps"] / card["steps"] for name in ("next", "last")] == [2, 3]
+    assert [link["run"] for link in made["last"]["history"]] == ["tiny", "second", "third"]
+    assert [link["settings"]["lmbda"] for link in made["last"]["history"]] == [exp.lmbda, exp.lmbda, 0.02]
+    assert made["next"]["history"] == made["last"]["history"][:2]
+    assert "attention=linformer" in made["next"]["what"] and "baseline" in card["what"]
+    assert str(tmp_path) not in json.dumps([made, load(tmp_path / "last.safetensors").about])
 
 
 def test_an_unfinished_run_is_refused_and_nothing_written(run, tmp_path):
@@ -106,10 +117,71 @@ def test_an_unfinished_run_is_refused_and_nothing_written(run, tmp_path):
     shelf = tmp_path / "shelf"
     shelf.mkdir()
     with pytest.raises(SettingError, match="not a finished run: 1 steps"):
-        bundle(stopped.dir, "mine", "pictures", shelf)
+        bundle({"fine": run.dir, "mine": stopped.dir}, "pictures", shelf)
     with pytest.raises(CheckpointError, match="no checkpoint"):
-        bundle(tmp_path / "nowhere", "mine", "pictures", shelf)
+        bundle({"mine": tmp_path / "nowhere"}, "pictures", shelf)
     assert not list(shelf.iterdir())
+
+
+def test_the_command_bundles_and_says_what_is_no_run(run, tmp_path, capsys):
+    shelf = tmp_path / "checkpoints"
+    shelf.mkdir()
+    assert main(["--data-dir", str(tmp_path), "bundle", "mine", "--data", "pictures"]) == 1
+    assert "SettingError: 'mine' is not NAME=RUN" in capsys.readouterr().err
+    assert main(["--data-dir", str(tmp_path), "bundle", f"mine={run.dir}", "--data", "pictures"]) == 0
+    assert json.loads(capsys.readouterr().out.partition("\n")[2])["mine"] == card_of("mine", shelf)
+    assert load("mine", data_dir=tmp_path).name == "mine"
+
+
+# --- What a run starts from -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """A data folder with bundled codecs that say they were trained in four ways; the weights are the same."""
+    folder = tmp_path_factory.mktemp("family")
+    (folder / "checkpoints").mkdir()
+    changes = {
+        "demo": {}, "demo-high": {"lmbda": 0.04}, "demo-linformer": {"attention": "linformer"},
+        "demo-both": {"attention": "linformer", "captions": "context"}, "other": {"lmbda": 0.02},
+    }  # fmt: skip
+    for name, change in changes.items():
+        card = card_of("demo")
+        card["experiment"] |= {"lmbda": 0.0067} | change
+        (folder / "checkpoints" / f"{name}.json").write_text(json.dumps(card))
+        shutil.copy(SHELF / "demo.safetensors", folder / "checkpoints" / f"{name}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({}, "demo"), ({"lmbda": 0.01}, "demo"), ({"lmbda": 0.03}, "demo-high"), ({"lmbda": 0.02}, "demo-high"),
+        ({"attention": "linformer"}, "demo-linformer"), ({"attention": "linformer", "lmbda": 0.04}, "demo-linformer"),
+        ({"captions": "context", "attention": "linformer"}, "demo-both"), ({"text_pooling": "keywords"}, "demo"),
+        ({"captions": "context", "lmbda": 0.05}, "demo-high"), ({"init": "other"}, "other"),
+        ({"init": "demo-high"}, "demo-high"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_demo_means_the_sibling_that_was_trained_alike(family, change, name):
+    assert initial_weights(baseline("sample", **change), family) == family / "checkpoints" / f"{name}.safetensors"
+
+
+def test_a_run_says_which_sibling_it_starts_from(family, capsys):
+    initial_net(baseline("sample", attention="linformer"), family)
+    said = capsys.readouterr().out
+    assert "init='demo': starts from demo-linformer" in said and "start from random weights" in said
+    initial_net(baseline("sample"), family)
+    assert "starts from" not in capsys.readouterr().out
+
+
+def test_random_weights_are_nobodys_and_a_lost_family_is_an_error(tmp_path):
+    assert initial_weights(baseline("sample", init="")) is None
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "demo.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="The card .* cannot be read"):
+        initial_weights(baseline("sample"), tmp_path)
 
 
 def test_where_a_codec_stands_is_read_off_the_curves_of_the_others():

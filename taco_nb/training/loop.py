@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import json
 import math
 import os
 import signal
@@ -33,7 +31,7 @@ from taco_nb.data import TrainPairs, training_pairs
 from taco_nb.device import check_device
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.experiment import Experiment
-from taco_nb.files import atomic_write, sha256
+from taco_nb.files import atomic_write
 from taco_nb.model import TACO
 from taco_nb.text import Conditioning, KeywordWeights, text_tower
 from taco_nb.text.chat_keywords import chat_keywords
@@ -43,6 +41,7 @@ from taco_nb.training.lock import alone_in
 from taco_nb.training.loss import JointLoss, TacoLoss
 from taco_nb.training.noise import image_noise
 from taco_nb.training.signals import ignore_warnings, on_warning
+from taco_nb.training.start import initial_net, training_digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -546,29 +545,6 @@ def learning_rate_factor(schedule: str, step: int, total: int) -> float:
 def _mixed(*numbers: int) -> int:
     """A seed that depends on all of them, in the 32 bits that are all torch's CPU generator keeps of one."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
-def initial_net(exp: Experiment, data_dir: str | os.PathLike | None = None, say: bool = True) -> TACO:
-    """The network that `exp` starts from: random weights drawn from its seed, those that fit replaced by `exp.init`'s.
-
-    Weights that find no partner are named in a line, if `say`. Raises `CheckpointError` if most do not.
-    """
-    torch.manual_seed(exp.seed)
-    net = TACO(exp.model_config())
-    if exp.init:
-        new, unused = checkpoint.load_fitting(net, checkpoint.find(exp.init, data_dir))
-        for names, fate in ((new, "start from random weights"), (unused, "were not used")):
-            if names and say:
-                print(f"init={exp.init!r}: {len(names)} weights {fate}: {', '.join(names)}")
-    return net
-
-
-def training_digest(exp: Experiment, pairs: TrainPairs, data_dir: str | os.PathLike | None) -> str:
-    """A digest of what a run is trained on: the images' names, their captions, and the initial weights."""
-    digest = hashlib.sha256(sha256(checkpoint.find(exp.init, data_dir)).encode() if exp.init else b"")
-    for i, name in enumerate(pairs.dataset.names):
-        digest.update(json.dumps([name, pairs.dataset.captions(i)]).encode())
-    return digest.hexdigest()
 
 
 def fit_keywords(
