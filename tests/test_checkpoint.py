@@ -272,7 +272,7 @@ def shelf(saved, tmp_path) -> Path:
     shelf = tmp_path / "data" / "checkpoints"
     shelf.mkdir(parents=True)
     bundled = saved.rename(shelf / saved.name)
-    bundled.with_suffix(".json").write_text(json.dumps({"sha256": sha256(bundled)}))
+    bundled.with_suffix(".json").write_text(json.dumps({"sha256": sha256(bundled), "experiment": {}}))
     return tmp_path / "data"
 
 
@@ -289,7 +289,9 @@ def test_a_bundled_codec_is_checked(shelf):
         load("tiny", data_dir=shelf)
 
 
-@pytest.mark.parametrize("card", [None, "", "[]", "{}", '{"sha": 1}'])
+@pytest.mark.parametrize(
+    "card", [None, "", "[]", "{}", '{"sha": 1}', '{"sha256": "0"}', '{"sha256": 1, "experiment": {}}']
+)
 def test_a_card_that_says_nothing_is_an_error(shelf, card):
     path = shelf / "checkpoints" / "tiny.json"
     path.unlink() if card is None else path.write_text(card)
