@@ -13,6 +13,7 @@ from taco_nb.experiment import Experiment
 from taco_nb.notebook import Parameters
 from taco_nb.training import Run, fit
 from taco_nb.training.loop import Batches, OnLog
+from taco_nb.training.start import FAMILY, initial_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,6 +59,24 @@ def train(p: Parameters, experiments: Mapping[str, Experiment], on_log: OnLog | 
         taken, total = runs[label].steps, runs[label].total_steps
         print(f"{label}: {taken} of {total} steps" + ("" if runs[label].finished else "; run this again to go on"))
     return runs
+
+
+def measure_start(p: Parameters, experiments: Mapping[str, Experiment]) -> pd.DataFrame:
+    """Evaluate the bundled codecs that the experiments start from, each under the captions it was trained on.
+
+    `codec` is a bundled codec's own name. Of experiments that start from other weights there are no rows.
+    """
+    import pandas as pd
+
+    starts = {initial_weights(exp, p.data_dir): exp for exp in experiments.values() if exp.init == FAMILY}
+    tables = []
+    for weights, exp in starts.items():
+        codec = load(weights, device=p.torch_device)
+        folder = p.runs / f"evaluation-{codec.name}"
+        tables.append(
+            evaluate(codec, p.datasets(exp.captions), folder, caption=p.caption, num_processes=p.num_processes)
+        )
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def codecs(p: Parameters, runs: Mapping[str, Run]) -> dict[str, Codec]:

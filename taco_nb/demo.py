@@ -30,7 +30,7 @@ from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.metrics.rate import bd_rate, rate_at
 from taco_nb.peers import available_peers
 from taco_nb.provenance import provenance
-from taco_nb.training.start import initial_weights
+from taco_nb.training.start import FAMILY, initial_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -175,6 +175,17 @@ def _rate_at(curve: pd.DataFrame, psnr: float) -> float:
         return rate_at(curve["bpp"], curve["psnr"], psnr)
     except SettingError:  # beyond the ends of the peer's curve
         return float("nan")
+
+
+def baselines(data_dir: str | os.PathLike | None = None, device: str = "cpu") -> list[Codec]:
+    """The bundled codecs that are baselines, by rising lambda: together a rate-distortion curve."""
+    codecs = [
+        load(path.stem, device=device, data_dir=data_dir)
+        for path in bundled("checkpoints", data_dir).glob(f"{FAMILY}*.safetensors")
+    ]
+    return sorted(
+        (codec for codec in codecs if not _changes(experiment_of(codec))), key=lambda codec: experiment_of(codec).lmbda
+    )
 
 
 def experiment_of(codec: Codec) -> Experiment:
