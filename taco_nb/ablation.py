@@ -68,14 +68,12 @@ def measure_start(p: Parameters, experiments: Mapping[str, Experiment]) -> pd.Da
     """
     import pandas as pd
 
-    starts = {initial_weights(exp, p.data_dir): exp for exp in experiments.values() if exp.init == FAMILY}
     tables = []
-    for weights, exp in starts.items():
+    for weights in dict.fromkeys(initial_weights(e, p.data_dir) for e in experiments.values() if e.init == FAMILY):
         codec = load(weights, device=p.torch_device)
         folder = p.runs / f"evaluation-{codec.name}"
-        tables.append(
-            evaluate(codec, p.datasets(exp.captions), folder, caption=p.caption, num_processes=p.num_processes)
-        )
+        sets = p.datasets(codec.about["experiment"]["captions"])
+        tables.append(evaluate(codec, sets, folder, caption=p.caption, num_processes=p.num_processes))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 

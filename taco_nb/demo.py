@@ -25,12 +25,12 @@ from taco_nb.codec import Codec, load
 from taco_nb.data import CaptionedImages, datasets
 from taco_nb.errors import DataError, SettingError, TacoError
 from taco_nb.evaluation import QUALITIES, evaluate, evaluate_peers, means
-from taco_nb.experiment import SWITCHES, Experiment
+from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.metrics.rate import bd_rate, rate_at
 from taco_nb.peers import available_peers
 from taco_nb.provenance import provenance
-from taco_nb.training.start import FAMILY, initial_weights
+from taco_nb.training.start import family, initial_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -69,14 +69,8 @@ def bundle(
         for name, card in cards.items():
             rows = table[table["codec"] == name].drop(columns="codec").to_dict("records")
             results = {row.pop("dataset"): {key: _rounded(value) for key, value in row.items()} for row in rows}
-            cards[name] = {
-                "sha256": sha256(made[name]),
-                "what": _what(codecs[name]),
-                "data": data,
-                **card,
-                "results": results,
-            }
-            cards[name]["not_to_be_used_to_claim"] = NOT_TO_BE_CLAIMED
+            first = {"sha256": sha256(made[name]), "what": _what(codecs[name]), "data": data}
+            cards[name] = {**first, **card, "results": results, "not_to_be_used_to_claim": NOT_TO_BE_CLAIMED}
         for name, path in made.items():
             path.replace(Path(shelf) / path.name)
             with atomic_write(Path(shelf, f"{name}.json"), "w") as file:
@@ -117,14 +111,14 @@ def _history(weights: Path, about: dict[str, Any], data_dir: str | os.PathLike |
         return checkpoint.card_of(weights)["history"]
     exp = Experiment().replace(**about["experiment"])
     run = weights.parent.name if weights.name == checkpoint.WEIGHTS else weights.stem
-    settings = {name: getattr(exp, name) for name in (*RECIPE, *_changes(exp))}
+    settings = {name: getattr(exp, name) for name in (*RECIPE, *exp.ablations)}
     link = {"run": run, "steps": about["steps"], "hours": round(about["hours"], 2), "settings": settings}
     before = initial_weights(exp, data_dir)
     return [*(_history(before, checkpoint.read_weights(before)[1], data_dir) if before else []), link]
 
 
 def _what(codec: Codec) -> str:
-    kind = ", ".join(f"{name}={value}" for name, value in _changes(experiment_of(codec)).items())
+    kind = ", ".join(f"{name}={value}" for name, value in experiment_of(codec).ablations.items())
     kind = kind or "baseline (softmax attention, published captions)"
     return f"TACO at small size, {sum(p.numel() for p in codec.net.parameters()) / 1e6:.2f} million parameters, {kind}"
 
@@ -152,7 +146,7 @@ def standing(codecs: Sequence[Codec], sets: Sequence[CaptionedImages]) -> tuple[
     ours = means(pd.concat([evaluate(codec, sets) for codec in codecs], ignore_index=True))
     theirs = means(evaluate_peers(sets, PEER_QUALITIES))
     curves = {key: curve.sort_values("bpp") for key, curve in theirs.groupby(["dataset", "codec"])}
-    baselines = [codec.name for codec in codecs if not _changes(experiment_of(codec))]
+    baselines = [codec.name for codec in codecs if not experiment_of(codec).ablations]
     rows, gaps = [], []
     for dataset, group in ours.groupby("dataset", sort=False):
         for row in group.to_dict("records"):
@@ -179,23 +173,13 @@ def _rate_at(curve: pd.DataFrame, psnr: float) -> float:
 
 def baselines(data_dir: str | os.PathLike | None = None, device: str = "cpu") -> list[Codec]:
     """The bundled codecs that are baselines, by rising lambda: together a rate-distortion curve."""
-    codecs = [
-        load(path.stem, device=device, data_dir=data_dir)
-        for path in bundled("checkpoints", data_dir).glob(f"{FAMILY}*.safetensors")
-    ]
-    return sorted(
-        (codec for codec in codecs if not _changes(experiment_of(codec))), key=lambda codec: experiment_of(codec).lmbda
-    )
+    lmbdas = {name: exp.lmbda for name, exp in family(data_dir).items() if not exp.ablations}
+    return [load(name, device=device, data_dir=data_dir) for name in sorted(lmbdas, key=lmbdas.get)]
 
 
 def experiment_of(codec: Codec) -> Experiment:
     """How a codec was trained, by its own words."""
     return Experiment().replace(**codec.about.get("experiment", {}))
-
-
-def _changes(exp: Experiment) -> dict[str, str]:
-    """The ablations in an experiment: {} in the baseline."""
-    return {name: now for name, (_, now) in Experiment().diff(exp).items() if name in SWITCHES}
 
 
 def _rounded(value: float) -> float | None:

@@ -170,6 +170,11 @@ class Experiment:
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
     @property
+    def ablations(self) -> dict[str, str]:
+        """The settings of `SWITCHES` that differ from the baseline's: {} in a baseline."""
+        return {name: now for name, (_, now) in Experiment().diff(self).items() if name in SWITCHES}
+
+    @property
     def key(self) -> str:
         """Eight hexadecimal digits that change with any setting: the name of a run's folder."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]

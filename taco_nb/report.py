@@ -309,12 +309,8 @@ def _experiment(folder: Path, about: Mapping[str, Any]) -> Experiment | None:
 
 def ablation_of(exp: Experiment) -> str:
     """What an experiment changes in the model or its text: "baseline", or the names of the changes joined by " + "."""
-    plain, names = Experiment(), []
-    for field, name in SWITCHES.items():
-        value = getattr(exp, field)
-        if value != getattr(plain, field):
-            names.append(name or value)
-    return " + ".join(names) or "baseline"
+    changed = exp.ablations
+    return " + ".join(name or changed[field] for field, name in SWITCHES.items() if field in changed) or "baseline"
 
 
 def _label(exp: Experiment | None, about: Mapping[str, Any], epochs: float) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from taco_nb import checkpoint
-from taco_nb.experiment import SWITCHES, Experiment
+from taco_nb.experiment import Experiment
 from taco_nb.files import bundled, sha256
 from taco_nb.model import TACO
 
@@ -33,20 +33,19 @@ def initial_weights(exp: Experiment, data_dir: str | os.PathLike | None = None) 
         return None
     if exp.init != FAMILY:
         return checkpoint.find(exp.init, data_dir)
-    siblings = {
-        path.stem: Experiment().replace(**checkpoint.card_of(path)["experiment"])
-        for path in sorted(bundled("checkpoints", data_dir).glob(f"{FAMILY}*.safetensors"))
-    }
-    alike, plain = (
-        [name for name, there in siblings.items() if _switches(there) == wanted]
-        for wanted in (_switches(exp), _switches(Experiment()))
-    )
-    nearest = min(alike or plain, key=lambda name: abs(math.log(siblings[name].lmbda / exp.lmbda)), default=FAMILY)
+    siblings = family(data_dir)
+    alike = [name for name, there in siblings.items() if there.ablations == exp.ablations]
+    alike = alike or [name for name, there in siblings.items() if not there.ablations]
+    nearest = min(alike, key=lambda name: abs(math.log(siblings[name].lmbda / exp.lmbda)), default=FAMILY)
     return checkpoint.find(nearest, data_dir)
 
 
-def _switches(exp: Experiment) -> list[str]:
-    return [getattr(exp, name) for name in SWITCHES]
+def family(data_dir: str | os.PathLike | None = None) -> dict[str, Experiment]:
+    """The bundled codecs by name, and how each was trained, as the cards say. Raises `CheckpointError` for a bad card."""
+    return {
+        path.stem: Experiment().replace(**checkpoint.card_of(path)["experiment"])
+        for path in sorted(bundled("checkpoints", data_dir).glob(f"{FAMILY}*.safetensors"))
+    }
 
 
 def initial_net(exp: Experiment, data_dir: str | os.PathLike | None = None, say: bool = True) -> TACO:
@@ -59,7 +58,7 @@ def initial_net(exp: Experiment, data_dir: str | os.PathLike | None = None, say:
     if path := initial_weights(exp, data_dir):
         new, unused = checkpoint.load_fitting(net, path)
         if say and path.stem != exp.init and exp.init == FAMILY:
-            print(f"init={exp.init!r}: starts from {path.stem}, the bundled codec that was trained alike.")
+            print(f"init={exp.init!r}: starts from {path.stem}, of the bundled codecs the one trained most alike.")
         for names, fate in ((new, "start from random weights"), (unused, "were not used")):
             if names and say:
                 print(f"init={exp.init!r}: {len(names)} weights {fate}: {', '.join(names)}")
