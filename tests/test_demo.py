@@ -11,7 +11,7 @@ from taco_nb import datasets, evaluate, fit, load
 from taco_nb.demo import bundle, main, standing
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.evaluation import evaluate_matched
-from taco_nb.experiment import baseline
+from taco_nb.experiment import DEMO_SIZES, baseline
 from taco_nb.files import REPOSITORY, sha256
 from taco_nb.training.start import initial_net, initial_weights
 
@@ -138,12 +138,13 @@ def test_the_command_bundles_and_says_what_is_no_run(run, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    """A data folder with bundled codecs that say they were trained in four ways; the weights are the same."""
+    """A data folder with bundled codecs that say they were trained in five ways; the weights are the same."""
     folder = tmp_path_factory.mktemp("family")
     (folder / "checkpoints").mkdir()
     changes = {
         "demo": {}, "demo-high": {"lmbda": 0.04}, "demo-linformer": {"attention": "linformer"},
         "demo-both": {"attention": "linformer", "captions": "context"}, "other": {"lmbda": 0.02},
+        "demo-wide": {"lmbda": 0.1, "sizes": DEMO_SIZES | {"context_widths": (32, 24)}},
     }  # fmt: skip
     for name, change in changes.items():
         card = card_of("demo")
@@ -160,7 +161,10 @@ def family(tmp_path_factory):
         ({"attention": "linformer"}, "demo-linformer"), ({"attention": "linformer", "lmbda": 0.04}, "demo-linformer"),
         ({"captions": "context", "attention": "linformer"}, "demo-both"), ({"text_pooling": "keywords"}, "demo"),
         ({"captions": "context", "lmbda": 0.05}, "demo-high"), ({"init": "other"}, "other"),
-        ({"init": "demo-high"}, "demo-high"),
+        ({"init": "demo-high"}, "demo-high"), ({"lmbda": 0.2}, "demo-high"),
+        ({"lmbda": 0.0018, "sizes": DEMO_SIZES | {"context_widths": (32, 24)}}, "demo-wide"),
+        ({"sizes": DEMO_SIZES | {"context_widths": (16, 16)}}, "demo"),
+        ({"lmbda": 0.04, "sizes": DEMO_SIZES | {"text_dim": 512}}, "demo-high"),
     ],
     ids=str,
 )  # fmt: skip

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,18 +26,24 @@ FAMILY = "demo"
 def initial_weights(exp: Experiment, data_dir: str | os.PathLike | None = None) -> Path | None:
     """The file of the weights that `exp.init` means, None for random ones. Raises `CheckpointError` if there is none.
 
-    Of the bundled codecs "demo" means those that were trained with the ablation of `exp`, or else with none, and of these
-    the one at the nearest lambda: what is compared after a few more steps is then what has been trained as long before.
+    Of the bundled codecs as wide as `exp`'s "demo" means those that were trained with its ablation, or else with none, and of
+    these the one at the nearest lambda: what is compared after a few more steps is then what has been trained as long before.
     """
     if not exp.init:
         return None
     if exp.init != FAMILY:
         return checkpoint.find(exp.init, data_dir)
-    siblings = family(data_dir)
+    siblings = {name: there for name, there in family(data_dir).items() if _widths(there) == _widths(exp)}
     alike = [name for name, there in siblings.items() if there.ablations == exp.ablations]
     alike = alike or [name for name, there in siblings.items() if not there.ablations]
     nearest = min(alike, key=lambda name: abs(math.log(siblings[name].lmbda / exp.lmbda)), default=FAMILY)
     return checkpoint.find(nearest, data_dir)
+
+
+def _widths(exp: Experiment) -> tuple[Any, ...]:
+    """The sizes that most weights take their shapes from. The width of the text is none of them: few weights read it."""
+    config = exp.model_config()
+    return config.N, config.M, config.groups, config.context_widths
 
 
 def family(data_dir: str | os.PathLike | None = None) -> dict[str, Experiment]:
