@@ -180,6 +180,14 @@ def test_a_run_says_which_sibling_it_starts_from(family, capsys):
     assert "starts from" not in capsys.readouterr().out
 
 
+def test_the_samples_training_keeps_what_the_demo_codec_has_learned(tmp_path):
+    run = fit(baseline("sample"), tmp_path / "run", device="cpu")
+    before, after = (evaluate(codec, datasets("sample")) for codec in (load("demo"), load(run.dir)))
+    assert (before["bytes"] != after["bytes"]).any()
+    assert after["psnr"].mean() > before["psnr"].mean() - 0.05
+    assert after["bpp"].mean() < 1.005 * before["bpp"].mean()
+
+
 def test_random_weights_are_nobodys_and_a_lost_family_is_an_error(tmp_path):
     assert initial_weights(baseline("sample", init="")) is None
     (tmp_path / "checkpoints").mkdir()
