@@ -23,7 +23,7 @@ from taco_nb.experiment import Experiment
 from taco_nb.files import REPOSITORY
 from taco_nb.model import TACO, ModelConfig
 from taco_nb.training import activation_memory, fit, lock, loop, step_times
-from taco_nb.training.loop import Batches, Trainer, learning_rate_factor
+from taco_nb.training.loop import Batches, Trainer, learning_rate_factor, saved_steps
 from taco_nb.training.loss import TacoLoss
 
 SIZES = {"N": 16, "M": 24, "groups": (4, 4, 4, 4, 8), "text_dim": 64, "heads": 8, "context_widths": (16, 16)}
@@ -577,6 +577,14 @@ def test_a_damaged_state_is_named(pictures, begun, damage):
     with pytest.raises(CheckpointError, match=r"begun.*state\.pt cannot be read"):
         fit(tiny(pictures), begun, device="cpu")
     assert (begun / "state.pt").read_bytes() == content
+
+
+def test_the_status_of_a_state_without_its_steps_names_the_file(begun):
+    state = state_of(begun)
+    del state["total_steps"]
+    torch.save(state, begun / "state.pt")
+    with pytest.raises(CheckpointError, match=r"begun.*state\.pt cannot be read"):
+        saved_steps(begun)
 
 
 def test_data_that_changed_during_a_run(tmp_path):

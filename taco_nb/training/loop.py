@@ -622,9 +622,9 @@ def saved_steps(folder: str | os.PathLike) -> tuple[int, int] | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # of which no weight is read
+        return state["step"], state["total_steps"]
     except Exception as error:
         raise _damaged(path, error) from error
-    return state["step"], state["total_steps"]
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
