@@ -39,7 +39,7 @@ LARGEST = 8_000_000
 """Bytes that one bundled codec may have."""
 PEER_QUALITIES = (1, *QUALITIES)
 """Of the other codecs' own scales: the lowest too, for the PSNR of a demo codec is low."""
-RECIPE = ("lmbda", "crop", "batch_size", "optimizer", "learning_rate", "schedule", "precision", "seed")
+RECIPE = ("sizes", "lmbda", "crop", "batch_size", "optimizer", "learning_rate", "schedule", "precision", "seed")
 """The settings that a card gives of each run on the way to a codec, beside its ablations."""
 NOT_TO_BE_CLAIMED = (
     "anything about text in image compression, TACO or the report: the text tower knows no meanings, the training set is "
@@ -111,7 +111,8 @@ def _history(weights: Path, about: dict[str, Any], data_dir: str | os.PathLike |
         return checkpoint.card_of(weights)["history"]
     exp = Experiment().replace(**about["experiment"])
     run = weights.parent.name if weights.name == checkpoint.WEIGHTS else weights.stem
-    settings = {name: getattr(exp, name) for name in (*RECIPE, *exp.ablations)}
+    told = {*RECIPE, *exp.ablations}
+    settings = {name: value for name, value in json.loads(exp.to_json()).items() if name in told}
     link = {"run": run, "steps": about["steps"], "hours": round(about["hours"], 2), "settings": settings}
     before = initial_weights(exp, data_dir)
     return [*(_history(before, checkpoint.read_weights(before)[1], data_dir) if before else []), link]
