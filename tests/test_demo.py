@@ -88,6 +88,7 @@ def test_a_run_becomes_a_bundled_codec_with_a_measured_card(run, first):
     assert card["sha256"] == sha256(shelf / "first.safetensors")
     assert (card["steps"], card["data"]) == (run.total_steps, "the bundled pictures")
     assert [link["run"] for link in card["history"]] == ["tiny"]
+    assert card["history"][0]["settings"]["sizes"] == card["experiment"]["sizes"]
     codec = load(shelf / "first.safetensors")
     results = evaluate(codec, datasets("sample"))
     assert card["results"]["sample"]["psnr"] == pytest.approx(results["psnr"].mean(), abs=1e-4)
