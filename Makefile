@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 	@for notebook in notebooks/*.ipynb; do \
 		echo "== $$notebook"; \
 		$(BIN)/papermill $$notebook $(OUT)/$$(basename $$notebook) -p profile sample -p out_dir $(OUT)/runs || exit 1; \
-		$(BIN)/python -m taco_nb.export $(OUT)/$$(basename $$notebook) || exit 1; \
+		$(BIN)/taco-nb export $(OUT)/$$(basename $$notebook) || exit 1; \
 	done
 	@echo "The executed notebooks are in $(OUT)/: as notebooks (make lab opens them), and as HTML for any browser."
 
@@ -27,7 +27,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 bench: $(INSTALLED)
-	$(BIN)/python -m taco_nb.bench --out $(OUT)/bench
+	$(BIN)/taco-nb bench --out $(OUT)/bench
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab

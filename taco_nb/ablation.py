@@ -40,7 +40,9 @@ def same_steps(baseline: Experiment, changed: Experiment, data_dir: str | None =
     return changed.replace(epochs=max(1, round(baseline.epochs * steps[0] / steps[1])))
 
 
-def train(p: Parameters, experiments: Mapping[str, Experiment], on_log: OnLog | None = None) -> dict[str, Run]:
+def train(
+    p: Parameters, experiments: Mapping[str, Experiment], on_log: OnLog | None = None
+) -> dict[str, Run]:
     """Train each experiment into a folder of its own below `p.runs`, or resume it, or find it finished; `on_log` as `fit`'s.
 
     `p.max_hours` is for all of them together, and counts from when the parameters were checked. Where its end or a signal
@@ -57,7 +59,10 @@ def train(p: Parameters, experiments: Mapping[str, Experiment], on_log: OnLog | 
             on_log=on_log,
         )  # fmt: skip
         taken, total = runs[label].steps, runs[label].total_steps
-        print(f"{label}: {taken} of {total} steps" + ("" if runs[label].finished else "; run this again to go on"))
+        print(
+            f"{label}: {taken} of {total} steps"
+            + ("" if runs[label].finished else "; run this again to go on")
+        )
     return runs
 
 
@@ -69,7 +74,9 @@ def measure_start(p: Parameters, experiments: Mapping[str, Experiment]) -> pd.Da
     import pandas as pd
 
     tables = []
-    for weights in dict.fromkeys(initial_weights(e, p.data_dir) for e in experiments.values() if e.init == FAMILY):
+    for weights in dict.fromkeys(
+        initial_weights(e, p.data_dir) for e in experiments.values() if e.init == FAMILY
+    ):
         codec = load(weights, device=p.torch_device)
         folder = p.runs / f"evaluation-{codec.name}"
         sets = p.datasets(codec.about["experiment"]["captions"])
@@ -98,5 +105,7 @@ def measure(p: Parameters, runs: Mapping[str, Run]) -> pd.DataFrame:
     tables = []
     for label, codec in codecs(p, {label: run for label, run in runs.items() if run.finished}).items():
         sets = p.datasets(runs[label].experiment.captions)
-        tables.append(evaluate(codec, sets, runs[label].dir, caption=p.caption, num_processes=p.num_processes))
+        tables.append(
+            evaluate(codec, sets, runs[label].dir, caption=p.caption, num_processes=p.num_processes)
+        )
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -26,7 +26,9 @@ _NUMPY_SCALARS = [np.core.multiarray.scalar, np.dtype, np.dtypes.Float32DType, n
 """What training loops put into checkpoints beside tensors, such as the best PSNR so far; unpickling them runs no code."""
 
 
-def save_weights(path: str | os.PathLike, net: TACO, about: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
+def save_weights(
+    path: str | os.PathLike, net: TACO, about: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> None:
     """Write the network's weights and what is known `about` them, atomically.
 
     `dtype` is that of the kernels; biases, norms and the small model of z stay in float32. The Gaussian model's coder
@@ -35,7 +37,9 @@ def save_weights(path: str | os.PathLike, net: TACO, about: dict[str, Any], dtyp
     """
     net.tables()
     state = {
-        key: value.cpu().to(dtype if value.ndim > 1 and not key.startswith("entropy_bottleneck") else value.dtype)
+        key: value.cpu().to(
+            dtype if value.ndim > 1 and not key.startswith("entropy_bottleneck") else value.dtype
+        )
         for key, value in net.state_dict().items()
         if key not in {f"gaussian_conditional.{table}" for table in _GAUSSIAN_TABLES}
     }
@@ -69,8 +73,12 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         or not isinstance(state, dict)
         or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
     ):
-        raise CheckpointError(f"{path} holds no state dict, neither by itself nor under the key 'state_dict'.")
-    facts = {key: content[key] for key in ("epoch", "best_psnr") if isinstance(content.get(key), (int, float))}
+        raise CheckpointError(
+            f"{path} holds no state dict, neither by itself nor under the key 'state_dict'."
+        )
+    facts = {
+        key: content[key] for key in ("epoch", "best_psnr") if isinstance(content.get(key), (int, float))
+    }
     return state, {"name": path.name, **facts}
 
 
@@ -79,7 +87,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-        about = dict(json.loads(metadata.get("about", "{}")), config=json.loads(metadata.get("config", "null")))
+        about = dict(
+            json.loads(metadata.get("about", "{}")), config=json.loads(metadata.get("config", "null"))
+        )
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}.") from None
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, about
@@ -124,7 +134,9 @@ def card_of(codec: Path) -> dict[str, Any]:
         if not isinstance(content["sha256"], str) or not isinstance(content["experiment"], dict):
             raise ValueError("its entries are of another kind")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"The card {card} of {codec.name} cannot be read: {error!r}. Get both again.") from None
+        raise CheckpointError(
+            f"The card {card} of {codec.name} cannot be read: {error!r}. Get both again."
+        ) from None
     return content
 
 
@@ -145,7 +157,9 @@ def find(source: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
     codec = bundled(f"checkpoints/{source}.safetensors", data_dir)
     if codec.is_file() and codec.name == f"{source}.safetensors":  # a name, and no path that leads there
         if sha256(codec) != card_of(codec)["sha256"]:
-            raise CheckpointError(f"{codec} is not the file that its card describes (SHA-256 differs): get it again.")
+            raise CheckpointError(
+                f"{codec} is not the file that its card describes (SHA-256 differs): get it again."
+            )
         return codec
     shelf = bundled("checkpoints", data_dir)
     names = ", ".join(sorted(p.stem for p in shelf.glob("*.safetensors"))) or "none"

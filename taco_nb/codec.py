@@ -118,7 +118,9 @@ class Codec:
         from taco_nb.text import Conditioning, KeywordWeights
         from taco_nb.text.chat_keywords import chat_keywords
 
-        keywords = None if self.keywords is None else KeywordWeights.from_json(self.keywords, [chat_keywords()])
+        keywords = (
+            None if self.keywords is None else KeywordWeights.from_json(self.keywords, [chat_keywords()])
+        )
         return Conditioning(self.tower, self.text_length, self.text_pooling, keywords)
 
     @cached_property
@@ -150,10 +152,14 @@ class Codec:
         """
         for caption in captions:
             if not isinstance(caption, str):
-                raise SettingError(f"A caption is text, but this one is {caption!r}. An image without one takes ''.")
+                raise SettingError(
+                    f"A caption is text, but this one is {caption!r}. An image without one takes ''."
+                )
         pictures = [to_rgb(image) for image in images]
         if len(pictures) != len(captions):
-            raise SettingError(f"Every image has one caption, but these are {len(pictures)} and {len(captions)}.")
+            raise SettingError(
+                f"Every image has one caption, but these are {len(pictures)} and {len(captions)}."
+            )
         size = _common_size("images", [picture.size for picture in pictures])
         if not _fits(*size):
             raise SettingError(
@@ -242,7 +248,9 @@ def read_header(data: bytes | str | os.PathLike) -> tuple[Header, bytes, bytes]:
             f"These {len(data)} bytes were truncated or altered: the checksum at their end is wrong."
         )
     if data[4] != VERSION:
-        raise DamagedFileError(f"This file has version {data[4]} of the format; this program reads version {VERSION}.")
+        raise DamagedFileError(
+            f"This file has version {data[4]} of the format; this program reads version {VERSION}."
+        )
     try:
         width, at = _read_leb128(data, 9)
         height, at = _read_leb128(data, at)
@@ -250,7 +258,9 @@ def read_header(data: bytes | str | os.PathLike) -> tuple[Header, bytes, bytes]:
     except IndexError:
         raise DamagedFileError("The header is cut short: damaged or forged.") from None
     if not width or not height or not _fits(width, height):
-        raise DamagedFileError(f"The header announces {width}x{height} pixels; 1 to {MAX_PIXELS} are possible.")
+        raise DamagedFileError(
+            f"The header announces {width}x{height} pixels; 1 to {MAX_PIXELS} are possible."
+        )
     strings = data[at + 4 : -4]
     if at + 8 > len(data) or z_length > len(strings):
         raise DamagedFileError("The header announces more bytes than there are: damaged or forged.")

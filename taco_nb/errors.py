@@ -25,8 +25,8 @@ class CheckpointError(TacoError, ValueError):
     """A checkpoint is missing, damaged, or does not fit the model; the message names the file and the keys."""
 
 
-class TrainingError(TacoError, RuntimeError):
-    """One of several processes that train together has died; the message has its last words."""
+class ProcessError(TacoError, RuntimeError):
+    """One of several processes that work together has died; the message has its last words."""
 
 
 class BitstreamError(TacoError, ValueError):

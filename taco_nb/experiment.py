@@ -133,7 +133,9 @@ class Experiment:
         if self.text_length == "windows" and self.text_pooling != "none":
             raise SettingError('Keyword weights weigh one window: text_pooling needs text_length="truncate".')
         for name, choices in CHOICES.items():
-            self._check(name, getattr(self, name) in choices, " or ".join(f'"{choice}"' for choice in choices))
+            self._check(
+                name, getattr(self, name) in choices, " or ".join(f'"{choice}"' for choice in choices)
+            )
 
     def _check(self, name: str, right: bool, wanted: str) -> None:
         if not right:
@@ -142,14 +144,18 @@ class Experiment:
     def _check_sizes(self) -> None:
         """Make lists tuples, and check names and types; what fits together is `ModelConfig`'s to say."""
         check_names(self.sizes, list(PAPER_SIZES), "sizes have no")
-        object.__setattr__(self, "sizes", {k: tuple(v) if isinstance(v, list) else v for k, v in self.sizes.items()})
+        object.__setattr__(
+            self, "sizes", {k: tuple(v) if isinstance(v, list) else v for k, v in self.sizes.items()}
+        )
         for name, value in self.sizes.items():
             if type(value) is not type(PAPER_SIZES[name]):
                 raise SettingError(f"sizes: {name} must be like {PAPER_SIZES[name]!r}, but is {value!r}.")
 
     def replace(self, **changes: Any) -> Experiment:
         """A copy with some fields changed; raises `SettingError` for a field that does not exist."""
-        check_names(changes, [field.name for field in dataclasses.fields(self)], "an Experiment has no setting")
+        check_names(
+            changes, [field.name for field in dataclasses.fields(self)], "an Experiment has no setting"
+        )
         return dataclasses.replace(self, **changes)
 
     def model_config(self) -> ModelConfig:
@@ -236,7 +242,7 @@ def choose_profile(profile: str = "auto", data_dir: str | None = None) -> tuple[
     if missing:
         return "sample", (
             f'Profile "sample", because there is {" and ".join(missing)}: the bundled pictures and a small model. '
-            'profile="paper" asks for the full experiment, and `python -m taco_nb.data fetch --profile paper` gets its data.'
+            'profile="paper" asks for the full experiment, and `taco-nb fetch --profile paper` gets its data.'
         )
     return "paper", (
         'Profile "paper", because a CUDA device and MS-COCO are both here. '

@@ -23,7 +23,9 @@ def data_root(data_dir: str | os.PathLike | None = None) -> Path:
     """
     root = Path(data_dir or os.environ.get("TACO_NB_DATA") or REPOSITORY / "data").expanduser().resolve()
     if not root.is_dir():
-        raise DataError(f"The data folder {root} does not exist. Give an existing folder as data_dir or TACO_NB_DATA.")
+        raise DataError(
+            f"The data folder {root} does not exist. Give an existing folder as data_dir or TACO_NB_DATA."
+        )
     return root
 
 
@@ -52,7 +54,9 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files private; a result is as readable as any other
+        os.chmod(
+            temporary, 0o666 & ~umask
+        )  # mkstemp makes files private; a result is as readable as any other
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -50,7 +50,9 @@ def attentions(codec: Codec, image: Any, caption: str) -> list[Attention]:
         records.append(Attention(name, weights[0].float().cpu(), grid))
 
     hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs, i=i: note(f"{type(layer).__name__} {i}", layer, inputs))
+        layer.register_forward_pre_hook(
+            lambda layer, inputs, i=i: note(f"{type(layer).__name__} {i}", layer, inputs)
+        )
         for i, layer in enumerate(codec.net.g_a.analysis_transform)
         if isinstance(layer, (Injector, Extractor))
     ]
@@ -110,7 +112,10 @@ def attention_flops(queries: int, keys: int, dim: int, k: int | None = None) -> 
 
 def count_flops(run: Callable[[], Any]) -> dict[str, int]:
     """Floating-point operations of a computation as PyTorch counts them, per module and, as "Global", together."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the other kernels are not counted
+    with (
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):  # the other kernels are not counted
         run()
     return {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
 
@@ -127,7 +132,11 @@ def encoder_flops(exp: Experiment, side: int = 256) -> dict[str, float]:
     counts = count_flops(lambda: net.g_a(*pair))
     attention = sum(flops for name, flops in counts.items() if name.endswith(".cross_attn"))
     encoder = counts["Global"]
-    return {"attention, GFLOP": attention / 1e9, "encoder, GFLOP": encoder / 1e9, "share": attention / encoder}
+    return {
+        "attention, GFLOP": attention / 1e9,
+        "encoder, GFLOP": encoder / 1e9,
+        "share": attention / encoder,
+    }
 
 
 def cost_table(sides: Sequence[int], tokens: Sequence[int], dim: int, k: int) -> list[dict[str, Any]]:

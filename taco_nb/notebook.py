@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from taco_nb.device import check_device
 from taco_nb.errors import DataError, SettingError
 from taco_nb.experiment import Experiment, baseline, choose_profile
+from taco_nb.processes import check_device
 
 _IPYTHON = {"In", "Out", "get_ipython", "exit", "quit", "open"}
 _PASSED = "_parameters_passed"
@@ -71,7 +71,16 @@ class Parameters:
 
     def experiment(self) -> Experiment:
         """The profile's baseline with the settings that were given. Raises `SettingError` for one out of range."""
-        names = ("init", "text_encoder", "lmbda", "epochs", "batch_size", "learning_rate", "seed", "precision")
+        names = (
+            "init",
+            "text_encoder",
+            "lmbda",
+            "epochs",
+            "batch_size",
+            "learning_rate",
+            "seed",
+            "precision",
+        )
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         exp = baseline(self.profile, data_dir=self.data_dir, **given)
         if self.text_encoder is not None:
@@ -108,7 +117,9 @@ def check_parameters(namespace: dict[str, Any], *own: str) -> Parameters:
     can be run again. After a check has passed, further names are the notebook's own, and running it again ignores them.
     """
     shared = {field.name: field.type for field in fields(Parameters)}
-    known = {name: shared[name] for name in shared if name not in ("settings", "started_in", "began", *_OF_SOME)}
+    known = {
+        name: shared[name] for name in shared if name not in ("settings", "started_in", "began", *_OF_SOME)
+    }
     known |= {name: shared.get(name) for name in own}
     given = {
         name: value

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taco_nb.data.download import PROGRAM, Remote, download, shown
 from taco_nb.errors import DownloadError, MissingWeightsError
+from taco_nb.tools.download import PROGRAM, Remote, download, shown
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ class Clip(Pretrained):
         import open_clip
 
         tag = open_clip.get_pretrained_cfg(*self.name.split("/"))
-        return Path(weights_file(tag, f"CLIP model {self.name}", lambda: round(self.size / 1e6), self.command))
+        return Path(
+            weights_file(tag, f"CLIP model {self.name}", lambda: round(self.size / 1e6), self.command)
+        )
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,11 @@ class SpacyModel(Pretrained):
             command = [sys.executable, "-m", "spacy", "download", self.name]
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if done.returncode or self.path is None:
-                reason = (done.stdout.strip() or f"spaCy ended with {done.returncode}").splitlines()[-1].rstrip(".")
+                reason = (
+                    (done.stdout.strip() or f"spaCy ended with {done.returncode}")
+                    .splitlines()[-1]
+                    .rstrip(".")
+                )
                 raise MissingWeightsError(
                     f"The spaCy model {self.name} could not be installed ({reason}). With a network, run: {self.command}"
                 )
@@ -172,7 +178,9 @@ def weights_file(tag: dict[str, Any], what: str, megabytes: Callable[[], int], c
         return cached
     repository, files = _hub_files(tag)
     try:
-        huggingface_hub.file_exists(repository, files[0])  # fails at once, where the download retries for a minute
+        huggingface_hub.file_exists(
+            repository, files[0]
+        )  # fails at once, where the download retries for a minute
         return open_clip.download_pretrained(tag)
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
@@ -189,7 +197,9 @@ def _hub_files(tag: dict[str, Any]) -> tuple[str, list[str]]:
 
     repository, file = os.path.split(tag["hf_hub"])
     return repository, (
-        [str(Path(file).with_suffix(".safetensors")), file] if file else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
+        [str(Path(file).with_suffix(".safetensors")), file]
+        if file
+        else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
     )
 
 

@@ -40,7 +40,14 @@ MEASURES = (
 BD_POINTS = 4
 """Fewer points than Bjøntegaard's four do not fix a curve well enough to integrate a difference of a few per cent."""
 
-_VARIATIONS = ("linformer_k", "linformer_sharing", "text_tokens", "text_length", "keyword_weight", "keyword_sources")
+_VARIATIONS = (
+    "linformer_k",
+    "linformer_sharing",
+    "text_tokens",
+    "text_length",
+    "keyword_weight",
+    "keyword_sources",
+)
 ABLATION_FIELDS = (*SWITCHES, *_VARIATIONS)
 """The settings of an `Experiment` in which an ablation may differ from its baseline."""
 _PROTOCOL = (
@@ -117,7 +124,10 @@ def bd_rates(
     """
     import pandas as pd
 
-    table, rows = points(runs).drop_duplicates(["dataset", "label", "bpp"]), []  # a codec may have been evaluated twice
+    table, rows = (
+        points(runs).drop_duplicates(["dataset", "label", "bpp"]),
+        [],
+    )  # a codec may have been evaluated twice
     for (dataset, label), curve in table.groupby(["dataset", "label"], sort=False):
         if len(curve) < BD_POINTS:
             few = f"too few points: a BD-rate needs {BD_POINTS}, so train at more lambda"
@@ -133,13 +143,27 @@ def bd_rates(
                 if metric in other and other[metric].notna().any() and curve[metric].notna().any():
                     found = {"dataset": dataset, "metric": metric, "anchor": anchor, "curve": label}
                     rows.append(found | _bd_rate(other, curve, metric))
-    columns = ["dataset", "metric", "anchor", "curve", "points of the anchor", "points", "BD-rate in %", "note"]
+    columns = [
+        "dataset",
+        "metric",
+        "anchor",
+        "curve",
+        "points of the anchor",
+        "points",
+        "BD-rate in %",
+        "note",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 
 def _bd_rate(anchor: pd.DataFrame, curve: pd.DataFrame, metric: str) -> dict[str, Any]:
     curves = [c[["bpp", metric]].dropna() for c in (anchor, curve)]
-    figures = {"points of the anchor": len(curves[0]), "points": len(curves[1]), "BD-rate in %": math.nan, "note": ""}
+    figures = {
+        "points of the anchor": len(curves[0]),
+        "points": len(curves[1]),
+        "BD-rate in %": math.nan,
+        "note": "",
+    }
     if min(map(len, curves)) < BD_POINTS:
         return figures | {"note": f"too few points: a BD-rate needs {BD_POINTS} on both curves"}
     try:
@@ -167,7 +191,9 @@ def cards(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for name, of_run in runs.groupby("run", sort=False):
         run, sets = of_run.iloc[0], of_run.drop_duplicates("dataset")
-        data = "; ".join(f"{s['dataset']}: {s['images']} images, {s['data_sha256'][:12]}" for _, s in sets.iterrows())
+        data = "; ".join(
+            f"{s['dataset']}: {s['images']} images, {s['data_sha256'][:12]}" for _, s in sets.iterrows()
+        )
         seed = "–" if math.isnan(run["seed"]) else f"{run['seed']:.0f}"
         trained = "elsewhere" if math.isnan(run["hours"]) else _duration(3600 * run["hours"])
         measured = f"{_duration(run['evaluated_s'])}, {run['finished'][:10]}"
@@ -198,7 +224,9 @@ def published_curves(
     text = bundled("reference/kodak_published_rd.json", data_dir).read_text(encoding="utf-8")
     return {
         name: {
-            m: [v for v, rate in zip(values, curve["bpp"]) if rate <= up_to] for m, values in curve.items() if values
+            m: [v for v, rate in zip(values, curve["bpp"]) if rate <= up_to]
+            for m, values in curve.items()
+            if values
         }
         for name, curve in json.loads(text)["codecs"].items()
     }
@@ -232,7 +260,9 @@ def _read(folder: Path) -> pd.DataFrame:
     counts = {name: sum(rows["dataset"] == name) for name in about["data"]}
     expected = {name: data["images"] for name, data in about["data"].items()}
     if counts != expected or rows.duplicated(["dataset", "name"]).any():
-        raise DataError(f"{folder}: evaluation.csv has rows of {counts}, but evaluation.json says {expected}.")
+        raise DataError(
+            f"{folder}: evaluation.csv has rows of {counts}, but evaluation.json says {expected}."
+        )
     steps, total = weights.get("steps", math.nan), weights.get("total_steps", weights.get("steps", math.nan))
     epochs = math.nan if exp is None else exp.epochs * (1.0 if math.isnan(total) else steps / total)
     unjudged = {name: "; ".join(_unjudged(exp, about, epochs, name)) for name in counts}
@@ -259,12 +289,19 @@ def _record(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
     import pandas as pd
 
     if not (folder / "evaluation.json").is_file():
-        state = "its evaluation is unfinished" if (folder / "unfinished").is_dir() else "it has not been evaluated"
+        state = (
+            "its evaluation is unfinished"
+            if (folder / "unfinished").is_dir()
+            else "it has not been evaluated"
+        )
         raise DataError(f"{folder}: {state}, there is no evaluation.json.")
     try:
         about = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         missing = _SAID - about.keys()
-        for part, names in [(about.get("hardware"), _HARDWARE), *((d, _DATA) for d in about.get("data", {}).values())]:
+        for part, names in [
+            (about.get("hardware"), _HARDWARE),
+            *((d, _DATA) for d in about.get("data", {}).values()),
+        ]:
             missing |= names - (part or {}).keys()
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{folder}: evaluation.json is damaged ({error}). Evaluate again.") from None
@@ -272,7 +309,9 @@ def _record(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
         raise DataError(f"{folder}: evaluation.json does not say {', '.join(sorted(missing))}.")
     table = folder / "evaluation.csv"
     if "csv_sha256" in about and table.is_file() and sha256(table) != about["csv_sha256"]:
-        raise DataError(f"{folder}: evaluation.csv is not the one that evaluation.json describes. Evaluate again.")
+        raise DataError(
+            f"{folder}: evaluation.csv is not the one that evaluation.json describes. Evaluate again."
+        )
     try:
         rows = pd.read_csv(
             table,
@@ -285,7 +324,9 @@ def _record(folder: Path) -> tuple[dict[str, Any], pd.DataFrame]:
         absent = {"dataset", "name", "bpp", "psnr"} - set(rows)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         reason = str(error).splitlines()[0]
-        raise DataError(f"{folder}: evaluation.csv is missing or damaged ({reason}). Evaluate again.") from None
+        raise DataError(
+            f"{folder}: evaluation.csv is missing or damaged ({reason}). Evaluate again."
+        ) from None
     if absent or not (rows["bpp"] > 0).all() or rows["psnr"].isna().any():
         lacking = f"has no {', '.join(sorted(absent))}" if absent else "has rows without bpp or psnr"
         raise DataError(f"{folder}: evaluation.csv {lacking}. Evaluate again.")
@@ -303,14 +344,19 @@ def _experiment(folder: Path, about: Mapping[str, Any]) -> Experiment | None:
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: its experiment cannot be read ({error})") from None
     if evaluated != claimed:
-        raise DataError(f"{folder}: what was evaluated is not what experiment.json describes. Evaluate again.")
+        raise DataError(
+            f"{folder}: what was evaluated is not what experiment.json describes. Evaluate again."
+        )
     return claimed
 
 
 def ablation_of(exp: Experiment) -> str:
     """What an experiment changes in the model or its text: "baseline", or the names of the changes joined by " + "."""
     changed = exp.ablations
-    return " + ".join(name or changed[field] for field, name in SWITCHES.items() if field in changed) or "baseline"
+    return (
+        " + ".join(name or changed[field] for field, name in SWITCHES.items() if field in changed)
+        or "baseline"
+    )
 
 
 def _label(exp: Experiment | None, about: Mapping[str, Any], epochs: float) -> str:
@@ -318,11 +364,15 @@ def _label(exp: Experiment | None, about: Mapping[str, Any], epochs: float) -> s
     usual = _USUAL | {"captions": "published" if exp is None else exp.captions}
     measured = [f"{name}={v}" for name, v in _options(exp, about).items() if v != usual.get(name, v)]
     if exp is None:
-        return ", ".join([re.sub(r"(lambda_)?[\d.]+\.pth\.tar$", "TACO's own weights", about["codec"]), *measured])
+        return ", ".join(
+            [re.sub(r"(lambda_)?[\d.]+\.pth\.tar$", "TACO's own weights", about["codec"]), *measured]
+        )
     if _is_bundled(about["codec"], about["fingerprint"]):
         return ", ".join([ablation_of(exp), "bundled demo codec", *measured])
     plain = baseline(exp.profile)
-    changed = {name: now for name, (_, now) in plain.diff(exp).items() if name not in ("lmbda", "epochs", *SWITCHES)}
+    changed = {
+        name: now for name, (_, now) in plain.diff(exp).items() if name not in ("lmbda", "epochs", *SWITCHES)
+    }
     changed |= {name: now for name, now in changed.pop("sizes", {}).items() if now != plain.sizes.get(name)}
     varied = [f"{name}={'none' if now == '' else now}" for name, now in changed.items()]
     profile = [] if exp.profile == "paper" else [exp.profile]
@@ -354,7 +404,9 @@ def _unjudged(exp: Experiment | None, about: Mapping[str, Any], epochs: float, d
     elif exp.profile != "paper":
         reasons.append(f"profile {exp.profile}")
     else:
-        fixed = _PROTOCOL if exp.captions == "context" else (*_PROTOCOL, "text_tokens")  # paragraphs may take more
+        fixed = (
+            _PROTOCOL if exp.captions == "context" else (*_PROTOCOL, "text_tokens")
+        )  # paragraphs may take more
         reasons += [f"{name} is {now}" for name, (_, now) in paper.diff(exp).items() if name in fixed]
         stated = json.loads(bundled("reference/report.json").read_text(encoding="utf-8"))
         needed = stated.get(ablation_of(exp), {}).get("epochs", stated["protocol"]["epochs_baseline"])
@@ -367,7 +419,9 @@ def _unjudged(exp: Experiment | None, about: Mapping[str, Any], epochs: float, d
     ]
     asked = {"mode": "exact"} | ({"caption": "best"} if dataset == "coco" else {"patch-size": 256})
     done = _options(exp, about)
-    reasons += [f"evaluated with {name} {done.get(name)}" for name, value in asked.items() if done.get(name) != value]
+    reasons += [
+        f"evaluated with {name} {done.get(name)}" for name, value in asked.items() if done.get(name) != value
+    ]
     if data.get("captions") != (kind := paper.captions if exp is None else exp.captions):
         reasons.append(f"evaluated with captions {data.get('captions', 'of an unknown kind')}, not {kind}")
     if dataset not in IMAGES:
@@ -384,7 +438,7 @@ def _lmbda_in(name: str) -> float:
 
 
 def _options(exp: Experiment | None, about: Mapping[str, Any]) -> dict[str, Any]:
-    """How the evaluation was made, as options of `python -m taco_nb.evaluation`; what is not known is left out."""
+    """How the evaluation was made, as options of `taco-nb evaluate`; what is not known is left out."""
     kinds = {data.get("captions") for data in about["data"].values()}
     options = {
         "captions": kinds.pop() if len(kinds) == 1 else None,
@@ -411,8 +465,8 @@ def _commands(run: pd.Series, sets: pd.DataFrame) -> Iterator[str]:
         ]
         if "sizes" in changes:
             given = ["--experiment", f"{folder}/experiment.json"]
-        yield shlex.join(["python", "-m", "taco_nb.training", *given, "--out", folder])
+        yield shlex.join(["taco-nb", "train", *given, "--out", folder])
     whole = all(s["images"] == IMAGES.get(s["dataset"]) for _, s in sets.iterrows())
     limit = [] if whole else ["--limit", f"{max(sets['images'])}"]
     options = [*limit, *shlex.split(run["options"]), "--out", folder]
-    yield shlex.join(["python", "-m", "taco_nb.evaluation", source, "--sets", *sets["dataset"], *options])
+    yield shlex.join(["taco-nb", "evaluate", source, *sets["dataset"], *options])

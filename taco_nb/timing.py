@@ -155,14 +155,22 @@ def width_sweep(
     from tqdm.auto import tqdm
 
     rows = []
-    configs = {name: replace(exp.replace(attention=name).model_config(), image_grid=side // 8) for name in ATTENTIONS}
+    configs = {
+        name: replace(exp.replace(attention=name).model_config(), image_grid=side // 8) for name in ATTENTIONS
+    }
     for factor in tqdm(factors, desc="widths", unit="width"):
         for kind, make in (("inference", _inference), ("training", _training)):
             runs = {name: make(widened(config, factor), device, side) for name, config in configs.items()}
             for name, row in compare(runs, device, n_pairs).items():
                 flops = count_flops(runs[name])["Global"]
                 rows.append(
-                    {"width": factor * configs[name].N, "attention": name, "pass": kind, **row, **_rate(row, flops)}
+                    {
+                        "width": factor * configs[name].N,
+                        "attention": name,
+                        "pass": kind,
+                        **row,
+                        **_rate(row, flops),
+                    }
                 )
     return pd.DataFrame(rows)
 
@@ -192,7 +200,9 @@ def training_step(net: nn.Module, x: Tensor, *text: Tensor, bfloat16: bool = Fal
 
     x (B, 3, H, W), and text (B, T, text_dim) where `net` reads one. `bfloat16` is for the forward pass, by autocast.
     """
-    optimizer = torch.optim.Adam([p for name, p in net.named_parameters() if not name.endswith("quantiles")], 0.0)
+    optimizer = torch.optim.Adam(
+        [p for name, p in net.named_parameters() if not name.endswith("quantiles")], 0.0
+    )
 
     def step() -> None:
         net.train()
@@ -224,7 +234,9 @@ def length_sweep(
     for side, count in tqdm([(s, t) for s in sides for t in tokens], desc="lengths", unit="size"):
         for part, make in (("attention", _attention_alone), ("encoder", _encoder)):
             configs = {
-                name: replace(exp.replace(attention=name).model_config(), image_grid=side // 8, text_tokens=count)
+                name: replace(
+                    exp.replace(attention=name).model_config(), image_grid=side // 8, text_tokens=count
+                )
                 for name in ATTENTIONS
             }
             measured = compare({name: make(c, device, side) for name, c in configs.items()}, device, repeats)
@@ -269,7 +281,9 @@ def shares(lengths: pd.DataFrame) -> pd.DataFrame:
     A row per side and number of tokens: time_share and flop_share of softmax attention in its encoder, and
     attention_ratio and encoder_ratio, Linformer's median time over softmax's.
     """
-    table = lengths.pivot(index=["side", "tokens"], columns=["part", "attention"], values=["median_ms", "gflop"])
+    table = lengths.pivot(
+        index=["side", "tokens"], columns=["part", "attention"], values=["median_ms", "gflop"]
+    )
     time_, flop = table["median_ms"], table["gflop"]
     return (
         time_["attention"]["softmax"]

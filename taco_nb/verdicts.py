@@ -157,7 +157,11 @@ def _figure_rows(runs, means, ablation, dataset, metric, value, stated, seed) ->
     bearing = found[(found["unjudged"] == "") & np.isclose(found["lmbda"], lmbda)]
     rows = []
     for _, run in (found if bearing.empty else bearing).iterrows():
-        other = "" if np.isclose(run["lmbda"], lmbda) else f"lambda {run['lmbda']:g}, taken as published at {lmbda}"
+        other = (
+            ""
+            if np.isclose(run["lmbda"], lmbda)
+            else f"lambda {run['lmbda']:g}, taken as published at {lmbda}"
+        )
         amiss = "; ".join(filter(None, [run["unjudged"], other]))
         values = runs.loc[(runs["run"] == run["run"]) & (runs["dataset"] == ours), column].dropna()
         low, high = (math.nan, math.nan) if metric in WHOLE_SET else interval(values, seed=seed)
@@ -210,7 +214,9 @@ def _row(
     why="",
 ) -> dict[str, Any]:
     span = "–" if math.isnan(low) else f"{low:.4f} to {high:.4f}"
-    inside = "–" if math.isnan(low) or isinstance(published, str) else "yes" if low <= published <= high else "no"
+    inside = (
+        "–" if math.isnan(low) or isinstance(published, str) else "yes" if low <= published <= high else "no"
+    )
     return {
         "of": of, "what": what, "published": published, "measured": measured, "difference": difference,
         "95 % interval": span, "published in it": inside, "verdict": verdict, "run, or why not": why,
@@ -226,7 +232,9 @@ def _pairs(means: pd.DataFrame):
     told = means[means["experiment"] != ""]
     for _, changed in told[told["ablation"] != "baseline"].iterrows():
         exp = Experiment.from_json(changed["experiment"])
-        for _, base in told[(told["ablation"] == "baseline") & (told["dataset"] == changed["dataset"])].iterrows():
+        for _, base in told[
+            (told["ablation"] == "baseline") & (told["dataset"] == changed["dataset"])
+        ].iterrows():
             plain = Experiment.from_json(base["experiment"])
             free = {*ABLATION_FIELDS} - plain.diff(baseline(plain.profile)).keys() | {"epochs"}
             if (

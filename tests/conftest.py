@@ -23,6 +23,17 @@ def shared() -> Path:
     return path
 
 
+def command(*words: object) -> int:
+    """Run `taco-nb` with these words in this process, and return its exit status."""
+    from taco_nb.tools.cli import main
+
+    try:
+        main([str(word) for word in words], prog_name="taco-nb")
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
 def make_net(seed: int = 0, **sizes):
     """A tiny TACO with random weights, its latents spread over many values and its encoder listening to the caption."""
     import torch
@@ -88,8 +99,12 @@ def save_inception(path: Path) -> Path:
         torch.manual_seed(0)
         patch.setattr(torch, "load", lambda *_, **__: {})
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path="none")
-    state = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
+        network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path="none"
+        )
+    state = {
+        key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")
+    }
     torch.save(state, path, _use_new_zipfile_serialization=False)
     return path
 
@@ -140,7 +155,10 @@ def apart() -> Callable[..., None]:
     def call(function: Callable, *args: object, timeout: float = 120) -> None:
         module, name = function.__module__, function.__name__
         code = f"import conftest, {module}; conftest.limit_memory(1 << 30); {module}.{name}(*{args!r})"
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}"}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
+        }
         command = [sys.executable, "-W", "ignore", "-c", code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, f"{name} ended with {done.returncode}:\n{done.stderr[-4000:]}"

@@ -247,14 +247,18 @@ class _Handler(BaseHTTPRequestHandler):
         return self._reply(answer, cut=bool(fault and fault.cut))
 
     def _upload(self, data):
-        form = message_from_bytes(b"Content-Type: " + self.headers["content-type"].encode() + b"\r\n\r\n" + data)
+        form = message_from_bytes(
+            b"Content-Type: " + self.headers["content-type"].encode() + b"\r\n\r\n" + data
+        )
         parts = {part.get_param("name", header="content-disposition"): part for part in form.get_payload()}
         assert parts["purpose"].get_payload() == "batch"
         self.api.hook("upload", self.api)
         with self.api._lock:
             name = f"file-{len(self.api.files) + 1}"
             self.api.files[name] = parts["file"].get_payload(decode=True)
-        return self._reply({"id": name, "object": "file", "bytes": len(self.api.files[name]), "purpose": "batch"})
+        return self._reply(
+            {"id": name, "object": "file", "bytes": len(self.api.files[name]), "purpose": "batch"}
+        )
 
     def _create(self, wanted):
         fault = self.api.create_faults.popleft() if self.api.create_faults else None
@@ -278,7 +282,11 @@ class _Handler(BaseHTTPRequestHandler):
         data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         try:
             self.send_response(status)
-            for name, value in {"content-type": kind, "content-length": str(len(data)), **(headers or {})}.items():
+            for name, value in {
+                "content-type": kind,
+                "content-length": str(len(data)),
+                **(headers or {}),
+            }.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(data[: len(data) // 2] if cut else data)

@@ -20,14 +20,14 @@ from taco_nb.ablation import differences, measure, same_steps, train
 from taco_nb.checkpoint import load_fitting, save_weights
 from taco_nb.data import training_pairs
 from taco_nb.errors import CheckpointError, DataError, SettingError
-from taco_nb.export import export_html
 from taco_nb.files import REPOSITORY
 from taco_nb.inspection import attentions, cost_table, text_contribution
 from taco_nb.model import TACO, ModelConfig
 from taco_nb.notebook import Parameters
 from taco_nb.text import Conditioning, KeywordWeights, text_tower
-from taco_nb.text.captioners.cache import Answer, CaptionCache
 from taco_nb.text.chat_keywords import chat_keywords
+from taco_nb.tools.captions.cache import Answer, CaptionCache
+from taco_nb.tools.export import export_html
 
 CAPTION = "A red barn in Venice"
 TINY = {"N": 16, "M": 24, "groups": (4, 4, 4, 4, 8), "text_dim": 64, "heads": 8, "context_widths": (16, 16)}
@@ -51,7 +51,11 @@ def test_what_reaches_the_adapter(keywords):
     plain, mask = Conditioning(tower)([CAPTION])
     assert torch.equal(plain, tower([CAPTION])) and mask is None
     assert Conditioning(tower, pooling="keywords", keywords=keywords)([CAPTION])[0].shape == (1, 1, 64)
-    assert Conditioning(tower, pooling="keywords-tokens", keywords=keywords)([CAPTION])[0].shape == (1, 38, 64)
+    assert Conditioning(tower, pooling="keywords-tokens", keywords=keywords)([CAPTION])[0].shape == (
+        1,
+        38,
+        64,
+    )
     long, mask = Conditioning(tower, length="windows")([CAPTION, "word " * 200])
     assert mask.shape == long.shape[:2] and mask[1].sum() > 200 > mask[0].sum()
 
@@ -95,7 +99,9 @@ def test_attentions_are_those_that_ran():
 
 
 def test_the_cost_of_long_captions():
-    rows = {row["tokens"]: row["Linformer / softmax"] for row in cost_table((256,), (8, 38, 4096), dim=192, k=32)}
+    rows = {
+        row["tokens"]: row["Linformer / softmax"] for row in cost_table((256,), (8, 38, 4096), dim=192, k=32)
+    }
     assert rows[8] > 1 > rows[38] > rows[4096]
 
 
@@ -137,7 +143,9 @@ def test_the_diff_is_the_change():
 def test_same_steps_for_fewer_captions():
     exp = tiny().replace(epochs=3, batch_size=2)
     changed = same_steps(exp, exp.replace(captions="context"))
-    steps = [e.epochs * -(-len(training_pairs("sample", 64, captions=e.captions)) // 2) for e in (exp, changed)]
+    steps = [
+        e.epochs * -(-len(training_pairs("sample", 64, captions=e.captions)) // 2) for e in (exp, changed)
+    ]
     assert steps[0] == steps[1] == 45
     assert same_steps(exp, exp.replace(attention="linformer")).epochs == 3
 
@@ -193,8 +201,27 @@ def test_another_model_is_no_start(tmp_path):
 def executed(request, tmp_path_factory) -> tuple[str, Path]:
     """Name and folder of a notebook run headless, from an unrelated folder, on the bundled pictures."""
     folder = tmp_path_factory.mktemp(request.param)
-    command = [sys.executable, "-m", "papermill", str(REPOSITORY / "notebooks" / f"{request.param}.ipynb"), "out.ipynb"]
-    command += ["-p", "profile", "sample", "-p", "epochs", "1", "-p", "eval_limit", "1", "-p", "out_dir", "here"]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(REPOSITORY / "notebooks" / f"{request.param}.ipynb"),
+        "out.ipynb",
+    ]
+    command += [
+        "-p",
+        "profile",
+        "sample",
+        "-p",
+        "epochs",
+        "1",
+        "-p",
+        "eval_limit",
+        "1",
+        "-p",
+        "out_dir",
+        "here",
+    ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return request.param, folder
@@ -232,7 +259,9 @@ def test_one_allowance_of_time_is_for_all_that_a_notebook_does(tmp_path, capsys)
     assert capsys.readouterr().out.splitlines() == [
         f"Not evaluated: {label}, which has taken 1 of {total} steps." for label in runs
     ]
-    for path in sorted((REPOSITORY / "notebooks").glob("0[2-4]_*.ipynb")):  # which then show no table of nothing
+    for path in sorted(
+        (REPOSITORY / "notebooks").glob("0[2-4]_*.ipynb")
+    ):  # which then show no table of nothing
         namespace = {"p": p, "runs": runs, "measure": measure, "sets": p.datasets()}
         sources = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
         for source in (s for s in sources if "measure(p, runs)" in s or "explorer(" in s):

@@ -13,7 +13,9 @@ from taco_nb.model.adapter import attentions
 from taco_nb.model.attention import CrossAttention, LengthProjection, LinformerAttention
 
 DIM, HEADS = 16, 4
-SMALL = ModelConfig(N=16, M=24, groups=(4, 4, 4, 4, 8), text_dim=16, heads=4, context_widths=(16, 16), image_grid=8)
+SMALL = ModelConfig(
+    N=16, M=24, groups=(4, 4, 4, 4, 8), text_dim=16, heads=4, context_widths=(16, 16), image_grid=8
+)
 LINFORMER = dataclasses.replace(SMALL, attention="linformer", linformer_k=6)
 
 
@@ -50,7 +52,9 @@ def test_a_constant_field_is_projected_alike_at_every_size(grid):
 def test_a_smooth_field_is_projected_nearly_alike_at_twice_the_size():
     smooth = torch.nn.functional.interpolate(torch.randn(1, 1, 4, 4), (32, 32), mode="bicubic")
     projection = LengthProjection(6, (32, 32))
-    projection.weight.data = torch.nn.functional.interpolate(torch.randn(1, 6, 4, 4), (32, 32), mode="bicubic")[0]
+    projection.weight.data = torch.nn.functional.interpolate(
+        torch.randn(1, 6, 4, 4), (32, 32), mode="bicubic"
+    )[0]
     small = projection((32, 32)) @ smooth.flatten()
     large = torch.nn.functional.interpolate(smooth, (64, 64), mode="bilinear").flatten()
     assert (projection((64, 64)) @ large - small).norm() < 0.05 * small.norm()
@@ -63,14 +67,18 @@ def test_masked_tokens_leave_no_trace():
     changed = torch.where(mask[..., None], keys, torch.randn(1, 9, DIM))
     assert torch.equal(attention(queries, keys, (1, 9), mask), attention(queries, changed, (1, 9), mask))
     assert not attention.weights(queries, keys, (1, 9), mask)[..., 6:].any()
-    torch.testing.assert_close(attention(queries, keys, (1, 9), mask), attention(queries, keys[:, :6], (1, 6)))
+    torch.testing.assert_close(
+        attention(queries, keys, (1, 9), mask), attention(queries, keys[:, :6], (1, 6))
+    )
 
 
 def test_weights_times_values_is_the_attention():
     attention = linformer(6, (1, 9))
     queries, keys = torch.randn(2, 5, DIM), torch.randn(2, 9, DIM)
     _, _, values = attention._project(queries, keys)
-    expected = attention.out_proj((attention.weights(queries, keys, (1, 9)) @ values).transpose(1, 2).flatten(2))
+    expected = attention.out_proj(
+        (attention.weights(queries, keys, (1, 9)) @ values).transpose(1, 2).flatten(2)
+    )
     torch.testing.assert_close(attention(queries, keys, (1, 9)), expected)
 
 
@@ -82,7 +90,9 @@ def test_sharing_and_the_number_of_parameters(sharing, projections):
     assert len(set(maps)) == projections
     text, image = 6 * config.text_tokens, 6 * config.image_grid**2
     wanted = {"none": 4 * text + 2 * image, "key-value": 2 * text + image, "layerwise": text + image}[sharing]
-    extra = sum(p.numel() for p in TACO(config).parameters()) - sum(p.numel() for p in TACO(SMALL).parameters())
+    extra = sum(p.numel() for p in TACO(config).parameters()) - sum(
+        p.numel() for p in TACO(SMALL).parameters()
+    )
     assert extra == wanted
 
 
@@ -90,7 +100,10 @@ def test_sharing_and_the_number_of_parameters(sharing, projections):
 def test_flops_are_those_of_the_formula(k):
     attention = CrossAttention(DIM, HEADS) if k is None else linformer(k, (1, 9))
     q, kk, v = attention._project(torch.randn(1, 50, DIM), torch.randn(1, 9, DIM))
-    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
         attention._attend(q, kk, v, (1, 9), None)
     assert counter.get_total_flops() == attention_flops(50, 9, DIM, k)
 
@@ -123,7 +136,9 @@ def test_energy_tells_the_rank():
     assert (shares.diff() >= -1e-6).all()
 
 
-@pytest.mark.parametrize("change", [{"attention": "linear"}, {"linformer_sharing": "all"}, {"linformer_k": 0}])
+@pytest.mark.parametrize(
+    "change", [{"attention": "linear"}, {"linformer_sharing": "all"}, {"linformer_k": 0}]
+)
 def test_settings_out_of_range(change):
     with pytest.raises(SettingError, match=next(iter(change))):
         dataclasses.replace(LINFORMER, **change)

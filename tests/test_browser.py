@@ -53,7 +53,9 @@ def server(tmp_path_factory) -> Iterator[tuple[Path, str]]:
     home = tmp_path_factory.mktemp("lab")
     for name in NOTEBOOKS:
         given = {"profile": "sample", "epochs": 1, "eval_limit": 1, "out_dir": str(home / "runs" / name)}
-        notebook = parameterize_notebook(load_notebook_node(str(REPOSITORY / "notebooks" / f"{name}.ipynb")), given)
+        notebook = parameterize_notebook(
+            load_notebook_node(str(REPOSITORY / "notebooks" / f"{name}.ipynb")), given
+        )
         nbformat.write(notebook, home / f"{name}.ipynb")
     for name, settings in QUIET.items():
         path = home / "settings" / f"{name}.jupyterlab-settings"
@@ -92,19 +94,24 @@ def lab(server) -> Iterator[Lab]:
     pages, errors = {}, {name: [] for name in NOTEBOOKS}
     with chromium() as browser:
         for name in NOTEBOOKS:
-            page = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True).new_page()
+            page = browser.new_context(
+                viewport={"width": 1280, "height": 900}, accept_downloads=True
+            ).new_page()
             heard = errors[name]
             page.on("pageerror", lambda error, heard=heard: heard.append(str(error)))
             page.on(
                 "console",
                 lambda message, heard=heard: (
-                    heard.append(f"{message.text} ({message.location['url']})") if message.type == "error" else None
+                    heard.append(f"{message.text} ({message.location['url']})")
+                    if message.type == "error"
+                    else None
                 ),
             )
             page.goto(address.replace("NAME", name))
             page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
             page.wait_for_function(
-                "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'", timeout=90_000
+                "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
+                timeout=90_000,
             )
             page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
             pages[name] = page
@@ -141,7 +148,9 @@ def wait_until_run(page: Any, timeout: float = 240) -> None:
 def output_of(page: Any, source: str) -> Any:
     """The output area of the cell whose code has `source` in it, scrolled into view."""
     found = [
-        i for i, cell in enumerate(cells(page)) if cell["cell_type"] == "code" and source in "".join(cell["source"])
+        i
+        for i, cell in enumerate(cells(page))
+        if cell["cell_type"] == "code" and source in "".join(cell["source"])
     ]
     page.evaluate(f"jupyterapp.shell.currentWidget.content.scrollToItem({found[0]}, 'start')")
     cell = page.locator(f'.jp-Notebook .jp-Cell[data-windowed-list-index="{found[0]}"]')

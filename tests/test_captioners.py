@@ -25,17 +25,17 @@ from PIL import Image
 
 from taco_nb.data import CaptionedFolder
 from taco_nb.errors import CheckpointError, DataError, MissingWeightsError, SettingError
-from taco_nb.text.captioners import (
+from taco_nb.tools.captions import (
     CoCaCaptioner,
     OpenAIBatchCaptioner,
     OpenAICaptioner,
     Price,
     ServiceError,
     batch,
-    local,
 )
-from taco_nb.text.captioners.cache import Answer, CaptionCache, Question, answer_key, image_id
-from taco_nb.text.captioners.openai_captioner import PRICES, image_tokens, read_answer
+from taco_nb.tools.captions import coca as write
+from taco_nb.tools.captions.cache import Answer, CaptionCache, Question, answer_key, image_id
+from taco_nb.tools.captions.openai_captioner import PRICES, image_tokens, read_answer
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -160,7 +160,9 @@ def test_nothing_is_sent_without_confirmation_and_the_price_is_said(
     assert "confirm=True" in str(report) and "0 of 6" in str(report)
 
 
-def test_what_is_cached_needs_neither_network_nor_key_nor_confirmation(server, pictures, captioner, out, monkeypatch):
+def test_what_is_cached_needs_neither_network_nor_key_nor_confirmation(
+    server, pictures, captioner, out, monkeypatch
+):
     dataset = pictures(2)
     captioner().describe(dataset, out, confirm=True)
     first, made = out.read_text(), len(server.requests)
@@ -171,7 +173,9 @@ def test_what_is_cached_needs_neither_network_nor_key_nor_confirmation(server, p
     assert out.read_text() == first and len(server.requests) == made
 
 
-def test_more_captions_more_images_and_other_settings_cost_only_what_is_new(server, pictures, captioner, out, said):
+def test_more_captions_more_images_and_other_settings_cost_only_what_is_new(
+    server, pictures, captioner, out, said
+):
     few, more = pictures(2), pictures(2, "more")
     captioner().describe(few, out, confirm=True)
     captioner().describe(few, out, count=3, confirm=True)
@@ -224,7 +228,11 @@ def test_tokens_of_an_image(size, detail, tokens):
 def test_the_estimate_against_a_computation_by_hand(pictures, captioner, batches, out, said):
     dataset = pictures(3, size=(640, 480))
     estimate = captioner().describe(dataset, out, count=5).estimate
-    assert (estimate.requests, estimate.input_tokens, estimate.output_tokens) == (15, 15 * (425 + 33), 15 * 200)
+    assert (estimate.requests, estimate.input_tokens, estimate.output_tokens) == (
+        15,
+        15 * (425 + 33),
+        15 * 200,
+    )
     assert estimate.dollars == pytest.approx((6870 * 2.50 + 3000 * 10.00) / 1e6)
     halved = batches().describe(dataset, out, count=5).estimate
     assert halved.dollars == pytest.approx(estimate.dollars / 2) and "halved" in str(halved)
@@ -240,7 +248,9 @@ def test_an_unknown_price_is_said_to_be_unknown_and_can_be_given(pictures, capti
     unknown = captioner(model="llava").describe(dataset, out).estimate
     assert unknown.dollars is None and "unknown" in str(unknown) and "price=" in str(unknown)
     given = (
-        captioner(model="llava", price=Price(1.0, 0.0, "a price list of 2030", 7, 0)).describe(dataset, out).estimate
+        captioner(model="llava", price=Price(1.0, 0.0, "a price list of 2030", 7, 0))
+        .describe(dataset, out)
+        .estimate
     )
     assert given.dollars == pytest.approx((7 + 33) / 1e6) and "2030" in str(given)
 
@@ -257,7 +267,9 @@ def test_a_rate_limit_is_waited_out_as_long_as_the_service_says(server, pictures
 
 
 @pytest.mark.parametrize(
-    "faults", [[Fault(500), Fault(503)], [Fault(cut=True)], [Fault(delay=2)]], ids=["500 and 503", "cut", "time-out"]
+    "faults",
+    [[Fault(500), Fault(503)], [Fault(cut=True)], [Fault(delay=2)]],
+    ids=["500 and 503", "cut", "time-out"],
 )
 def test_passing_faults_are_tried_again(server, pictures, captioner, out, faults):
     server.chat_faults += faults
@@ -284,8 +296,14 @@ def test_passing_faults_are_tried_again(server, pictures, captioner, out, faults
         (Fault(change={"refusal": "half of a pair \ud83d"}), "malformed"),
         (Fault(422, {"message": "half of a pair \ud83d"}), "(422): half of a pair ?"),
         (Fault(raw=b'{"error": "' + KEY.encode() + b'"}'), "malformed"),
-        (Fault(change={"content": None, "refusal": f"Not with {KEY}."}), "refused: Not with [OPENAI_API_KEY]"),
-        (Fault(400, {"message": f"Bad image from {KEY}."}), "rejected by the service (400): Bad image from [OPENAI"),
+        (
+            Fault(change={"content": None, "refusal": f"Not with {KEY}."}),
+            "refused: Not with [OPENAI_API_KEY]",
+        ),
+        (
+            Fault(400, {"message": f"Bad image from {KEY}."}),
+            "rejected by the service (400): Bad image from [OPENAI",
+        ),
     ],
 )
 def test_an_answer_that_is_no_caption_is_recorded_and_never_becomes_one(
@@ -306,7 +324,12 @@ def test_an_answer_that_is_no_caption_is_recorded_and_never_becomes_one(
 
 
 def test_captions_that_only_resemble_refusals_are_kept():
-    for text in ("I see a dog.", "Sorrel horses graze.", "The sign says: I'm sorry.", "I canvas the scene: a barn."):
+    for text in (
+        "I see a dog.",
+        "Sorrel horses graze.",
+        "The sign says: I'm sorry.",
+        "I canvas the scene: a barn.",
+    ):
         answer = read_answer({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
         assert answer == Answer(text)
 
@@ -320,7 +343,9 @@ def test_what_got_no_answer_is_reported_and_asked_again(server, pictures, captio
     assert captioner().describe(dataset, out, confirm=True).complete and server.paid.total() == 3
 
 
-@pytest.mark.parametrize("fault", [Fault(503), Fault(400, {"message": "Unsupported parameter"})], ids=["503", "400"])
+@pytest.mark.parametrize(
+    "fault", [Fault(503), Fault(400, {"message": "Unsupported parameter"})], ids=["503", "400"]
+)
 def test_a_service_that_answers_nothing_is_left_alone(server, pictures, captioner, out, fault):
     server.chat_faults += [None] + [fault] * 40
     with pytest.raises(ServiceError, match="10 requests in a row"):
@@ -339,7 +364,9 @@ def test_a_wrong_key_stops_at_once_and_is_not_shown(server, pictures, captioner,
         before = len(server.requests)
         with pytest.raises(ServiceError, match="OPENAI_API_KEY.*401") as caught:
             asking.describe(dataset, out, confirm=True)
-        assert wrong not in "".join(traceback.format_exception(caught.value)) + repr(asking) + repr(vars(asking))
+        assert wrong not in "".join(traceback.format_exception(caught.value)) + repr(asking) + repr(
+            vars(asking)
+        )
         assert len(server.requests) - before <= most
     assert server.paid.total() == 0
 
@@ -356,7 +383,10 @@ def test_a_key_that_cannot_be_sent_is_missed_in_words(server, pictures, captione
 @pytest.mark.parametrize(
     "fault, words",
     [
-        (Fault(429, {"code": "insufficient_quota", "message": "You exceeded your quota."}), "no credit.*quota"),
+        (
+            Fault(429, {"code": "insufficient_quota", "message": "You exceeded your quota."}),
+            "no credit.*quota",
+        ),
         (Fault(404, {"message": "The model does not exist."}), "does not know gpt-4o.*does not exist"),
         (Fault(403), "refuses the key"),
     ],
@@ -481,7 +511,9 @@ def test_each_step_alone(server, pictures, batches, captioner, out, said, monkey
     dataset = pictures(3)
     assert "confirm=True" in str(batches().submit(dataset)) and server.requests == []
     report = batches().submit(dataset, confirm=True)
-    assert list(itertools.chain(*report.missing.values())) == ["in batch_1"] * 3 and "collect()" in str(report)
+    assert list(itertools.chain(*report.missing.values())) == ["in batch_1"] * 3 and "collect()" in str(
+        report
+    )
     said()
     batches().submit(dataset, confirm=True)
     assert len(server.batches) == 1 and "3 submitted before" in said()
@@ -533,14 +565,25 @@ def test_answers_and_errors_line_by_line(server, pictures, batches, out):
     server.outcomes += ["completed", "failed"]  # of the second, which repeats what met a 500
     report = batches().describe(dataset, out, confirm=True)
     reasons = {name[1]: why[0] for name, why in report.missing.items()}
-    assert reasons["1"] == "refused: No." and "(400): Bad image" in reasons["2"] and "batch_2 failed" in reasons["3"]
+    assert (
+        reasons["1"] == "refused: No."
+        and "(400): Bad image" in reasons["2"]
+        and "batch_2 failed" in reasons["3"]
+    )
     assert reasons["5"].startswith("cut off") and reasons.keys() == {"1", "2", "3", "5"}
     server.line_faults.clear()
     report = batches().describe(dataset, out, confirm=True)
     assert report.missing.keys() == {"01.png", "02.png", "05.png"} and len(server.batches) == 3
     assert batches().describe(dataset, out, confirm=True, retry_failed=True).complete
     assert captions_of(out)["04.png"] == ["Text\u2028with a line separator\x85."]
-    assert sorted(server.paid.values()) == [1, 1, 1, 1, 2, 2]  # what was refused or cut off has been paid for twice
+    assert sorted(server.paid.values()) == [
+        1,
+        1,
+        1,
+        1,
+        2,
+        2,
+    ]  # what was refused or cut off has been paid for twice
 
 
 @pytest.mark.parametrize("outcome", ["lines broken", "files gone"])
@@ -603,7 +646,9 @@ def run_until(server, describe, ends, number):
                 process.join()
 
     server.hook = hook
-    process = multiprocessing.get_context("fork").Process(target=describe)  # a new one would import torch for long
+    process = multiprocessing.get_context("fork").Process(
+        target=describe
+    )  # a new one would import torch for long
     process.start()
     process.join(60)
     assert process.exitcode != 0 and ended
@@ -707,19 +752,22 @@ def test_coca_at_temperature_0_is_what_open_clip_generates(coca, tmp_path, pictu
         image = preprocess(dataset[i].image)[None]
         ids = model.generate(image, generation_type="top_k", top_k=1, seq_len=77, min_seq_len=0)[0].tolist()
         assert (
-            open_clip.decode(torch.tensor(ids)).split("<end_of_text>")[0].removeprefix("<start_of_text>").strip()
+            open_clip.decode(torch.tensor(ids))
+            .split("<end_of_text>")[0]
+            .removeprefix("<start_of_text>")
+            .strip()
             == text
         )
 
 
 def test_words_are_drawn_from_the_likeliest_in_proportion(monkeypatch):
-    monkeypatch.setattr(local, "TOP_K", 3)
+    monkeypatch.setattr(write, "TOP_K", 3)
     logits = torch.tensor([0.1, 0.5, 0.02, 0.38]).log().expand(2000, -1)
-    drawn = local.draw(logits, 1.0, torch.linspace(0, 1, 2001)[:-1])
+    drawn = write.draw(logits, 1.0, torch.linspace(0, 1, 2001)[:-1])
     counts = torch.bincount(drawn, minlength=4) / 2000
     torch.testing.assert_close(counts, torch.tensor([0.1, 0.5, 0.0, 0.38]) / 0.98, atol=2e-3, rtol=0)
-    assert (local.draw(logits, 0, torch.rand(2000)) == 1).all()
-    assert (local.draw(logits, 0.01, torch.rand(2000)) == 1).all()
+    assert (write.draw(logits, 0, torch.rand(2000)) == 1).all()
+    assert (write.draw(logits, 0.01, torch.rand(2000)) == 1).all()
 
 
 def test_coca_settings_and_weights_that_will_not_do(coca, tmp_path, pictures, out):
@@ -744,6 +792,8 @@ def test_coca_settings_and_weights_that_will_not_do(coca, tmp_path, pictures, ou
 def test_missing_weights_are_said_with_size_and_command(tmp_path, pictures, out, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(MissingWeightsError, match="open_clip_model.safetensors.*download_pretrained") as caught:
+    with pytest.raises(
+        MissingWeightsError, match="open_clip_model.safetensors.*download_pretrained"
+    ) as caught:
         CoCaCaptioner(tmp_path / "coca.jsonl").describe(pictures(1), out)
     assert 2000 < int(re.search(r"([\d,]+) MB", str(caught.value))[1].replace(",", "")) < 3000

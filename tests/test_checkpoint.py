@@ -72,14 +72,20 @@ def test_half_precision_is_half_the_file(tmp_path):
 def test_the_tables_of_z_are_kept_and_not_made_anew(tmp_path):
     before = own_codec(make_net())
     before.net.update()
-    before.net.entropy_bottleneck._quantized_cdf[:, 3] += 1  # as another machine's rounding might have made them
+    before.net.entropy_bottleneck._quantized_cdf[:, 3] += (
+        1  # as another machine's rounding might have made them
+    )
     data = before.encode(IMAGE, CAPTION)
     checkpoint.save_weights(tmp_path / "tiny.safetensors", before.net, ABOUT)
     after = load(tmp_path / "tiny.safetensors")
     assert after.decode(data) == before.decode(data)
-    assert torch.equal(after.net.entropy_bottleneck.quantized_cdf, before.net.entropy_bottleneck.quantized_cdf)
+    assert torch.equal(
+        after.net.entropy_bottleneck.quantized_cdf, before.net.entropy_bottleneck.quantized_cdf
+    )
     after.net.update()
-    assert not torch.equal(after.net.entropy_bottleneck.quantized_cdf, before.net.entropy_bottleneck.quantized_cdf)
+    assert not torch.equal(
+        after.net.entropy_bottleneck.quantized_cdf, before.net.entropy_bottleneck.quantized_cdf
+    )
 
 
 def test_a_save_that_is_interrupted_leaves_the_old_file(saved):
@@ -162,7 +168,9 @@ def test_a_strangers_code_does_not_run(tmp_path, kind):
         path.write_bytes(pickle.dumps(content["best_psnr"]))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
-    with pytest.raises(CheckpointError, match="malicious.pth.tar is not a checkpoint that can be read safely"):
+    with pytest.raises(
+        CheckpointError, match="malicious.pth.tar is not a checkpoint that can be read safely"
+    ):
         load(path)
     assert not victim.exists()
     if kind == "pickle":
@@ -171,7 +179,8 @@ def test_a_strangers_code_does_not_run(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "content", [None, 5, [], {}, {"state_dict": {}}, {"state_dict": [1]}, {"state_dict": {"a": 1}}, {3: torch.zeros(1)}]
+    "content",
+    [None, 5, [], {}, {"state_dict": {}}, {"state_dict": [1]}, {"state_dict": {"a": 1}}, {3: torch.zeros(1)}],
 )
 def test_a_pickle_without_a_state_dict_is_none(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
@@ -249,10 +258,16 @@ def test_damaged_metadata_are_named(saved, metadata):
     "change, said",
     [
         (lambda state: state.pop("module.g_s.synthesis_transform.1.bias"), "g_s.synthesis_transform.1.bias"),
-        (lambda state: state.pop("module.g_a.analysis_transform.16.weight"), "g_a.analysis_transform.16.weight"),
+        (
+            lambda state: state.pop("module.g_a.analysis_transform.16.weight"),
+            "g_a.analysis_transform.16.weight",
+        ),
         (lambda state: state.update(other=torch.zeros(1)), "other"),
         (lambda state: state.update({"module.h_s.increase.2.bias": torch.zeros(2)}), "h_s.increase.2.bias"),
-        (lambda state: state["module.h_s.increase.2.bias"].fill_(float("inf")), "h_s.increase.2.bias.*not finite"),
+        (
+            lambda state: state["module.h_s.increase.2.bias"].fill_(float("inf")),
+            "h_s.increase.2.bias.*not finite",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_named_with_their_file(tmp_path, change, said):

@@ -41,7 +41,9 @@ def seen(image: Image.Image) -> torch.Tensor:
 
 def test_cmmd_is_that_of_the_sums_over_all_pairs():
     def mean_kernel(a, b):
-        pairs = [math.exp(-sum((s - t) ** 2 for s, t in zip(p, q)) / 200) for p in a.tolist() for q in b.tolist()]
+        pairs = [
+            math.exp(-sum((s - t) ** 2 for s, t in zip(p, q)) / 200) for p in a.tolist() for q in b.tolist()
+        ]
         return math.fsum(pairs) / len(pairs)
 
     x, y = vectors(9, 0), vectors(6, 1)
@@ -123,7 +125,10 @@ def test_pictures_are_prepared_as_in_the_official_program(size):
 
 def test_clip_score_is_the_cosine_in_percent():
     clip, tokenizer = make_clip(), open_clip.SimpleTokenizer()
-    images, captions = [photograph(48, 64, seed) for seed in range(3)], ["a red barn", "", "two dogs on a beach"]
+    images, captions = (
+        [photograph(48, 64, seed) for seed in range(3)],
+        ["a red barn", "", "two dogs on a beach"],
+    )
     scores = ClipScore(clip, tokenizer)(tensor(*images), captions)
     for image, caption, score in zip(images, captions, scores):
         small = image.resize((32, 42), Image.Resampling.BICUBIC).crop((0, 5, 32, 37))
@@ -136,7 +141,10 @@ def test_clip_score_is_the_cosine_in_percent():
 def test_clip_score_is_never_negative_and_of_the_pair():
     clip = make_clip()
     clip.text_projection.data *= -1
-    turned, score = ClipScore(clip, open_clip.SimpleTokenizer()), ClipScore(make_clip(), open_clip.SimpleTokenizer())
+    turned, score = (
+        ClipScore(clip, open_clip.SimpleTokenizer()),
+        ClipScore(make_clip(), open_clip.SimpleTokenizer()),
+    )
     images, captions = (
         tensor(*[photograph(40, 40, seed) for seed in range(4)]),
         ["a", "red dog", "sea", "a man on a bike"],

@@ -253,7 +253,9 @@ def test_fast_is_exact_where_bfloat16_is_slow(monkeypatch, tiny_codec, file):
 @pytest.mark.parametrize("machine, instructions, expected", [
     ("x86_64", True, True), ("AMD64", False, False), ("x86_64", False, False), ("aarch64", False, True),
 ])  # fmt: skip
-def test_bfloat16_is_fast_where_the_processor_has_instructions_for_it(monkeypatch, machine, instructions, expected):
+def test_bfloat16_is_fast_where_the_processor_has_instructions_for_it(
+    monkeypatch, machine, instructions, expected
+):
     """From AVX-512 on oneDNN takes it, without AVX512_BF16 at a sixth of float32's speed."""
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions, raising=False)
@@ -326,7 +328,9 @@ def test_another_version_is_named(tiny_codec, file):
 
 def test_wrong_weights_are_named(tiny_codec, file):
     other = make_codec(1)
-    with pytest.raises(WrongWeightsError, match=f"{tiny_codec.fingerprint.hex()}.*tiny 1.*{other.fingerprint.hex()}"):
+    with pytest.raises(
+        WrongWeightsError, match=f"{tiny_codec.fingerprint.hex()}.*tiny 1.*{other.fingerprint.hex()}"
+    ):
         other.decode(file)
 
 
@@ -352,7 +356,13 @@ def test_another_encoder_of_the_same_decoder_writes_files_for_it(tiny_codec, fil
 
 @pytest.mark.parametrize(
     "part",
-    ["h_s", "local_context.0", "channel_context.1", "entropy_parameters_anchor.0", "entropy_parameters_nonanchor.1"],
+    [
+        "h_s",
+        "local_context.0",
+        "channel_context.1",
+        "entropy_parameters_anchor.0",
+        "entropy_parameters_nonanchor.1",
+    ],
 )
 @pytest.mark.parametrize("half", ["first", "second", "both"])
 def test_drifting_arithmetic_gives_the_same_picture_or_an_error(file, part, half):
@@ -361,7 +371,11 @@ def test_drifting_arithmetic_gives_the_same_picture_or_an_error(file, part, half
 
     def drift(module, inputs, out: torch.Tensor, magnitude: float) -> torch.Tensor:
         noise = magnitude * out.abs().mean() * torch.randn(out.shape, generator=generator)
-        untouched = {"first": slice(out.shape[1] // 2, None), "second": slice(out.shape[1] // 2), "both": slice(0)}
+        untouched = {
+            "first": slice(out.shape[1] // 2, None),
+            "second": slice(out.shape[1] // 2),
+            "both": slice(0),
+        }
         noise[:, untouched[half]] = 0
         return out + noise
 
@@ -371,7 +385,9 @@ def test_drifting_arithmetic_gives_the_same_picture_or_an_error(file, part, half
             outcomes.append(outcome(drifting, file, x_hat))
     assert set(outcomes) == {"same", "DriftError"}
     assert outcomes[0] == "same" and outcomes[-1] == "DriftError"
-    if half != "first":  # of entropy parameters the first half are scales, which only matter near a step of their table
+    if (
+        half != "first"
+    ):  # of entropy parameters the first half are scales, which only matter near a step of their table
         assert outcomes[-6:] == ["DriftError"] * 6
 
 
@@ -434,7 +450,9 @@ class Target(NamedTuple):
 
 
 def targets(tiny: Codec) -> list[Target]:
-    files = [tiny.encode(picture(*size, seed), CAPTION) for seed, size in enumerate(((64, 64), (40, 30), (1, 1)))]
+    files = [
+        tiny.encode(picture(*size, seed), CAPTION) for seed, size in enumerate(((64, 64), (40, 30), (1, 1)))
+    ]
     return [Target(file, tiny.decode_tensor(file)) for file in files]
 
 
@@ -445,7 +463,9 @@ def flip_bits(data: bytearray, rng: random.Random, _: bytes) -> None:
 
 def overwrite(data: bytearray, rng: random.Random, _: bytes) -> None:
     at, count = rng.randrange(len(data)), rng.choice((1, 2, 4, 16))
-    data[at : at + count] = rng.choice((rng.randbytes(count), bytes(count), b"\xff" * count))[: len(data) - at]
+    data[at : at + count] = rng.choice((rng.randbytes(count), bytes(count), b"\xff" * count))[
+        : len(data) - at
+    ]
 
 
 def insert(data: bytearray, rng: random.Random, _: bytes) -> None:
@@ -528,7 +548,10 @@ def forge_large_images() -> None:
     header, z, y = read_header(target.file)
     padded = sealed(target.file[:-4] + bytes(4_000_000))
     assert outcome(tiny, padded, target.x_hat) == "same"  # the coder never reads so far
-    assert outcome(tiny, forge(padded, width=8192, height=8192, z_length=4_000_000), target.x_hat) == "DriftError"
+    assert (
+        outcome(tiny, forge(padded, width=8192, height=8192, z_length=4_000_000), target.x_hat)
+        == "DriftError"
+    )
 
 
 def test_a_forged_header_costs_no_memory(apart):

@@ -17,9 +17,9 @@ from taco_nb import datasets, load
 from taco_nb.codec import read_header
 from taco_nb.data.images import to_rgb, to_tensor
 from taco_nb.errors import SettingError
+from taco_nb.evaluation.peers import encode_peer
 from taco_nb.inspection import bit_map
 from taco_nb.metrics.distortion import ms_ssim, psnr
-from taco_nb.peers import encode_peer
 from taco_nb.widgets import compare
 from taco_nb.widgets.compare import SHOWN
 from taco_nb.widgets.page import data_url
@@ -61,7 +61,9 @@ def jpeg(sample):
 
 
 def test_every_pixel_and_every_number_is_that_of_the_file(sample, jpeg):
-    page = Page(compare(sample.image, {"JPEG": (jpeg.image, jpeg.data)}, caption='a "tabby" cat')._repr_html_())
+    page = Page(
+        compare(sample.image, {"JPEG": (jpeg.image, jpeg.data)}, caption='a "tabby" cat')._repr_html_()
+    )
     original, coded = page.figures
     assert pixels(original).tobytes() == sample.image.tobytes()
     assert pixels(coded).tobytes() == jpeg.image.tobytes()
@@ -84,7 +86,9 @@ def test_lpips_is_shown_where_it_is_given_and_ms_ssim_where_it_is_defined(jpeg, 
     page = compare(sample.image, {"JPEG": (jpeg.image, jpeg.data)}, lpips=lpips).figures()
     assert "LPIPS 0.1250" in page
     small = encode_peer(sample.image.crop((0, 0, 64, 64)), "JPEG", 20)
-    page = compare(sample.image.crop((0, 0, 64, 64)), {"JPEG": (small.image, small.data)}, lpips=lpips).figures()
+    page = compare(
+        sample.image.crop((0, 0, 64, 64)), {"JPEG": (small.image, small.data)}, lpips=lpips
+    ).figures()
     assert "PSNR" in page and "MS-SSIM" not in page
 
 
@@ -109,7 +113,9 @@ def test_nothing_is_loaded_from_elsewhere(sample, jpeg):
 def test_it_is_also_a_plain_picture(sample, jpeg):
     sheet = compare(sample.image, {"JPEG": (jpeg.image, jpeg.data)}).picture()
     assert sheet.width > 2 * sample.image.width and sheet.height > sample.image.height
-    assert np.array_equal(np.asarray(sheet)[: sample.image.height, : sample.image.width], np.asarray(sample.image))
+    assert np.array_equal(
+        np.asarray(sheet)[: sample.image.height, : sample.image.width], np.asarray(sample.image)
+    )
 
 
 def test_the_original_is_what_the_codec_saw():
@@ -124,7 +130,9 @@ def test_the_original_is_what_the_codec_saw():
 
 
 def test_a_very_large_picture_is_measured_whole_and_shown_smaller():
-    original = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, SHOWN + 452, 3), dtype=np.uint8))
+    original = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (40, SHOWN + 452, 3), dtype=np.uint8)
+    )
     coded = encode_peer(original, "JPEG", 50)
     shown = compare(original, {"JPEG": (coded.image, coded.data)}, bits=torch.rand(4, 160))
     page = Page(shown.figures())
@@ -135,7 +143,9 @@ def test_a_very_large_picture_is_measured_whole_and_shown_smaller():
     said = page.figures[1]["text"]
     assert f"PSNR {psnr(to_tensor(original), to_tensor(coded.image)):.2f} dB" in said
     assert f"{8 * len(coded.data) / (2500 * 40):.3f} bpp" in said
-    assert (page.figures[2]["width"], page.figures[2]["height"]) == ("157", "3"), "the blocks of the whole picture"
+    assert (page.figures[2]["width"], page.figures[2]["height"]) == ("157", "3"), (
+        "the blocks of the whole picture"
+    )
     assert "shown at" not in compare(coded.image.crop((0, 0, SHOWN, 40)), {}).figures()
 
 

@@ -49,7 +49,9 @@ def folder(root: Path, **captions) -> CaptionedFolder:
     """A folder with b.png and a.JPG; `captions` replace or extend their entries."""
     for seed, name in enumerate(("b.png", "a.JPG")):
         picture(root / name, seed=seed)
-    return CaptionedFolder(root, write(root / "captions.json", {"b.png": "b", "a.JPG": ["a", "A"], **captions}))
+    return CaptionedFolder(
+        root, write(root / "captions.json", {"b.png": "b", "a.JPG": ["a", "A"], **captions})
+    )
 
 
 # ---- a folder with captions
@@ -177,7 +179,9 @@ def test_checksum_changes_with_names_pixels_and_captions_only(tmp_path):
 def test_views(tmp_path):
     picture(tmp_path / "c.png", size=(20, 60))
     dataset = folder(tmp_path, **{"c.png": "c"})
-    assert dataset.head(1).names == ("a.JPG",) and dataset.head(9).names == dataset.names and len(dataset) == 3
+    assert (
+        dataset.head(1).names == ("a.JPG",) and dataset.head(9).names == dataset.names and len(dataset) == 3
+    )
     view = dataset.centre_crop(25)
     assert (view.names, view.skipped, dataset.skipped) == (("a.JPG", "b.png"), 1, 0)
     assert np.array_equal(np.asarray(view[1].image), np.asarray(dataset[1].image)[2:27, 8:33])
@@ -204,7 +208,9 @@ def coco_files(root: Path, sizes=((40, 30), (30, 40), (20, 60)), annotated=True)
         picture(root / "images" / f"{n}.png", (width, height), seed=n)
         size = {"width": width, "height": height} if annotated else {}
         content["images"].append({"id": 7 * n, "file_name": f"{n}.png", **size})
-        content["annotations"] += [{"id": 2 * n + k, "image_id": 7 * n, "caption": f"{n}.{k}"} for k in (0, 1)]
+        content["annotations"] += [
+            {"id": 2 * n + k, "image_id": 7 * n, "caption": f"{n}.{k}"} for k in (0, 1)
+        ]
     write(root / "annotations" / "captions_train.json", content)
     return content
 
@@ -237,7 +243,10 @@ def changed(content: dict, list_name: str, n: int, **fields) -> dict:
         (lambda c: changed(c, "images", 1, id="x"), r"images\[1\] must have 'id' of type int"),
         (lambda c: changed(c, "images", 1, id=True), r"images\[1\] must have 'id' of type int"),
         (lambda c: changed(c, "images", 1, file_name=None), r"images\[1\] must have 'file_name'.*'id': 7"),
-        (lambda c: changed(c, "annotations", 2, caption=["x"]), r"annotations\[2\] must have 'caption' of type str"),
+        (
+            lambda c: changed(c, "annotations", 2, caption=["x"]),
+            r"annotations\[2\] must have 'caption' of type str",
+        ),
         (lambda c: {**c, "annotations": c["annotations"][:4]}, r"Missing captions: .* 2.png \(id 14\)"),
         (lambda c: {**c, "images": [*c["images"], 3]}, r"images\[3\] must have 'id'"),
         (lambda c: {**c, "images": {}}, "must have 'images' of type list"),
@@ -261,7 +270,13 @@ def karpathy_files(root: Path) -> dict:
         part = "train2014" if split == "train" else "val2014"
         picture(root / part / f"{n}.jpg", (40 - 5 * n, 30), seed=n)
         sentences = [{"raw": f"{n}.{k}"} for k in range(3)]
-        image = {"filepath": part, "filename": f"{n}.jpg", "cocoid": n, "split": split, "sentences": sentences}
+        image = {
+            "filepath": part,
+            "filename": f"{n}.jpg",
+            "cocoid": n,
+            "split": split,
+            "sentences": sentences,
+        }
         content["images"].append(image)
     write(root / "dataset_coco.json", content)
     return content
@@ -270,14 +285,21 @@ def karpathy_files(root: Path) -> dict:
 def test_karpathys_splits_are_told_apart(tmp_path):
     karpathy_files(tmp_path)
     splits = {split: Coco(tmp_path, split, karpathy=True) for split in ("train", "restval", "val", "test")}
-    assert [dataset.names for dataset in splits.values()] == [("0.jpg",), ("1.jpg", "2.jpg"), ("3.jpg",), ("4.jpg",)]
+    assert [dataset.names for dataset in splits.values()] == [
+        ("0.jpg",),
+        ("1.jpg", "2.jpg"),
+        ("3.jpg",),
+        ("4.jpg",),
+    ]
     assert splits["restval"].captions(1) == ("2.0", "2.1", "2.2")
     assert splits["restval"].centre_crop(30).names == ("1.jpg", "2.jpg")  # 30 wide, read from the header
     assert splits["val"][0].image.size == (25, 30)
     sizes = {"images": [{"file_name": "1.jpg", "width": 40, "height": 29}]}
     write(tmp_path / "annotations" / "captions_val2014.json", sizes)
     view = Coco(tmp_path, "restval", karpathy=True).centre_crop(30)
-    assert view.names == ("2.jpg",) and view.skipped == 1  # COCO's own file, where there is one, knows the sizes
+    assert (
+        view.names == ("2.jpg",) and view.skipped == 1
+    )  # COCO's own file, where there is one, knows the sizes
 
 
 @pytest.mark.parametrize(
@@ -322,7 +344,12 @@ def test_every_caption_of_every_large_image_is_a_sample(tmp_path, annotated):
     coco_files(tmp_path, annotated=annotated)
     dataset = Coco(tmp_path, "train")
     pairs = TrainPairs(dataset, crop=25)
-    assert pairs.skipped == 1 and [caption for _, caption in islice(pairs, len(pairs))] == ["0.0", "0.1", "1.0", "1.1"]
+    assert pairs.skipped == 1 and [caption for _, caption in islice(pairs, len(pairs))] == [
+        "0.0",
+        "0.1",
+        "1.0",
+        "1.1",
+    ]
     for x, caption in pairs:
         whole = to_tensor(dataset[int(caption[0])].image)
         windows = whole.unfold(1, 25, 1).unfold(2, 25, 1)  # (3, rows, columns, 25, 25): every crop there is
@@ -378,13 +405,17 @@ def test_workers_change_nothing_even_when_they_outlive_an_epoch(tmp_path):
 
     alone, many = list(epochs()), list(epochs(num_workers=2, persistent_workers=True))
     assert len(alone) == len(many) == 2 * 3
-    assert all(torch.equal(x, x2) and captions == captions2 for (x, captions), (x2, captions2) in zip(alone, many))
+    assert all(
+        torch.equal(x, x2) and captions == captions2 for (x, captions), (x2, captions2) in zip(alone, many)
+    )
     assert any(not torch.equal(x, later) for (x, _), (later, _) in zip(alone[:3], alone[3:]))
 
 
 def test_an_annotation_that_overstates_an_image_is_an_error(tmp_path):
     content = coco_files(tmp_path, sizes=[(40, 30)])
-    write(tmp_path / "annotations" / "captions_train.json", changed(content, "images", 0, width=900, height=900))
+    write(
+        tmp_path / "annotations" / "captions_train.json", changed(content, "images", 0, width=900, height=900)
+    )
     dataset = Coco(tmp_path, "train")
     with pytest.raises(DataError, match="0.png .* 40x30"):
         TrainPairs(dataset, crop=100)[0]
@@ -410,7 +441,9 @@ def minicoco(tmp_path):
 def test_coco_evaluation_is_karpathys_restval_in_centre_crops(minicoco):
     (dataset,) = datasets("coco", data_dir=minicoco)
     entries = json.loads((minicoco / "coco" / "dataset_coco.json").read_text())["images"]
-    restval = {e["filename"]: tuple(s["raw"] for s in e["sentences"]) for e in entries if e["split"] == "restval"}
+    restval = {
+        e["filename"]: tuple(s["raw"] for s in e["sentences"]) for e in entries if e["split"] == "restval"
+    }
     sizes = {name: Image.open(minicoco / "coco" / "val2014" / name).size for name in restval}
     assert dataset.names == tuple(sorted(name for name in restval if min(sizes[name]) >= 256))
     assert dataset.skipped == len(restval) - len(dataset)

@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, command
 
 from taco_nb import datasets, evaluate, fit, load
-from taco_nb.demo import bundle, main, standing
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.evaluation import evaluate_matched
 from taco_nb.experiment import DEMO_SIZES, baseline
 from taco_nb.files import REPOSITORY, sha256
+from taco_nb.tools.bundle import bundle, standing
 from taco_nb.training.start import initial_net, initial_weights
 
 SHELF = REPOSITORY / "data" / "checkpoints"
@@ -42,7 +42,10 @@ def test_a_card_is_of_its_file(name):
     card, about = card_of(name), load(name).about
     assert sha256(SHELF / f"{name}.safetensors") == card["sha256"]
     assert about["steps"] == card["steps"] and about["experiment"]["lmbda"] == card["lmbda"]
-    assert about["experiment"] == card["experiment"] and sum(link["steps"] for link in card["history"]) == card["steps"]
+    assert (
+        about["experiment"] == card["experiment"]
+        and sum(link["steps"] for link in card["history"]) == card["steps"]
+    )
     assert card["not_to_be_used_to_claim"] and card["data"] and card["hardware"]
     assert "/" not in about["experiment"]["train_data"]  # nobody's folders
 
@@ -93,7 +96,9 @@ def test_a_run_becomes_a_bundled_codec_with_a_measured_card(run, first):
     results = evaluate(codec, datasets("sample"))
     assert card["results"]["sample"]["psnr"] == pytest.approx(results["psnr"].mean(), abs=1e-4)
     assert card["results"]["sample"]["bpp"] == pytest.approx(results["bpp"].mean(), abs=1e-4)
-    assert card["results"]["sample"]["JPEG, %"] is None  # a few steps reconstruct nothing that JPEG's curve reaches
+    assert (
+        card["results"]["sample"]["JPEG, %"] is None
+    )  # a few steps reconstruct nothing that JPEG's curve reaches
     kernels = codec.net.g_a.analysis_transform[0].weight
     assert torch.equal(kernels, kernels.half().float())
 
@@ -127,9 +132,9 @@ def test_an_unfinished_run_is_refused_and_nothing_written(run, tmp_path):
 def test_the_command_bundles_and_says_what_is_no_run(run, tmp_path, capsys):
     shelf = tmp_path / "checkpoints"
     shelf.mkdir()
-    assert main(["--data-dir", str(tmp_path), "bundle", "mine", "--data", "pictures"]) == 1
-    assert "SettingError: 'mine' is not NAME=RUN" in capsys.readouterr().err
-    assert main(["--data-dir", str(tmp_path), "bundle", f"mine={run.dir}", "--data", "pictures"]) == 0
+    assert command("bundle", "mine", "--data", "pictures", "--data-dir", tmp_path) == 1
+    assert "Error: 'mine' is not NAME=RUN" in capsys.readouterr().err
+    assert command("bundle", f"mine={run.dir}", "--data", "pictures", "--data-dir", tmp_path) == 0
     assert json.loads(capsys.readouterr().out.partition("\n")[2])["mine"] == card_of("mine", shelf)
     assert load("mine", data_dir=tmp_path).name == "mine"
 
@@ -170,7 +175,10 @@ def family(tmp_path_factory):
     ids=str,
 )  # fmt: skip
 def test_demo_means_the_sibling_that_was_trained_alike(family, change, name):
-    assert initial_weights(baseline("sample", **change), family) == family / "checkpoints" / f"{name}.safetensors"
+    assert (
+        initial_weights(baseline("sample", **change), family)
+        == family / "checkpoints" / f"{name}.safetensors"
+    )
 
 
 def test_a_run_says_which_sibling_it_starts_from(family, capsys):
@@ -206,5 +214,5 @@ def test_where_a_codec_stands_is_read_off_the_curves_of_the_others():
 
 
 def test_without_kodak_the_command_says_so_in_a_sentence(tmp_path, capsys):
-    assert main(["--data-dir", str(tmp_path)]) == 1
-    assert "DataError: The data set kodak cannot be read" in capsys.readouterr().err
+    assert command("bundle", "--data-dir", tmp_path) == 1
+    assert "Error: The data set kodak cannot be read" in capsys.readouterr().err

@@ -27,11 +27,11 @@ from taco_nb.data import CaptionedFolder, CaptionedImages
 from taco_nb.data.images import to_tensor
 from taco_nb.errors import DataError, SettingError
 from taco_nb.evaluation import evaluate_matched, evaluate_peers, means
+from taco_nb.evaluation.peers import available_peers
 from taco_nb.experiment import baseline
 from taco_nb.files import REPOSITORY
 from taco_nb.metrics.distortion import psnr
 from taco_nb.metrics.perception import Lpips
-from taco_nb.peers import available_peers
 from taco_nb.provenance import code_digest, commit
 
 SIZES = {"barn.png": (176, 192), "cat.png": (70, 45), "dog.png": (161, 163)}
@@ -87,7 +87,9 @@ def evaluated(tmp_path_factory, network):
 def test_a_row_per_image_with_its_first_caption(evaluated):
     codec, dataset, results, _ = evaluated
     assert list(results["name"]) == list(dataset.names) == sorted(SIZES)
-    assert [tuple(size) for size in results[["width", "height"]].to_numpy()] == [SIZES[n] for n in results["name"]]
+    assert [tuple(size) for size in results[["width", "height"]].to_numpy()] == [
+        SIZES[n] for n in results["name"]
+    ]
     assert list(results["caption"]) == [f"caption 0 of {name}" for name in results["name"]]
     assert set(results["codec"]) == {codec.name} and set(results["dataset"]) == {"photos"}
     assert (results[["encode_s", "decode_s"]] > 0).all(axis=None)
@@ -137,7 +139,11 @@ def test_lpips_in_both_conventions(evaluated, network):
     codec, dataset, results, out = evaluated
     for i, row in enumerate(results.itertuples()):
         path = out / "files" / "photos" / f"{row.name}.taco"
-        x, shown, floats = to_tensor(dataset[i].image), to_tensor(codec.decode(path)), codec.decode_tensor(path)
+        x, shown, floats = (
+            to_tensor(dataset[i].image),
+            to_tensor(codec.decode(path)),
+            codec.decode_tensor(path),
+        )
         with torch.no_grad():
             assert row.lpips == pytest.approx(network(2 * shown[None] - 1, 2 * x[None] - 1).item())
             assert row.lpips_01 == pytest.approx(network(floats[None], x[None]).item())
@@ -161,16 +167,23 @@ for seed in range(2):
     results = evaluate(make_codec(seed), [folder(Path(sys.argv[1]) / str(seed), {"a.png": (64, 64)})])
     assert not {"lpips", "lpips_01", "fid", "cmmd", "clip_score"} & set(results), results.columns
 """
-    environment = os.environ | {name: str(tmp_path / "cache") for name in ("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE")}
+    environment = os.environ | {
+        name: str(tmp_path / "cache") for name in ("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE")
+    }
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)])
     done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", program, tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for line, metric in zip(lines, ("LPIPS", "FID", "CMMD", "CLIP score"), strict=True):
         assert re.match(
-            rf"Without {metric}: .*{re.escape(str(tmp_path / 'cache'))}.* run: python -m taco_nb\.data fetch ", line
+            rf"Without {metric}: .*{re.escape(str(tmp_path / 'cache'))}.* run: taco-nb fetch ",
+            line,
         )
 
 
@@ -268,7 +281,11 @@ def test_an_unreadable_image_is_named_and_no_table_is_left(tmp_path, tiny_codec,
 def test_bad_lists_of_data_sets(tmp_path, tiny_codec, network):
     dataset = folder(tmp_path / "photos", {"a.png": (40, 30)})
     networks = {"lpips": Lpips(model=network)}
-    for bad, message in ((dataset, "a list"), ([], "at least one"), ([dataset, dataset.head(1)], "the same name")):
+    for bad, message in (
+        (dataset, "a list"),
+        ([], "at least one"),
+        ([dataset, dataset.head(1)], "the same name"),
+    ):
         with pytest.raises(SettingError, match=message):
             evaluate(tiny_codec, bad, networks=networks)
         with pytest.raises(SettingError, match=message):
@@ -373,7 +390,9 @@ def test_means_of_frames_put_together(evaluated):
 def test_means_keep_data_sets_apart(evaluated):
     results = evaluated[2]
     table = means(pd.concat([results, results.assign(dataset="elsewhere", bpp=9.0)])).set_index("dataset")
-    assert table.loc["elsewhere", "bpp"] == 9 and table.loc["photos", "bpp"] == pytest.approx(results["bpp"].mean())
+    assert table.loc["elsewhere", "bpp"] == 9 and table.loc["photos", "bpp"] == pytest.approx(
+        results["bpp"].mean()
+    )
 
 
 # --- The commit -------------------------------------------------------------------------------------------------------
@@ -382,7 +401,9 @@ def test_means_keep_data_sets_apart(evaluated):
 def commit_of(root: Path) -> str:
     """What `commit()` says in a copy of the package at `root`."""
     program = "from taco_nb.provenance import code_digest, commit; print(commit())"
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -409,13 +430,15 @@ def test_the_commit_is_that_of_this_code_or_none(tmp_path):
     git(root, "commit", "--quiet", "-m", "all of it")
     head = git(root, "rev-parse", "HEAD")
     assert commit_of(root) == head
-    with open(root / "taco_nb" / "peers.py", "a", encoding="utf-8") as file:
+    with open(root / "taco_nb" / "files.py", "a", encoding="utf-8") as file:
         file.write("\n")
     assert commit_of(root) == f"{head}+changes"
 
 
 def test_a_digest_of_code_changes_with_any_line_of_it(tmp_path, monkeypatch):
-    shutil.copytree(REPOSITORY / "taco_nb", tmp_path / "taco_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        REPOSITORY / "taco_nb", tmp_path / "taco_nb", ignore=shutil.ignore_patterns("__pycache__")
+    )
     here = code_digest("model", "codec.py")
     monkeypatch.setattr("taco_nb.provenance.__file__", str(tmp_path / "taco_nb" / "provenance.py"))
     assert code_digest("model", "codec.py") == here != code_digest("model")

@@ -12,7 +12,9 @@ from taco_nb.experiment import CHOICES, DEMO_SIZES, PAPER_SIZES, Experiment, bas
 from taco_nb.files import REPOSITORY
 from taco_nb.model import ModelConfig
 
-needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="on a machine with CUDA the answer is another")
+needs_no_cuda = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a machine with CUDA the answer is another"
+)
 
 
 def test_the_defaults_are_the_published_baseline():
@@ -70,7 +72,13 @@ def test_json_is_checked_like_every_other_input():
 
 @pytest.mark.parametrize(
     "misspelt, meant",
-    [("lambda", "lmbda"), ("epoch", "epochs"), ("k_p", "k_P"), ("learning_rat", "learning_rate"), ("Seed", "seed")],
+    [
+        ("lambda", "lmbda"),
+        ("epoch", "epochs"),
+        ("k_p", "k_P"),
+        ("learning_rat", "learning_rate"),
+        ("Seed", "seed"),
+    ],
 )
 def test_a_misspelt_setting_is_refused_with_the_right_one(misspelt, meant):
     for make in (Experiment().replace, lambda **changes: baseline("sample", **changes)):
@@ -92,7 +100,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name, wrong", [(f.name, w) for f in dataclasses.fields(Experiment) for w in WRONG[f.type]])
+@pytest.mark.parametrize(
+    "name, wrong", [(f.name, w) for f in dataclasses.fields(Experiment) for w in WRONG[f.type]]
+)
 def test_values_of_the_wrong_type_name_their_field(name, wrong):
     with pytest.raises(SettingError, match=rf"^{name} must be "):
         Experiment().replace(**{name: wrong})
@@ -158,7 +168,10 @@ def test_an_experiment_is_frozen_and_shares_no_state():
 def test_diff_is_what_was_replaced():
     exp = Experiment()
     assert exp.diff(exp.replace(lmbda=0.0004)) == {}
-    assert exp.diff(exp.replace(lmbda=0.0016, init="demo")) == {"lmbda": (0.0004, 0.0016), "init": ("", "demo")}
+    assert exp.diff(exp.replace(lmbda=0.0016, init="demo")) == {
+        "lmbda": (0.0004, 0.0016),
+        "init": ("", "demo"),
+    }
     smaller = exp.replace(sizes={**PAPER_SIZES, "N": 64})
     assert exp.diff(smaller) == {"sizes": (exp.sizes, smaller.sizes)}
     assert smaller.diff(exp) == {"sizes": (smaller.sizes, exp.sizes)}
@@ -183,7 +196,11 @@ def test_a_profile_asked_for_is_given(profile):
 def test_auto_says_what_is_missing_and_how_to_get_the_other(tmp_path):
     profile, why = choose_profile("auto", tmp_path)
     assert profile == "sample"
-    assert "no CUDA device and no MS-COCO in" in why and str(tmp_path / "coco") in why and 'profile="paper"' in why
+    assert (
+        "no CUDA device and no MS-COCO in" in why
+        and str(tmp_path / "coco") in why
+        and 'profile="paper"' in why
+    )
 
     (tmp_path / "coco" / "annotations").mkdir(parents=True)
     profile, why = choose_profile("auto", tmp_path)

@@ -9,12 +9,13 @@ import sys
 import bs4
 import nbformat
 import pytest
+from conftest import command
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from taco_nb.errors import DataError
-from taco_nb.export import export_html, main
 from taco_nb.files import REPOSITORY
+from taco_nb.tools.export import export_html
 
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 CELLS = [
@@ -38,9 +39,7 @@ def exported(tmp_path_factory):
     """A notebook with one of everything, run by a kernel; the soup of its page, and the page."""
     folder = tmp_path_factory.mktemp("export")
     (folder / "cat.png").write_bytes((REPOSITORY / "data/sample/images/chelsea.png").read_bytes())
-    text = (
-        "# The $\\lambda$ of it\n\n$$\\sum_i x_i$$\n\n![a cat](cat.png) and [a link](https://arxiv.org/abs/2403.02944)"
-    )
+    text = "# The $\\lambda$ of it\n\n$$\\sum_i x_i$$\n\n![a cat](cat.png) and [a link](https://arxiv.org/abs/2403.02944)"
     notebook = new_notebook(cells=[new_markdown_cell(text), *map(new_code_cell, CELLS)])
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(REPOSITORY)}}).execute()
     nbformat.write(notebook, folder / "all.ipynb")
@@ -54,7 +53,9 @@ def test_nothing_is_fetched(exported):
         for name in ("src", "href", "data", "srcset", "poster", "xlink:href"):
             address = tag.get(name, "data:")
             assert tag.name == "a" or address.startswith(("data:", "#")), tag
-    assert not re.search(r"@import|url\(\s*['\"]?(?!data:|#|['\")])", "".join(s.get_text() for s in soup("style")))
+    assert not re.search(
+        r"@import|url\(\s*['\"]?(?!data:|#|['\")])", "".join(s.get_text() for s in soup("style"))
+    )
     own = [script.get_text() for script in soup("script") if len(script.get_text()) < 1_000_000]
     assert not any("http" in script.replace("http://www.w3.org", "") for script in own)
     assert "cdn" not in "".join(own).lower()
@@ -69,7 +70,10 @@ def test_plotly_is_there_once(exported):
 
 def test_every_figure_and_picture_is_there_with_a_text(exported):
     soup, _, _ = exported
-    assert [tag["aria-label"] for tag in soup.select("[role=figure]")] == ["a curve & more", "The lambda of it"]
+    assert [tag["aria-label"] for tag in soup.select("[role=figure]")] == [
+        "a curve & more",
+        "The lambda of it",
+    ]
     assert [img["alt"] for img in soup("img")] == ["a cat", "The lambda of it", 'a "dog"']
     assert {img["src"][:27] for img in soup("img")} == {"data:image/png;base64,iVBOR"}
     assert len(soup("circle")) == 1
@@ -94,7 +98,9 @@ def test_formulas_are_mathml(exported):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_formula_of_the_notebooks(path, tmp_path):
-    soup = bs4.BeautifulSoup(export_html(path, tmp_path / "a.html").read_text(encoding="utf-8"), "html.parser")
+    soup = bs4.BeautifulSoup(
+        export_html(path, tmp_path / "a.html").read_text(encoding="utf-8"), "html.parser"
+    )
     said = " ".join(cell.get_text() for cell in soup.select(".jp-MarkdownCell"))
     assert not re.search(r"\$|\\[a-z]+\b", said)
     sources = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"]
@@ -117,13 +123,22 @@ def fetched(html):
     [
         (new_markdown_cell(r"$\notacommand{x}$"), r"notacommand.*MathML"),
         (new_markdown_cell("![x](nowhere.png)"), "would fetch 'nowhere.png'"),
-        (fetched('<script src="https://cdn.example/x.js"></script>'), "would fetch 'https://cdn.example/x.js'"),
+        (
+            fetched('<script src="https://cdn.example/x.js"></script>'),
+            "would fetch 'https://cdn.example/x.js'",
+        ),
         (fetched("<style>@import 'https://x.example/a.css'</style>"), "would fetch"),
         (fetched("<style>a {background: url(https://x.example/a.png)}</style>"), "would fetch"),
         (fetched("<p style=\"background: URL('https://x.example/a.png')\">"), "would fetch"),
-        (fetched('<img srcset="data:image/png;base64,AA== 1x,https://x.example/a.png 2x">'), "would fetch 'https://x"),
+        (
+            fetched('<img srcset="data:image/png;base64,AA== 1x,https://x.example/a.png 2x">'),
+            "would fetch 'https://x",
+        ),
         (fetched('<video poster="a.png"></video>'), "would fetch 'a.png'"),
-        (fetched('<svg><image href="https://x.example/a.png"/></svg>'), "would fetch 'https://x.example/a.png'"),
+        (
+            fetched('<svg><image href="https://x.example/a.png"/></svg>'),
+            "would fetch 'https://x.example/a.png'",
+        ),
         (fetched('<svg><image xlink:href="a.png"/></svg>'), "would fetch 'a.png'"),
     ],
     ids=["formula", "picture", "script", "import", "background", "style", "srcset", "poster", "svg", "xlink"],
@@ -161,13 +176,13 @@ def test_files_that_are_no_notebooks(tmp_path, capsys):
     (tmp_path / "a.ipynb").write_text("{")
     with pytest.raises(DataError, match="cannot be read as a notebook"):
         export_html(tmp_path / "a.ipynb")
-    assert main([str(tmp_path / "a.ipynb")]) == 1
+    assert command("export", tmp_path / "a.ipynb") == 1
     assert "cannot be read as a notebook" in capsys.readouterr().err
 
 
 def test_the_command(tmp_path):
     path = written(tmp_path, new_markdown_cell("# Here"))
-    command = [sys.executable, "-m", "taco_nb.export", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    words = [sys.executable, "-m", "taco_nb.tools.cli", "export", str(path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "a.html")
     assert "<h1" in (tmp_path / "a.html").read_text(encoding="utf-8")

@@ -51,7 +51,9 @@ def test_it_is_0_for_the_same_pictures_and_does_not_depend_on_order_or_parts(cou
 def test_large_means_cost_no_digits():
     """Sums of squares in float32 would lose a spread of 1 around 10,000."""
     x, x_hat = cloud(200, 1), cloud(200, 2)
-    assert frechet_distance([(x + 1e4, x_hat + 1e4)]) == pytest.approx(frechet_distance([(x, x_hat)]), rel=1e-2)
+    assert frechet_distance([(x + 1e4, x_hat + 1e4)]) == pytest.approx(
+        frechet_distance([(x, x_hat)]), rel=1e-2
+    )
 
 
 def test_fewer_than_two_pictures_have_none():
@@ -79,7 +81,9 @@ def test_features_and_distance_are_those_of_torchmetrics_without_its_antialiasin
     assert torch.allclose(features, reference.inception(x), rtol=1e-5, atol=1e-6)
     reference.update(x, real=True)
     reference.update(x_hat, real=False)
-    assert frechet_distance([(features, network(x_hat))]) == pytest.approx(reference.compute().item(), rel=1e-4)
+    assert frechet_distance([(features, network(x_hat))]) == pytest.approx(
+        reference.compute().item(), rel=1e-4
+    )
 
 
 def test_a_file_of_something_else_is_an_error(tmp_path):
@@ -95,7 +99,9 @@ def test_many_pictures_go_through_in_chunks():
     assert not any(weight.requires_grad for weight in network.model.parameters())
 
 
-@pytest.mark.parametrize("bad", [torch.rand(1, 3, 8, 8), torch.zeros(3, 8, 8).byte(), torch.zeros(1, 1, 8, 8).byte()])
+@pytest.mark.parametrize(
+    "bad", [torch.rand(1, 3, 8, 8), torch.zeros(3, 8, 8).byte(), torch.zeros(1, 1, 8, 8).byte()]
+)
 def test_only_8_bit_batches_are_taken(bad):
     with pytest.raises(SettingError, match="uint8"):
         make_inception()(bad)
@@ -104,7 +110,9 @@ def test_only_8_bit_batches_are_taken(bad):
 # --- Patches ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("height, width", [(512, 768), (768, 512), (300, 1000), (255, 900), (256, 256), (640, 640)])
+@pytest.mark.parametrize(
+    "height, width", [(512, 768), (768, 512), (300, 1000), (255, 900), (256, 256), (640, 640)]
+)
 def test_patches_are_counted_as_in_the_paper(height, width):
     rows, columns = height // 256, width // 256
     expected = rows * columns + max(rows - 1, 0) * max(columns - 1, 0)

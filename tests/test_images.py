@@ -15,11 +15,15 @@ from taco_nb.errors import DataError
 
 
 def noise(height: int, width: int, *channels: int, dtype=np.uint8) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (height, width, *channels), dtype, endpoint=True)
+    return np.random.default_rng(0).integers(
+        0, np.iinfo(dtype).max, (height, width, *channels), dtype, endpoint=True
+    )
 
 
 def same(image: Image.Image, pixels: np.ndarray) -> bool:
-    return image.mode == "RGB" and np.array_equal(np.asarray(image), np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+    return image.mode == "RGB" and np.array_equal(
+        np.asarray(image), np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+    )
 
 
 def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
@@ -46,13 +50,18 @@ def test_tensor_has_the_channels_of_the_image():
 
 
 def test_to_image_clamps_and_rounds_and_detaches():
-    x = torch.tensor([-0.5, 0.0, 0.4999 / 255, 0.5001 / 255, 1.0, 7.0], dtype=torch.float64, requires_grad=True)
+    x = torch.tensor(
+        [-0.5, 0.0, 0.4999 / 255, 0.5001 / 255, 1.0, 7.0], dtype=torch.float64, requires_grad=True
+    )
     assert np.asarray(to_image(x.expand(3, 1, 6)))[0, :, 1].tolist() == [0, 0, 0, 1, 255, 255]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_tensors_of_any_float_type(dtype):
-    assert np.asarray(to_rgb(torch.full((3, 2, 2), 0.5, dtype=dtype))).tolist() == np.full((2, 2, 3), 128).tolist()
+    assert (
+        np.asarray(to_rgb(torch.full((3, 2, 2), 0.5, dtype=dtype))).tolist()
+        == np.full((2, 2, 3), 128).tolist()
+    )
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"])
@@ -78,7 +87,9 @@ def test_transparency_of_palettes_and_of_a_single_colour(tmp_path):
         tmp_path / "colour.png", transparency=(1, 2, 3)
     )
     for name in ("palette.png", "colour.png"):
-        assert np.asarray(to_rgb(tmp_path / name)).tolist() == [[[10, 20, 30], [255, 255, 255], [200, 100, 50]]]
+        assert np.asarray(to_rgb(tmp_path / name)).tolist() == [
+            [[10, 20, 30], [255, 255, 255], [200, 100, 50]]
+        ]
     Image.fromarray(np.array([[1000, 65535]], np.uint16)).save(tmp_path / "grey16.png", transparency=1000)
     assert np.asarray(to_rgb(tmp_path / "grey16.png")).tolist() == [[[255] * 3, [255] * 3]]
 
@@ -178,7 +189,9 @@ def bomb(path: Path) -> Path:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    )
     return path
 
 

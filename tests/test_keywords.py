@@ -174,7 +174,9 @@ def test_scores_are_those_of_scikit_learn():
     for caption, row in zip(captions, vectorizer.transform(captions)):
         expected = {words[column]: value for column, value in zip(row.indices, row.data)}
         assert source.scores(caption) == pytest.approx(expected, abs=1e-12)
-        assert source.keywords(caption) == {w for w, score in expected.items() if score >= row.data.mean() - 1e-12}
+        assert source.keywords(caption) == {
+            w for w, score in expected.items() if score >= row.data.mean() - 1e-12
+        }
 
 
 def test_rare_words_matter_more_than_frequent_ones_and_than_unseen_ones(tfidf):
@@ -184,14 +186,18 @@ def test_rare_words_matter_more_than_frequent_ones_and_than_unseen_ones(tfidf):
 
 
 def test_words_of_equal_score_all_matter():
-    training = [f"{word} {word}s" for word in ("lion", "tiger", "panther", "leopard", "jaguar", "puma", "lynx")]
+    training = [
+        f"{word} {word}s" for word in ("lion", "tiger", "panther", "leopard", "jaguar", "puma", "lynx")
+    ]
     source = TfIdf.fit(training)
     for count in range(1, 15):
         assert len(source.keywords(" ".join(" ".join(training).split()[:count]))) == count
 
 
 def test_repeated_words_all_weigh_the_same(tfidf):
-    assert [word.weight for word in tfidf.words(CAPTIONS["repeated"]) if word.text.lower() == "snow"] == [1.5] * 3
+    assert [word.weight for word in tfidf.words(CAPTIONS["repeated"]) if word.text.lower() == "snow"] == [
+        1.5
+    ] * 3
     assert tfidf.sources[0].scores("snow snow barn")["snow"] > tfidf.sources[0].scores("snow barn")["snow"]
 
 
@@ -265,7 +271,10 @@ def spacy_package(tmp_path_factory):
     pipeline = spacy.blank("en", meta={"name": "tiny_test_sm", "version": "0.0.1"})
     pipeline.add_pipe("sentencizer", name="tagger")  # only by its name: it must be left out
     pipeline.add_pipe("ner")
-    text, ents = "Ada Lovelace met Alan Turing in Bletchley", [(0, 12, "PERSON"), (17, 28, "PERSON"), (32, 41, "GPE")]
+    text, ents = (
+        "Ada Lovelace met Alan Turing in Bletchley",
+        [(0, 12, "PERSON"), (17, 28, "PERSON"), (32, 41, "GPE")],
+    )
     examples = [Example.from_dict(pipeline.make_doc(text), {"entities": ents})]
     optimizer = pipeline.initialize(lambda: examples)
     for _ in range(30):
@@ -484,7 +493,9 @@ def test_saved_weights_are_the_same_to_the_bit(keywords, tower):
     loaded = KeywordWeights.from_json(text)
     assert loaded.to_json() == text and text.isascii()
     assert torch.equal(loaded.token_weights(captions, tower), keywords.token_weights(captions, tower))
-    assert [loaded.words(caption) for caption in captions] == [keywords.words(caption) for caption in captions]
+    assert [loaded.words(caption) for caption in captions] == [
+        keywords.words(caption) for caption in captions
+    ]
     saved = json.loads(text)
     assert saved["keyword_weight"] == 1.7 and saved["sources"][1] == {"source": "entities", "model": "rules"}
     assert len(text) < 40 * len(saved["sources"][0]["idf"]) + 300
@@ -555,7 +566,11 @@ class _Handler(BaseHTTPRequestHandler):
         first = all(seen["messages"][-1]["content"] != caption for seen, _ in self.server.requests)
         self.server.requests.append((body, self.headers["Authorization"]))
         reply = REPLIES[caption]
-        message = {"role": "assistant", "content": reply, "refusal": "I would rather not." if reply is None else None}
+        message = {
+            "role": "assistant",
+            "content": reply,
+            "refusal": "I would rather not." if reply is None else None,
+        }
         answer = {
             "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
             "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
@@ -619,7 +634,9 @@ def test_keywords_by_a_language_model(server, tmp_path, capfd, tower):
         "rejected dog": "",
     }
     assert {why for caption in captions for why in _why(keywords, caption).values()} == {"llm"}
-    with pytest.raises(DataError, match=r"no keywords by tiny for 1 of 1 captions, such as 'new'.*confirm=True"):
+    with pytest.raises(
+        DataError, match=r"no keywords by tiny for 1 of 1 captions, such as 'new'.*confirm=True"
+    ):
         keywords.token_weights([captions[0], "new"], tower)
     assert "secret-of-the-test" not in printed + cache.read_text() + keywords.to_json() + repr(vars(chat))
 

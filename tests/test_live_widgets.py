@@ -21,10 +21,10 @@ from taco_nb import baseline, datasets, fit
 from taco_nb.data.images import to_tensor
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.evaluation import evaluate, evaluate_peers
+from taco_nb.evaluation.peers import encode_peer
 from taco_nb.inspection import attentions
 from taco_nb.metrics.distortion import psnr
 from taco_nb.metrics.networks import find_lpips
-from taco_nb.peers import encode_peer
 from taco_nb.training import Run
 from taco_nb.widgets import caption_lab, caption_presets, explorer, training_monitor, upload_box
 
@@ -56,7 +56,13 @@ def test_presets_are_those_that_there_are(sample):
     assert (presets["human"], presets["another human"]) == published[:2] and presets["empty"] == ""
     assert presets["of another image"] == sample.captions(1)[0] not in published
     assert presets["context"] == datasets("sample", captions="context")[0].captions(0)[0]
-    assert list(caption_presets(sample.head(1), 0)) == ["human", "another human", "context", "empty", "nonsense"]
+    assert list(caption_presets(sample.head(1), 0)) == [
+        "human",
+        "another human",
+        "context",
+        "empty",
+        "nonsense",
+    ]
 
 
 def test_kodak_has_the_captions_that_taco_published(shared, tmp_path):
@@ -88,7 +94,9 @@ def test_an_edited_caption_is_encoded_and_compared_with_the_first(codec, image):
         assert pixels(figure).tobytes() == picture.tobytes()
     assert lab.view.start == {"left": 1, "right": 2} and lab.said.value == ""
     lab.buttons[1].click()
-    assert lab.text.value == "" and pixels(Page(lab.view.figures).figures[2]).tobytes() == decoded[""].tobytes()
+    assert (
+        lab.text.value == "" and pixels(Page(lab.view.figures).figures[2]).tobytes() == decoded[""].tobytes()
+    )
     assert lab.table.value.count("<tr") == 4, "what has been tried stays, and is not tried twice"
 
 
@@ -116,7 +124,11 @@ def test_without_a_kernel_the_presets_are_pictures(codec, image):
     lab = caption_lab(codec, image, {"human": "a <b>cat</b>", "nonsense": "qwzx"})
     bundle = lab._repr_mimebundle_()
     assert bundle[WIDGET]["model_id"] == lab.model_id
-    assert [figure["data-label"] for figure in Page(bundle["text/html"]).figures] == ["original", "human", "nonsense"]
+    assert [figure["data-label"] for figure in Page(bundle["text/html"]).figures] == [
+        "original",
+        "human",
+        "nonsense",
+    ]
     assert row(bundle["text/html"], "human")[1] == "a &lt;b&gt;cat&lt;/b&gt;"
     with pytest.raises(SettingError, match="at least one caption"):
         caption_lab(codec, image, {})
@@ -272,7 +284,9 @@ def test_tokens_are_shaded_by_their_weights_and_a_pooled_text_has_one_map(codec,
     from taco_nb.widgets import where_the_text_looks
 
     weights = KeywordWeights.fit(["a cat sleeps", "a dog"], "tfidf")
-    look = where_the_text_looks(image, {"x": attentions(codec, image, "a cat")}, codec.tower, "a cat", weights)
+    look = where_the_text_looks(
+        image, {"x": attentions(codec, image, "a cat")}, codec.tower, "a cat", weights
+    )
     assert look._weights == pytest.approx(weights.token_weights(["a cat"], codec.tower)[0, :4].tolist())
     pooled = make_codec(5)
     pooled.conditioning = lambda captions: (
@@ -327,7 +341,9 @@ def test_a_monitored_run_is_the_run_and_ends_with_its_own_picture(sample, tmp_pa
     monitor = training_monitor(image, caption)
     watched = fit(exp, tmp_path / "watched", device="cpu", on_log=monitor)
     alone = fit(exp, tmp_path / "alone", device="cpu")
-    assert all(torch.equal(w, v) for w, v in zip(*(run.codec.net.state_dict().values() for run in (watched, alone))))
+    assert all(
+        torch.equal(w, v) for w, v in zip(*(run.codec.net.state_dict().values() for run in (watched, alone)))
+    )
     curves, pictures = outputs
     last = curves[-1]["application/vnd.plotly.v1+json"]
     steps = np.frombuffer(base64.b64decode(last["data"][0]["x"]["bdata"]), last["data"][0]["x"]["dtype"])

@@ -25,7 +25,8 @@ TEXTS = {
     "one word": "barn",
     "paragraph": next(iter(KODAK.values())),
     "no sentence end": "a barn with two dogs and a fence " * 30,
-    "abbreviations": "Dr. Jones, of St. Paul, met Mr. O'Neill at 4 p.m. in the U.S., e.g. near Mt. Hood. " * 8,
+    "abbreviations": "Dr. Jones, of St. Paul, met Mr. O'Neill at 4 p.m. in the U.S., e.g. near Mt. Hood. "
+    * 8,
     "ellipses": "He waited... Then he left… \u201cGone?!\u201d she asked (twice.) " * 12,
     "line ends": "A title\n\nA red barn.\r\nTwo dogs,\none\u2028cat.\n" * 20,
     "no space after a full stop": "It ends.Next costs .$5 or so?!Yes." * 30,
@@ -83,7 +84,9 @@ def real(tower, caption: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("limit", [3, 10, 77])
-@pytest.mark.parametrize("text", [*TEXTS.values(), *map(random_text, range(40))], ids=[*TEXTS, *map(str, range(40))])
+@pytest.mark.parametrize(
+    "text", [*TEXTS.values(), *map(random_text, range(40))], ids=[*TEXTS, *map(str, range(40))]
+)
 def test_windows_lose_nothing(text, limit):
     windows = split_windows(text, limit)
     assert list(chain(*windows)) == TOKENIZER.encode(text)
@@ -111,7 +114,10 @@ def test_windows_are_full_of_whole_sentences(text):
         ("The barn is red. We met dogs. Smith is there.", "thebarnisred.wemetdogs."),
         ("The barn is red. We met dogs... Smith is there.", "thebarnisred."),
         ('The barn is red. "We go!" So he said.', 'thebarnisred."wego!"'),
-        ("The barn is no old red barn if it's seen", "thebarnisnooldredbarnif"),  # "it" "'s": two tokens, one word
+        (
+            "The barn is no old red barn if it's seen",
+            "thebarnisnooldredbarnif",
+        ),  # "it" "'s": two tokens, one word
         ("雪の中。赤い納屋。", "雪の中。"),
     ],
 )
@@ -170,7 +176,9 @@ def test_a_caption_is_the_same_alone_and_in_a_batch(tower):
 
 def test_thousands_of_sentences_go_through_the_tower_in_batches(tower):
     batches = []
-    hook = tower.module.ln_final.register_forward_hook(lambda module, inputs, output: batches.append(output.shape))
+    hook = tower.module.ln_final.register_forward_hook(
+        lambda module, inputs, output: batches.append(output.shape)
+    )
     hidden, mask = tower_windows(tower, "Two dogs run past the old fence. " * 3000)
     hook.remove()
     assert all(rows <= BATCH and positions <= 77 for rows, positions, _ in batches)
@@ -194,7 +202,9 @@ def test_a_word_survives_where_the_caption_up_to_it_fits(length):
         tokens = [len(TOKENIZER.encode(word)) for word in words]
         fits = sum(sum(tokens[:end]) <= length - 2 for end in range(1, len(words) + 1))
         assert row.tokens == len(TOKENIZER.encode(caption)) + 2 and row.words == len(words)
-        assert row.words_kept == pytest.approx(fits / len(words)) if words else row.words_kept != row.words_kept
+        assert (
+            row.words_kept == pytest.approx(fits / len(words)) if words else row.words_kept != row.words_kept
+        )
 
 
 def test_truncation_is_what_the_tower_does(tower):
@@ -219,7 +229,9 @@ def test_an_entity_survives_as_a_whole_or_not_at_all():
     shares = [surviving(caption, length, entities)["entities_kept"].item() for length in range(2, 30)]
     assert shares == sorted(shares) and set(shares) == {0, 1 / 3, 2 / 3, 1}
     through_gate = len(TOKENIZER.encode("In İzmir near the Golden Gate")) + 2
-    assert shares[through_gate - 2] == pytest.approx(1 / 3) and shares[through_gate - 1] == pytest.approx(2 / 3)
+    assert shares[through_gate - 2] == pytest.approx(1 / 3) and shares[through_gate - 1] == pytest.approx(
+        2 / 3
+    )
     nothing = surviving(["", caption], 38, lambda text: [])
     assert (nothing["entities"] == 0).all() and nothing["entities_kept"].isna().all()
 
@@ -287,7 +299,9 @@ def test_a_mask_that_hides_nothing_changes_nothing(net, padded):
     x, text, mask = padded
     with torch.inference_mode():
         y = net.g_a(x, text)
-        torch.testing.assert_close(net.g_a(x, text, mask | True), y, rtol=1e-5, atol=1e-5 * y.abs().max().item())
+        torch.testing.assert_close(
+            net.g_a(x, text, mask | True), y, rtol=1e-5, atol=1e-5 * y.abs().max().item()
+        )
 
 
 def test_no_gradient_reaches_masked_positions(net, padded):

@@ -22,7 +22,9 @@ CAPTIONS = ["a red barn in the snow", "a dog", "two boats on a river at dawn"]
 
 
 def images(seed, *shape, low=0.0, high=1.0):
-    return torch.rand(shape or (B, 3, H, W), generator=torch.Generator().manual_seed(seed)) * (high - low) + low
+    return (
+        torch.rand(shape or (B, 3, H, W), generator=torch.Generator().manual_seed(seed)) * (high - low) + low
+    )
 
 
 @pytest.fixture
@@ -62,7 +64,9 @@ def test_rate_and_distortion_alone(out):
     x = images(4)
     terms = TacoLoss(lmbda=0.0016)(out, x, CAPTIONS)
     assert list(terms) == TacoLoss(lmbda=0.0016).names == ["loss", "bpp", "mse"]
-    mse = ((numbers(out["x_hat"]) - numbers(x)) ** 2).mean()  # not clamped: the network is pulled back into range
+    mse = (
+        (numbers(out["x_hat"]) - numbers(x)) ** 2
+    ).mean()  # not clamped: the network is pulled back into range
     assert terms["mse"].item() == pytest.approx(mse, rel=1e-5)
     assert terms["bpp"].item() == bits_per_pixel(out).item()
     assert terms["loss"].item() == pytest.approx(0.0016 * 65025 * mse + terms["bpp"].item(), rel=1e-5)
@@ -105,7 +109,9 @@ def test_lpips_convention_is_that_of_pictures_in_0_to_1(out):
     terms = TacoLoss(0.01, k_P=3.5, lpips=Lpips(model=model).distance)(out, x, CAPTIONS)
     with torch.no_grad():
         assert terms["lpips"].item() == pytest.approx(model(out["x_hat"], x).mean().item(), rel=1e-5)
-        assert terms["lpips"].item() != pytest.approx(model(out["x_hat"], x, normalize=True).mean().item(), rel=1e-2)
+        assert terms["lpips"].item() != pytest.approx(
+            model(out["x_hat"], x, normalize=True).mean().item(), rel=1e-2
+        )
 
 
 # --- J ----------------------------------------------------------------------------------------------------------------
@@ -173,7 +179,9 @@ def test_joint_loss_is_weighted_by_k_J(clip, joint, out):
 def test_the_norm_is_one_root_over_the_whole_batch(joint):
     """Twice the same pair: a mean over pictures would stay, one root over both grows by sqrt(2)."""
     x, x_hat = images(4)[:1], images(5)[:1]
-    once = joint(x_hat, x, ["a dog"]).item()  # among one caption there is nothing to confuse: only the norm is left
+    once = joint(
+        x_hat, x, ["a dog"]
+    ).item()  # among one caption there is nothing to confuse: only the norm is left
     twice = joint(x_hat.repeat(2, 1, 1, 1), x.repeat(2, 1, 1, 1), ["a dog", "a dog"]).item()
     assert twice == pytest.approx(math.sqrt(2) * once + math.log(2), rel=1e-4)
 
@@ -291,7 +299,12 @@ def test_a_text_tower_of_the_same_name_has_the_same_text_half_and_leaves_the_who
 
 @pytest.mark.parametrize(
     "name, hint",
-    [("untrained-64", "untrained"), ("ViT-B-32", "model/pretrained"), ("ViT-B-32/openapi", "openai"), (None, "string")],
+    [
+        ("untrained-64", "untrained"),
+        ("ViT-B-32", "model/pretrained"),
+        ("ViT-B-32/openapi", "openai"),
+        (None, "string"),
+    ],
 )
 def test_names_that_are_no_clip(name, hint):
     with pytest.raises(SettingError, match=hint):
@@ -316,9 +329,19 @@ def test_weights_that_cannot_be_had_fail_in_one_sentence(tmp_path):
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         environment.pop(variable, None)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
-    for part in ("ViT-B-32-quickgelu/openai", "open_clip_model.safetensors", "605 MB", 'python -c "from taco_nb.text'):
+    for part in (
+        "ViT-B-32-quickgelu/openai",
+        "open_clip_model.safetensors",
+        "605 MB",
+        'python -c "from taco_nb.text',
+    ):
         assert part in done.stdout

@@ -22,7 +22,9 @@ from taco_nb.metrics.rate import bd_quality, bd_rate, bpp, rate_at
 from taco_nb.pretrained import ALEXNET
 
 CODECS = json.loads(
-    (Path(__file__).resolve().parents[1] / "data/reference/kodak_published_rd.json").read_text(encoding="utf-8")
+    (Path(__file__).resolve().parents[1] / "data/reference/kodak_published_rd.json").read_text(
+        encoding="utf-8"
+    )
 )["codecs"]
 METHODS = ["pchip", "cubic"]
 
@@ -83,9 +85,16 @@ def test_bd_agrees_with_quadrature(anchor, method):
 def test_bd_agrees_with_the_bjontegaard_package(anchor, method):
     import bjontegaard
 
-    curves, options = (*curve(anchor), *curve("ELIC (paper)")), {"require_matching_points": False, "min_overlap": 0}
-    assert bd_rate(*curves, method) == pytest.approx(bjontegaard.bd_rate(*curves, method, **options), rel=1e-6)
-    assert bd_quality(*curves, method) == pytest.approx(bjontegaard.bd_psnr(*curves, method, **options), rel=1e-6)
+    curves, options = (
+        (*curve(anchor), *curve("ELIC (paper)")),
+        {"require_matching_points": False, "min_overlap": 0},
+    )
+    assert bd_rate(*curves, method) == pytest.approx(
+        bjontegaard.bd_rate(*curves, method, **options), rel=1e-6
+    )
+    assert bd_quality(*curves, method) == pytest.approx(
+        bjontegaard.bd_psnr(*curves, method, **options), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -110,7 +119,9 @@ def test_bd_properties(name, method):
     assert bd_rate(*vtm, rate[shuffled], quality[shuffled], method) == bd_rate(*vtm, rate, quality, method)
     there, back = bd_rate(*vtm, rate, quality, method), bd_rate(rate, quality, *vtm, method)
     assert (1 + there / 100) * (1 + back / 100) == pytest.approx(1)
-    assert bd_quality(*vtm, rate, quality, method) == pytest.approx(-bd_quality(rate, quality, *vtm, method), abs=1e-9)
+    assert bd_quality(*vtm, rate, quality, method) == pytest.approx(
+        -bd_quality(rate, quality, *vtm, method), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -151,7 +162,9 @@ def test_bd_refuses_bad_curves(rate, quality, method, message):
 
 def test_bd_refuses_disjoint_curves_and_names_both_ranges():
     rate, quality = GOOD
-    with pytest.raises(SettingError, match="quality: .* runs from 28 to 34, the compared one.s from 50 to 56"):
+    with pytest.raises(
+        SettingError, match="quality: .* runs from 28 to 34, the compared one.s from 50 to 56"
+    ):
         bd_rate(*GOOD, rate, [q + 22 for q in quality])
     with pytest.raises(SettingError, match="rate: .* runs from 0.1 to 0.8, the compared one's from 10 to 80"):
         bd_quality(*GOOD, [100 * r for r in rate], quality)
@@ -186,8 +199,12 @@ def test_a_rate_is_read_off_at_a_quality():
     between = rate_at(rates, decibels, (decibels[3] + decibels[4]) / 2)
     assert rates[3] < between < rates[4]
     # where two curves differ by a factor everywhere, so do the rates that are read off
-    assert rate_at([2 * rate for rate in rates], decibels, 30.0) == pytest.approx(2 * rate_at(rates, decibels, 30.0))
-    assert rate_at(rates, [-quality for quality in decibels], -30.0) == pytest.approx(rate_at(rates, decibels, 30.0))
+    assert rate_at([2 * rate for rate in rates], decibels, 30.0) == pytest.approx(
+        2 * rate_at(rates, decibels, 30.0)
+    )
+    assert rate_at(rates, [-quality for quality in decibels], -30.0) == pytest.approx(
+        rate_at(rates, decibels, 30.0)
+    )
 
 
 @pytest.mark.parametrize("wanted", [10.0, 60.0, math.nan])
@@ -224,7 +241,9 @@ def test_a_batch_gives_the_mean_over_its_pictures():
     x = torch.stack([picture(180, 200, seed) for seed in range(2)])
     x_hat = torch.stack([noisy(x[0], 0.02), noisy(x[1], 0.2)])
     for measure in (psnr, ms_ssim):
-        assert measure(x, x_hat) == pytest.approx((measure(x[0], x_hat[0]) + measure(x[1], x_hat[1])) / 2, abs=1e-4)
+        assert measure(x, x_hat) == pytest.approx(
+            (measure(x[0], x_hat[0]) + measure(x[1], x_hat[1])) / 2, abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("measure", [psnr, ms_ssim])
@@ -255,7 +274,9 @@ def test_taco_measures_the_floats():
     x_hat = noisy(x, 0.3)
     measured = distortion(x, x_hat, "taco")
     assert measured["psnr"] == pytest.approx(-10 * math.log10(((x - x_hat) ** 2).mean().item()), abs=1e-5)
-    assert measured["psnr"] < distortion(x, x_hat, "8bit")["psnr"] - 0.1  # what overshoots costs here, and only here
+    assert (
+        measured["psnr"] < distortion(x, x_hat, "8bit")["psnr"] - 0.1
+    )  # what overshoots costs here, and only here
     assert measured["ms_ssim"] == ms_ssim(x, x_hat)
 
 
@@ -387,12 +408,17 @@ except MissingWeightsError as error:
 """
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=root, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program],
+        env=environment,
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     message = done.stdout.split("REFUSED ")[1]
     file = str(tmp_path / "hub" / "checkpoints" / ALEXNET.file.name)
-    for part in (file, "244,408,911 bytes", "refused", "run: python -m taco_nb.data fetch alexnet"):
+    for part in (file, "244,408,911 bytes", "refused", "run: taco-nb fetch alexnet"):
         assert part in message
     assert "Setting up" not in done.stdout and "deprecated" not in done.stderr
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
@@ -422,7 +448,7 @@ def test_half_a_backbone_is_named_and_stays_until_a_whole_one_is_there(tmp_path,
     half.parent.mkdir(parents=True)
     half.write_bytes(b"x" * 1000)
     with pytest.raises(
-        MissingWeightsError, match="244,408,911.*has 1,000 bytes and cannot be whole.*refused.*run: python"
+        MissingWeightsError, match="244,408,911.*has 1,000 bytes and cannot be whole.*refused.*run: taco-nb"
     ):
         Lpips()
     assert half.read_bytes() == b"x" * 1000

@@ -82,7 +82,9 @@ def golden(shared) -> SimpleNamespace:
         return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
     return SimpleNamespace(
-        config=ModelConfig(sizes["N"], sizes["M"], tuple(sizes["slice_ch"]), sizes["text_dim"], sizes["heads"]),
+        config=ModelConfig(
+            sizes["N"], sizes["M"], tuple(sizes["slice_ch"]), sizes["text_dim"], sizes["heads"]
+        ),
         state=part("state_dict."),
         shape=tuple(sizes["shape"]),
         bits={"y": sizes["y_bits"], "z": sizes["z_bits"]},
@@ -137,7 +139,9 @@ def test_strings_are_the_references_byte_for_byte(golden, net_format, x_format):
 
 def test_the_references_strings_decode(golden):
     strings = [[bytes(golden.y_string.tolist())], [bytes(golden.z_string.tolist())]]
-    assert_near(load(golden).decompress(strings, golden.shape)["x_hat"], golden.x_hat_decompressed.clamp(0, 1))
+    assert_near(
+        load(golden).decompress(strings, golden.shape)["x_hat"], golden.x_hat_decompressed.clamp(0, 1)
+    )
 
 
 def test_update_makes_the_references_tables(golden):
@@ -190,7 +194,10 @@ def test_paper_size_is_the_references(shared):
         (lambda s: s.pop("h_s.increase.2.bias"), "h_s.increase.2.bias"),
         (lambda s: s.update(extra=torch.zeros(1)), "extra"),
         (lambda s: s.update({"h_a.reduction.0.weight": torch.zeros(8, 16, 5, 5)}), "h_a.reduction.0.weight"),
-        (lambda s: s.update({"entropy_bottleneck.quantiles": torch.zeros(9, 1, 3)}), "entropy_bottleneck.quantiles"),
+        (
+            lambda s: s.update({"entropy_bottleneck.quantiles": torch.zeros(9, 1, 3)}),
+            "entropy_bottleneck.quantiles",
+        ),
     ],
 )
 def test_keys_that_do_not_fit_are_named(change, said):
@@ -234,7 +241,9 @@ def test_weights_that_are_not_finite_are_named(part, value):
         net.compress(*inputs())
 
 
-@pytest.mark.parametrize("part", ["g_a.analysis_transform.16.weight", "h_a.reduction.4.weight", "h_s.increase.4.bias"])
+@pytest.mark.parametrize(
+    "part", ["g_a.analysis_transform.16.weight", "h_a.reduction.4.weight", "h_s.increase.4.bias"]
+)
 def test_latents_are_coded_exactly_or_are_an_error(part):
     refused = 0
     for factor in (1e2, 1e5, 1e6, 1e7, 1e8, 1e9, 1e19, 1e38):
@@ -405,7 +414,9 @@ def test_local_context_is_the_convolution_of_the_board_with_its_others_zero():
     net = make_net()
     for layer in net.local_context:
         anchors = torch.randn(2, layer.in_channels, 6, 5)
-        board = nn.functional.conv2d(unsqueeze(anchors, torch.zeros_like(anchors)), layer.weight, layer.bias, padding=2)
+        board = nn.functional.conv2d(
+            unsqueeze(anchors, torch.zeros_like(anchors)), layer.weight, layer.bias, padding=2
+        )
         assert_close(layer(anchors), squeeze(board, False), rtol=0, atol=1e-5)
 
 
@@ -529,7 +540,9 @@ def test_images_of_several_sizes_are_coded_at_once(threads):
             y = net.g_a(x, text)
         for _ in range(20):
             coded = net.encode_latents(y)
-            if not torch.equal(net.decode_latents(coded.y_string, coded.z_string, (height // 64, 1)), coded.y_hat):
+            if not torch.equal(
+                net.decode_latents(coded.y_string, coded.z_string, (height // 64, 1)), coded.y_hat
+            ):
                 failed.append(height)
         for _ in range(2000):
             if len(net._z_indexes(net.config.N * height)) != net.config.N * height:
@@ -600,7 +613,9 @@ def test_strips_give_what_the_whole_gives(monkeypatch, size, dtype):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("batch, height, width, most", [(12, 64, 64, 1), (3, 256, 64, 1.5), (1, 256, 1024, 1.5)])
+@pytest.mark.parametrize(
+    "batch, height, width, most", [(12, 64, 64, 1), (3, 256, 64, 1.5), (1, 256, 1024, 1.5)]
+)
 def test_parts_repeat_little_work(monkeypatch, batch, height, width, most):
     """A strip of few rows consists of its overlap; a batch has whole images to be cut into."""
     net, (x, text) = make_net(), inputs(batch, height, width)
@@ -636,7 +651,9 @@ def test_training_is_not_cut_into_strips(monkeypatch):
 def test_estimated_bits_are_the_length_of_the_strings():
     net = make_net()
     for network in (*net.entropy_parameters_anchor, *net.entropy_parameters_nonanchor):
-        network.fusion[4].bias.data.chunk(2)[0].fill_(8)  # few outliers: those cost other than the estimate has it
+        network.fusion[4].bias.data.chunk(2)[0].fill_(
+            8
+        )  # few outliers: those cost other than the estimate has it
     net.entropy_bottleneck.quantiles *= 5
     x, text = inputs(1, 512, 512)
     estimated = net(x, text)["likelihoods"]
@@ -652,7 +669,9 @@ def test_every_image_of_a_batch_has_its_own_strings():
     assert len(set(encoded["strings"][0])) == 3
     together = net.decompress(**encoded)["x_hat"]
     for i in range(3):
-        alone = net.decompress([strings[i : i + 1] for strings in encoded["strings"]], encoded["shape"])["x_hat"]
+        alone = net.decompress([strings[i : i + 1] for strings in encoded["strings"]], encoded["shape"])[
+            "x_hat"
+        ]
         assert_close(alone, together[i : i + 1], rtol=0, atol=1e-5)
         with torch.inference_mode():
             expected = net(x[i : i + 1], text[i : i + 1])["x_hat"].clamp(0, 1)
@@ -663,7 +682,9 @@ def gradients(net: TACO, loss: torch.Tensor) -> dict[str, bool]:
     """Whether each parameter has a gradient that is not zero."""
     net.zero_grad()
     loss.backward()
-    return {name: weight.grad is not None and bool(weight.grad.any()) for name, weight in net.named_parameters()}
+    return {
+        name: weight.grad is not None and bool(weight.grad.any()) for name, weight in net.named_parameters()
+    }
 
 
 def rate_distortion(net: TACO, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -683,9 +704,15 @@ def test_a_new_adapter_learns_its_gamma_first():
         nn.init.zeros_(net.g_a.analysis_transform[layer].gamma)
     reached = gradients(net, rate_distortion(net, *inputs()))
     transform = "g_a.analysis_transform"
-    waiting = {name for name in reached if name.startswith((f"{transform}.8.", f"{transform}.14.", f"{transform}.15."))}
+    waiting = {
+        name
+        for name in reached
+        if name.startswith((f"{transform}.8.", f"{transform}.14.", f"{transform}.15."))
+    }
     waiting -= {
-        f"{transform}.{i}.{name}" for i in (8, 15) for name in ("gamma", "image_norm.weight", "image_norm.bias")
+        f"{transform}.{i}.{name}"
+        for i in (8, 15)
+        for name in ("gamma", "image_norm.weight", "image_norm.bias")
     }
     assert {name for name, yes in reached.items() if not yes} == waiting | {"entropy_bottleneck.quantiles"}
 
@@ -783,7 +810,9 @@ def test_cross_attention_starts_as_multihead_attention_does():
         return kind(24, 4).state_dict()
 
     ours, theirs = start(CrossAttention), start(nn.MultiheadAttention)
-    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+    assert {key: value.shape for key, value in ours.items()} == {
+        key: value.shape for key, value in theirs.items()
+    }
     assert not ours["in_proj_bias"].any() and not ours["out_proj.bias"].any()
     assert_close(ours["in_proj_weight"].std(), theirs["in_proj_weight"].std(), rtol=0.1, atol=0)
 
@@ -889,7 +918,9 @@ def test_least_bits_bound_every_stream():
             symbols = torch.full((1000,), symbol, dtype=torch.int32)
             shortest = min(shortest, 8 * len(rans.encode(symbols, torch.full((1000,), channel), tables)))
         bound = 1000 * tables.least_bits[channel].item()
-        assert bound - 64 < shortest < bound + 4000 + 64  # the likeliest of these is an escape, of 4 bits more
+        assert (
+            bound - 64 < shortest < bound + 4000 + 64
+        )  # the likeliest of these is an escape, of 4 bits more
 
 
 def test_symbols_too_large_for_the_coder_are_an_error():
@@ -903,7 +934,10 @@ def test_symbols_too_large_for_the_coder_are_an_error():
 
 def read_garbage() -> None:
     """Any bytes give symbols or `DamagedFileError`."""
-    rng, models = random.Random(0), [gaussian_tables(), *(rans.CodingTables(bottleneck(s), 5) for s in (0, 1, 10))]
+    rng, models = (
+        random.Random(0),
+        [gaussian_tables(), *(rans.CodingTables(bottleneck(s), 5) for s in (0, 1, 10))],
+    )
     valid = (1 << 31).to_bytes(8, "little")  # the lowest state of the coder
     streams = [b"", b"\0", b"\xff", valid, valid[:-1], valid + bytes(1000), valid + b"\xff" * 100_000]
     streams += [bytes(n) for n in (7, 8, 9, 400, 100_000)] + [b"\xff" * n for n in (7, 8, 400, 100_000)]

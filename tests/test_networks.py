@@ -10,14 +10,20 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from conftest import make_inception, save_inception
+from conftest import command, make_inception, save_inception
 from safetensors.torch import save_file
 from test_evaluation import folder
 
 from taco_nb import evaluate
 from taco_nb.errors import SettingError
-from taco_nb.evaluation import main
-from taco_nb.metrics.networks import TITLES, find_lpips, find_networks, given_networks, say_missing, state_digest
+from taco_nb.metrics.networks import (
+    TITLES,
+    find_lpips,
+    find_networks,
+    given_networks,
+    say_missing,
+    state_digest,
+)
 from taco_nb.pretrained import CLIP_B32, CLIP_L14, INCEPTION
 from taco_nb.text.clip import _both_halves
 
@@ -55,7 +61,12 @@ def filled(caches, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [*paths])
         for network, side in ((CLIP_B32, 32), (CLIP_L14, 48)):
-            config = {"embed_dim": 12, "vision_cfg": sizes | {"image_size": side}, "text_cfg": text, "quick_gelu": True}
+            config = {
+                "embed_dim": 12,
+                "vision_cfg": sizes | {"image_size": side},
+                "text_cfg": text,
+                "quick_gelu": True,
+            }
             model, tag = network.name.split("/")
             (caches / f"{model}.json").write_text(json.dumps(config), encoding="utf-8")
             open_clip.add_model_config(caches / f"{model}.json")
@@ -76,9 +87,7 @@ def test_where_nothing_is_every_metric_is_missed_with_a_command(caches, capsys):
     found, absent = find_networks()
     assert found == {} and absent.keys() == TITLES.keys()
     for reason in absent.values():  # it goes into evaluation.json, which names no folder of a machine
-        assert (
-            "run: python -m taco_nb.data fetch " in reason and str(Path.home()) not in reason and "/tmp" not in reason
-        )
+        assert "run: taco-nb fetch " in reason and str(Path.home()) not in reason and "/tmp" not in reason
     for metric in (*TITLES, *TITLES):
         say_missing(metric)
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
@@ -116,9 +125,7 @@ def test_a_digest_is_that_of_the_weights():
 
 
 def test_the_command_line_explains_itself(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["--help"])
+    assert command("evaluate", "--help") == 0
     said = capsys.readouterr().out
-    assert ended.value.code == 0 and "--job" not in said
-    for option in ("--sets", "--out", "--caption", "--captions", "--batch-size", "--patch-size", "--device", "--mode"):
+    for option in ("--out", "--caption", "--captions", "--batch-size", "--patch-size", "--device", "--mode"):
         assert option in said

@@ -25,11 +25,11 @@ from taco_nb import datasets, load
 from taco_nb.data import CaptionedFolder
 from taco_nb.errors import DataError, SettingError
 from taco_nb.evaluation import evaluate_matched, means
+from taco_nb.evaluation.peers import available_peers
 from taco_nb.experiment import Experiment, baseline
-from taco_nb.export import export_html
 from taco_nb.files import REPOSITORY
 from taco_nb.notebook import Parameters, check_parameters
-from taco_nb.peers import available_peers
+from taco_nb.tools.export import export_html
 
 FOLDER = REPOSITORY / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -92,7 +92,9 @@ def test_papermill_explains_every_parameter(path):
     types = {field.name: field.type.partition(" | ")[0] for field in fields(Parameters)}
     for name, parameter in explained.items():
         assert len(parameter["help"]) > 5, name
-        assert parameter["inferred_type_name"] == types.get(name, parameter["inferred_type_name"]) != "None", name
+        assert (
+            parameter["inferred_type_name"] == types.get(name, parameter["inferred_type_name"]) != "None"
+        ), name
 
 
 @every_notebook
@@ -112,7 +114,8 @@ def test_a_step_is_timed_in_pieces_as_small_as_each_processs_and_after_all_is_me
     asked = []
     monkeypatch.setattr("taco_nb.training.step_times", lambda exp, **how: asked.append(how["accumulation"]))
     exec(
-        cells[at], {"p": Parameters(num_processes=2, accumulation=3), "exp": None, "display": print, "sortable": print}
+        cells[at],
+        {"p": Parameters(num_processes=2, accumulation=3), "exp": None, "display": print, "sortable": print},
     )
     assert asked == [6]
 
@@ -215,7 +218,16 @@ def test_the_profile_is_chosen_and_explained(capsys, tmp_path):
 
 
 def test_what_ipython_puts_into_a_namespace_is_no_parameter():
-    session = {"In": [""], "Out": {}, "exit": 1, "quit": 1, "get_ipython": print, "open": open, "_": 3, "os": os}
+    session = {
+        "In": [""],
+        "Out": {},
+        "exit": 1,
+        "quit": 1,
+        "get_ipython": print,
+        "open": open,
+        "_": 3,
+        "os": os,
+    }
     assert check_parameters({**session, "profile": "sample"}) == Parameters(profile="sample")
 
 
@@ -272,13 +284,23 @@ def test_the_other_codecs_are_matched_on_a_hundred_pictures(tmp_path):
     (tmp_path / "captions.json").write_text(json.dumps({f"{i:03}.png": "" for i in range(101)}))
     dataset = CaptionedFolder(tmp_path, tmp_path / "captions.json", name="many")
     mine = {"codec": "mine", "dataset": "many", "name": dataset.names, "width": 8, "height": 8, "bytes": 1000}
-    namespace = {"results": pd.DataFrame(mine).assign(bpp=1.0, psnr=1.0, fid=1.0), "sets": [dataset], "means": means}
+    namespace = {
+        "results": pd.DataFrame(mine).assign(bpp=1.0, psnr=1.0, fid=1.0),
+        "sets": [dataset],
+        "means": means,
+    }
     namespace |= {"evaluate_matched": evaluate_matched, "sortable": pd.DataFrame}
-    (source,) = [c.source for c in code_cells(nbformat.read(BASELINE, 4)) if "evaluate_matched(results" in c.source]
+    (source,) = [
+        c.source for c in code_cells(nbformat.read(BASELINE, 4)) if "evaluate_matched(results" in c.source
+    ]
     *_, last = source.splitlines()
     exec(source.replace(last, f"table = {last}"), namespace)
     table = namespace["table"].set_index("codec")
-    assert list(table.index) == ["mine", *available_peers()] and set(table["images"]) == {100} and "fid" not in table
+    assert (
+        list(table.index) == ["mine", *available_peers()]
+        and set(table["images"]) == {100}
+        and "fid" not in table
+    )
 
 
 # --- Run by papermill -------------------------------------------------------------------------------------------------
@@ -309,7 +331,19 @@ def executed(tmp_path_factory):
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     # threads that wait leave their core to others: on a busy machine training is five times as fast
     environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "papermill", BASELINE, "out.ipynb", "-p", "profile", "sample", "-p", "epochs", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        BASELINE,
+        "out.ipynb",
+        "-p",
+        "profile",
+        "sample",
+        "-p",
+        "epochs",
+        "2",
+    ]
     command += ["-p", "eval_limit", "1", "-p", "out_dir", out_dir]
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -347,7 +381,9 @@ def test_it_writes_real_files(executed):
         assert (folder / "evaluation.csv").is_file()
     assert said["weights"]["experiment"] == json.loads(baseline("sample", epochs=2).to_json())
     assert said["weights"]["steps"] == said["weights"]["total_steps"] > 0
-    assert (out_dir / kept.name).read_bytes() == (out_dir / "evaluation-demo/files/sample" / kept.name).read_bytes()
+    assert (out_dir / kept.name).read_bytes() == (
+        out_dir / "evaluation-demo/files/sample" / kept.name
+    ).read_bytes()
 
 
 def test_it_shows_figures_and_pictures(executed):
@@ -357,7 +393,13 @@ def test_it_shows_figures_and_pictures(executed):
     compared, captions = [Page(page) for page in outputs(notebook, "text/html") if "taco-compare" in page]
     shown = [figure["data-label"].partition(",")[0] for figure in compared.figures]
     assert shown == ["original", "demo", *available_peers(), "where the bits went"]
-    presets = ["human", "another human", "context", "empty", "nonsense"]  # a single image has no other's caption
+    presets = [
+        "human",
+        "another human",
+        "context",
+        "empty",
+        "nonsense",
+    ]  # a single image has no other's caption
     assert [figure["data-label"] for figure in captions.figures] == ["original", *presets]
     for figure in compared.figures + captions.figures:
         assert all(low < high for low, high in pixels(figure).getextrema())
@@ -373,15 +415,23 @@ def test_its_page_opens_without_a_network(executed, tmp_path):
 
 def test_its_figures_need_no_network(executed):
     pages = outputs(executed[0], "text/html")
-    assert any(len(page) > 1_000_000 and "plotly.js" in page for page in pages), "plotly's script is in the notebook"
-    sources = {source for page in pages for source in re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\S+", page)}
+    assert any(len(page) > 1_000_000 and "plotly.js" in page for page in pages), (
+        "plotly's script is in the notebook"
+    )
+    sources = {
+        source for page in pages for source in re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\S+", page)
+    }
     sources = {source for source in sources if 'src="data:' not in source}
-    assert all("mathjax" in source for source in sources), "MathJax sets formulas in titles, of which there are none"
+    assert all("mathjax" in source for source in sources), (
+        "MathJax sets formulas in titles, of which there are none"
+    )
 
 
 def test_its_summary_is_of_finite_numbers(executed):
     tables = [Cells(page).rows for page in outputs(executed[0], "text/html") if page.startswith("<table")]
-    beside_peers, after_training = [rows for rows in tables if {"codec", "images", "bpp", "psnr"} <= set(rows[0])]
+    beside_peers, after_training = [
+        rows for rows in tables if {"codec", "images", "bpp", "psnr"} <= set(rows[0])
+    ]
     codecs = [row[0] for row in beside_peers[1:] + after_training[1:]]
     assert codecs[:2] == ["demo", "JPEG"] and codecs[-2] == "demo" and codecs[-1] == "baseline"
     for row in beside_peers[1:] + after_training[1:]:

@@ -77,12 +77,16 @@ def prepared(tmp_path, shared, monkeypatch):
 
     (tmp_path / "clip").mkdir()
     for network, side in ((CLIP_B32, 224), (CLIP_L14, 336)):
-        repository = open_clip.get_pretrained_cfg(*network.name.split("/"))["hf_hub"].strip("/").replace("/", "--")
+        repository = (
+            open_clip.get_pretrained_cfg(*network.name.split("/"))["hf_hub"].strip("/").replace("/", "--")
+        )
         snapshot = tmp_path / "hub" / f"models--{repository}" / "snapshots" / "0123"
         snapshot.mkdir(parents=True)
         (snapshot.parents[1] / "refs").mkdir()
         (snapshot.parents[1] / "refs" / "main").write_text("0123")
-        weights = {name: weight.contiguous() for name, weight in open_clip.CLIP(**clip(side)).state_dict().items()}
+        weights = {
+            name: weight.contiguous() for name, weight in open_clip.CLIP(**clip(side)).state_dict().items()
+        }
         save_file(weights, snapshot / "open_clip_model.safetensors")
         (tmp_path / "clip" / f"{network.name.split('/')[0]}.json").write_text(json.dumps(clip(side)))
 
@@ -117,7 +121,7 @@ def python(prepared, *arguments: str, **changes: str) -> subprocess.CompletedPro
 
 def test_a_run_of_the_profile_paper_touches_no_network(prepared):
     names = [CLIP_B32.name, CLIP_L14.name, ALEXNET.name, EN_CORE_WEB_SM.name]
-    status = python(prepared, "-m", "taco_nb.data", "status", *names)
+    status = python(prepared, "-m", "taco_nb.tools.cli", "status", *names)
     assert status.returncode == 0 and status.stdout.count(" there ") == 4, status.stdout + status.stderr
     done = python(prepared, "-c", RUN)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]

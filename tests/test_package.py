@@ -23,7 +23,9 @@ SOURCES = {folder: sorted((REPOSITORY / folder).rglob("*.py")) for folder in ("t
 
 def python(program: str) -> str:
     """What a program prints in a fresh process."""
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -57,7 +59,7 @@ for name in ("evaluate", "fit", "load", "datasets", "baseline"):
 from taco_nb import *
 print(evaluate.__module__, fit.__name__)
 """
-    assert python(program) == "taco_nb.evaluation fit"
+    assert python(program) == "taco_nb.evaluation.run fit"
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -113,9 +115,15 @@ def test_every_skip_has_a_reason(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and re.fullmatch(r"pytest\.(mark\.)?(skip|skipif|xfail)", ast.unparse(node)):
+        if isinstance(node, ast.Attribute) and re.fullmatch(
+            r"pytest\.(mark\.)?(skip|skipif|xfail)", ast.unparse(node)
+        ):
             call = calls.get(id(node))
-            given = [] if call is None else [keyword.value for keyword in call.keywords if keyword.arg == "reason"]
+            given = (
+                []
+                if call is None
+                else [keyword.value for keyword in call.keywords if keyword.arg == "reason"]
+            )
             if call is not None and node.attr != "skipif":
                 given += call.args
             reasons = [ast.unparse(reason) for reason in given]

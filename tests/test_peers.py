@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from taco_nb.errors import DataError, SettingError
-from taco_nb.peers import available_peers, encode_peer, match_bpp, peer_curve
+from taco_nb.evaluation.peers import available_peers, encode_peer, match_bpp, peer_curve
 
 KODAK = Path(__file__).resolve().parents[2] / "shared" / "kodak"
 PEERS = available_peers()
@@ -60,7 +60,9 @@ def test_rate_and_quality_rise_along_the_curve(peer):
 def test_jpeg_is_420():
     from PIL import JpegImagePlugin
 
-    assert JpegImagePlugin.get_sampling(Image.open(io.BytesIO(encode_peer(photograph(), "JPEG", 90).data))) == 2
+    assert (
+        JpegImagePlugin.get_sampling(Image.open(io.BytesIO(encode_peer(photograph(), "JPEG", 90).data))) == 2
+    )
 
 
 @pytest.mark.parametrize("peer", PEERS)
@@ -68,7 +70,12 @@ def test_metadata_costs_nothing_and_the_original_keeps_it(peer):
     bare, labelled = photograph(), photograph()
     exif = Image.Exif()
     exif[0x010E] = "a red barn" * 50
-    labelled.info = {"icc_profile": b"p" * 3000, "comment": b"c" * 3000, "exif": exif.tobytes(), "xmp": b"x" * 3000}
+    labelled.info = {
+        "icc_profile": b"p" * 3000,
+        "comment": b"c" * 3000,
+        "exif": exif.tobytes(),
+        "xmp": b"x" * 3000,
+    }
     assert encode_peer(labelled, peer, 50).data == encode_peer(bare, peer, 50).data
     assert len(labelled.info["icc_profile"]) == 3000
 

@@ -23,7 +23,7 @@ CHECKPOINTS = (ALEXNET, INCEPTION)
 @pytest.mark.parametrize("network", PRETRAINED.values(), ids=list(PRETRAINED))
 def test_every_network_says_what_it_is_for_and_how_to_get_it(network):
     assert PRETRAINED[network.name] is network and network.use and network.size > 10**7
-    assert network.missing.endswith(f"run: python -m taco_nb.data fetch {network.name}")
+    assert network.missing.endswith(f"run: taco-nb fetch {network.name}")
     assert str(network.home) in network.missing
 
 
@@ -35,7 +35,9 @@ def test_sizes_of_clip_are_those_of_its_parameters():
     for network in (CLIP_B32, CLIP_L14):
         with torch.device("meta"):
             clip = open_clip.CLIP(**open_clip.get_model_config(network.name.split("/")[0]))
-        assert network.size == pytest.approx(sum(weight.numel() for weight in clip.parameters()) * 4, rel=1e-3)
+        assert network.size == pytest.approx(
+            sum(weight.numel() for weight in clip.parameters()) * 4, rel=1e-3
+        )
 
 
 def test_files_of_torch_hub_are_those_their_libraries_look_for():
@@ -69,7 +71,8 @@ def test_a_checkpoint_is_fetched_once_and_checked(tmp_path, monkeypatch):
         network = Checkpoint(*about, hashlib.sha256(content).hexdigest())
         other = Checkpoint(*about, hashlib.sha256(b"other").hexdigest())
         with pytest.raises(
-            MissingWeightsError, match="pth .256,000 bytes. is not there. .* not the file .* fetch net .or copy"
+            MissingWeightsError,
+            match="pth .256,000 bytes. is not there. .* not the file .* fetch net .or copy",
         ):
             other.fetch()
         assert network.path is None
@@ -108,6 +111,6 @@ def test_a_spacy_model_is_a_package(tmp_path, monkeypatch):
 def test_a_spacy_model_that_cannot_be_had_is_a_sentence(monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(
-        MissingWeightsError, match="could not be installed .*run: python -m taco_nb.data fetch en_absent_test_sm"
+        MissingWeightsError, match="could not be installed .*run: taco-nb fetch en_absent_test_sm"
     ):
         SpacyModel("en_absent_test_sm", "a test", 1).fetch()

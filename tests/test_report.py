@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
+import os
 import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import bs4
 import nbformat
@@ -20,9 +21,19 @@ from conftest import make_net
 from taco_nb import baseline, datasets, evaluate, fit, load
 from taco_nb.evaluation import means
 from taco_nb.experiment import Experiment
-from taco_nb.export import export_html
 from taco_nb.files import REPOSITORY, sha256
-from taco_nb.report import MEASURES, _commands, _label, ablation_of, bd_rates, cards, collect, points, published_curves
+from taco_nb.report import (
+    MEASURES,
+    _commands,
+    _label,
+    ablation_of,
+    bd_rates,
+    cards,
+    collect,
+    points,
+    published_curves,
+)
+from taco_nb.tools.export import export_html
 from taco_nb.training import __main__ as training
 from taco_nb.verdicts import NOT_MEASURED, verdicts
 from taco_nb.widgets import difference_plot, rate_panels
@@ -36,7 +47,10 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("runs")
     sets = datasets("sample", limit=2)
     exp = baseline("sample", init="", sizes=SIZES, crop=64, epochs=2, batch_size=6)
-    for name, changed in {"baseline": exp, "linformer": exp.replace(attention="linformer", linformer_k=8)}.items():
+    for name, changed in {
+        "baseline": exp,
+        "linformer": exp.replace(attention="linformer", linformer_k=8),
+    }.items():
         run = fit(changed, home / "deeper" / name)
         evaluate(run.codec, sets, run.dir)
     fit(exp.replace(lmbda=0.5), home / "begun", max_hours=0)
@@ -58,7 +72,9 @@ def edit(run, **changes):
 
 def rewrite(run, change):
     """Another table in place of the run's, one that its evaluation.json vouches for."""
-    change(pd.read_csv(run / "evaluation.csv", dtype={"name": str})).to_csv(run / "evaluation.csv", index=False)
+    change(pd.read_csv(run / "evaluation.csv", dtype={"name": str})).to_csv(
+        run / "evaluation.csv", index=False
+    )
     edit(run, csv_sha256=sha256(run / "evaluation.csv"))
 
 
@@ -78,12 +94,12 @@ def test_every_run_is_in_the_table_and_the_one_begun_is_named(home, capsys):
     }  # fmt: skip
     assert by_run.loc["authors", "lmbda"] == 0.0004 and by_run.loc["deeper/baseline", "lmbda"] == 0.0067
     assert by_run.loc["authors", "label"] == "TACO's own weights, text-encoder=untrained-16"
-    settings = (
-        "init=none, linformer_k=8, crop=64, batch_size=6, N=16, M=24, groups=(4, 4, 4, 4, 8), context_widths=(16, 16)"
-    )
+    settings = "init=none, linformer_k=8, crop=64, batch_size=6, N=16, M=24, groups=(4, 4, 4, 4, 8), context_widths=(16, 16)"
     assert by_run.loc["deeper/linformer", "label"] == f"linformer, {settings}, sample, 2 epochs"
     assert by_run.loc["deeper/linformer", "folder"] == str(home / "deeper" / "linformer")
-    assert by_run.loc["deeper/linformer", "fingerprint"] == load(home / "deeper" / "linformer").fingerprint.hex()
+    assert (
+        by_run.loc["deeper/linformer", "fingerprint"] == load(home / "deeper" / "linformer").fingerprint.hex()
+    )
     assert by_run.loc["deeper/linformer", "epochs"] == 2 and by_run.loc["deeper/linformer", "steps"] > 0
     said = json.loads((home / "authors" / "evaluation.json").read_text())
     assert by_run.loc["authors", "data_sha256"] == said["data"]["sample"]["sha256"]
@@ -186,7 +202,13 @@ def measured_on(run, exp, dataset, images, steps=100, data=None, **said):
         (PAPER.replace(attention="linformer", epochs=20), 100, "kodak", 24, "20 of 30 epochs"),
         (PAPER, 100, "kodak", 23, "23 of 24 images"),
         (PAPER.replace(init="demo", batch_size=4), 100, "clic", 428, "init is demo; batch_size is 4"),
-        (PAPER.replace(keyword_weight=3.0, text_pooling="keywords"), 100, "kodak", 24, "keyword_weight is 3.0"),
+        (
+            PAPER.replace(keyword_weight=3.0, text_pooling="keywords"),
+            100,
+            "kodak",
+            24,
+            "keyword_weight is 3.0",
+        ),
         (PAPER.replace(text_tokens=77), 100, "kodak", 24, "text_tokens is 77"),
         (PAPER.replace(text_tokens=77, captions="context"), 100, "kodak", 24, ""),
         (baseline("sample"), 100, "kodak", 24, "profile sample"),
@@ -237,7 +259,10 @@ def test_the_authors_weights_count_at_paper_size_and_through_clip(home, tmp_path
     assert set(collect(run)["unjudged"]) == {f"{other}; {amiss[2]}"}
     assert "--captions context" in collect(run)["options"].iloc[0]
     edit(run, data=data)
-    edit(run, metrics={"lpips": {"weights": "alexnet, 244,408,911 bytes"}, "fid": {"weights": "given, SHA-256 0"}})
+    edit(
+        run,
+        metrics={"lpips": {"weights": "alexnet, 244,408,911 bytes"}, "fid": {"weights": "given, SHA-256 0"}},
+    )
     assert set(collect(run)["unjudged"]) == {f"fid through weights that were given to it; {amiss[2]}"}
 
 
@@ -265,7 +290,12 @@ def test_ablations_have_names():
     ids=str,
 )  # fmt: skip
 def test_runs_have_a_label_in_common_if_they_differ_in_lambda_alone(change):
-    about = {"codec": "x", "fingerprint": "00000000", "data": {"kodak": {"captions": "published"}}, "mode": "exact"}
+    about = {
+        "codec": "x",
+        "fingerprint": "00000000",
+        "data": {"kodak": {"captions": "published"}},
+        "mode": "exact",
+    }
     labels = {_label(exp, about, exp.epochs) for exp in (PAPER, PAPER.replace(lmbda=0.01))}
     assert labels == {"baseline, 50 epochs"}
     changed = PAPER.replace(**change)
@@ -291,10 +321,14 @@ def test_bd_rates_against_baseline_and_published():
     published = published_curves(up_to=1.0)
     vtm = published["VTM"]
     fewer = [0.9 * rate for rate in vtm["bpp"]]
-    runs = pd.concat([curve("b", "baseline", vtm["bpp"], vtm["psnr"]), curve("l", "linformer", fewer, vtm["psnr"])])
+    runs = pd.concat(
+        [curve("b", "baseline", vtm["bpp"], vtm["psnr"]), curve("l", "linformer", fewer, vtm["psnr"])]
+    )
     table = bd_rates(runs, published).set_index(["curve", "anchor", "metric"])["BD-rate in %"]
     assert table["l", "b", "psnr"] == pytest.approx(-10)
-    assert table["b", "VTM", "psnr"] == pytest.approx(0, abs=1e-6) and table["l", "VTM", "psnr"] == pytest.approx(-10)
+    assert table["b", "VTM", "psnr"] == pytest.approx(0, abs=1e-6) and table[
+        "l", "VTM", "psnr"
+    ] == pytest.approx(-10)
     assert table["b", "JPEG", "psnr"] < -50
     assert ("b", "b", "psnr") not in table.index
     elsewhere = bd_rates(runs.assign(dataset="clic"), published)
@@ -324,23 +358,35 @@ def test_the_card_and_the_evaluation_it_repeats(tmp_path, monkeypatch):
     shutil.move(tmp_path / "runs", tmp_path / "before")
     assert card["what"] == "baseline, bundled demo codec"
     assert card["to repeat it"].endswith(f"--out {tmp_path / 'runs' / 'evaluation-demo'}")
-    command = re.sub("^python", f"{sys.executable} -W ignore", card["to repeat it"])
-    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    command = card["to repeat it"]
+    path = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ["PATH"]]
+    )  # where taco-nb is installed
+    environment = os.environ | {"PATH": path}
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     untimed = [[row[:-2] for row in map(lambda line: line.split(","), text.splitlines())] for text in
                (before, (tmp_path / "runs" / "evaluation-demo" / "evaluation.csv").read_text())]  # fmt: skip
     assert untimed[0] == untimed[1]
 
 
-@pytest.mark.parametrize("exp", [baseline("sample", epochs=3, init=""), PAPER.replace(text_pooling="keywords")])
+@pytest.mark.parametrize(
+    "exp", [baseline("sample", epochs=3, init=""), PAPER.replace(text_pooling="keywords")]
+)
 def test_the_command_that_trains_names_all_settings(exp):
     run = {"run": "x", "folder": "out/x", "codec": "x", "fingerprint": "0" * 8, "experiment": exp.to_json()}
     run = pd.Series(run | {"options": "--caption best"})
     train, measure = _commands(run, pd.DataFrame({"dataset": ["kodak"], "images": [24]}))
-    command = shlex.split(train)
-    assert command[:3] == ["python", "-m", "taco_nb.training"]
-    assert training._experiment(training.parser().parse_args(command[3:])) == exp
-    assert measure == "python -m taco_nb.evaluation out/x --sets kodak --caption best --out out/x"
+    words = shlex.split(train)
+    assert words[:2] == ["taco-nb", "train"]
+    asked = training.train.make_context("train", words[2:]).params
+    asked = training._experiment(
+        *(asked[name] for name in ("out", "profile", "experiment", "changes", "data_dir"))
+    )
+    assert asked == exp
+    assert measure == "taco-nb evaluate out/x kodak --caption best --out out/x"
 
 
 def test_a_run_called_like_the_bundled_codec_is_none(run, tmp_path, monkeypatch):
@@ -348,9 +394,7 @@ def test_a_run_called_like_the_bundled_codec_is_none(run, tmp_path, monkeypatch)
     edit(shutil.move(run, tmp_path / "demo"), codec="demo")
     (card,) = cards(collect("demo")).to_dict("records")
     assert "bundled" not in card["what"]
-    assert card["to repeat it"].startswith(
-        "python -m taco_nb.training --experiment demo/experiment.json --out demo && "
-    )
+    assert card["to repeat it"].startswith("taco-nb train --experiment demo/experiment.json --out demo && ")
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------
@@ -389,7 +433,13 @@ def page(request, home, tmp_path_factory):
     """Notebook 06, run by papermill somewhere else, and its exported page."""
     folder = tmp_path_factory.mktemp("report")
     runs = home if request.param == "with runs" else folder / "nothing"
-    command = [sys.executable, "-m", "papermill", str(REPOSITORY / "notebooks" / "06_report.ipynb"), "06.ipynb"]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(REPOSITORY / "notebooks" / "06_report.ipynb"),
+        "06.ipynb",
+    ]
     command += ["-p", "profile", "sample", "-p", "out_dir", str(runs)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -408,7 +458,7 @@ def test_the_report_opens_with_runs_and_without(page, home):
     if which == "with runs":
         assert "begun: it has not been evaluated" in said
         assert "1 of the 4 points that a BD-rate needs" in said
-        assert f"taco_nb.training --experiment {home}/deeper/linformer/experiment.json" in said
+        assert f"taco-nb train --experiment {home}/deeper/linformer/experiment.json" in said
     else:
         assert "No runs in" in said and "papermill notebooks/01_baseline.ipynb" in said
         assert "Notebooks 02 to 04 train both" in said

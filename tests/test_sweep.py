@@ -11,11 +11,12 @@ import time
 
 import nbformat
 import pytest
+from conftest import command
 from nbformat.v4 import new_code_cell, new_notebook
 
 from taco_nb.errors import SettingError
 from taco_nb.files import REPOSITORY
-from taco_nb.sweep import LMBDAS, main, members, sweep, unfinished
+from taco_nb.tools.sweep import LMBDAS, members, sweep, unfinished
 
 BODY = """
 import json, os, pathlib, time
@@ -71,14 +72,19 @@ def test_it_runs_all_keeps_the_notebooks_and_does_nothing_twice(tmp_path, capsys
     assert [m.done for m in members(notebooks, (0.1,), out, {"epochs": 3})] == [False, True]
 
 
+def lmbdas(*values: float) -> list[str]:
+    """The words of a command line that ask for these lambda."""
+    return [word for value in values for word in ("--lmbda", str(value))]
+
+
 def test_one_that_fails_is_named_and_the_others_go_on(tmp_path, capsys):
     notebook, out = tiny_notebook(tmp_path / "src"), tmp_path / "out"
-    arguments = [str(notebook), "--lmbda", "0.1", "13", "0.2", "--out", str(out), "-p", "epochs", "None"]
-    assert main(arguments) == 1
+    arguments = ["sweep", notebook, *lmbdas(0.1, 13, 0.2), "--out", out, "-p", "epochs", "None"]
+    assert command(*arguments) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "Failed: lambda 13, tiny: ValueError: thirteen"
     assert log(out, 0.2) == ["began", "ended with None"] and log(out, 13.0) == ["began"]
     assert (out / "lmbda-13" / "tiny.ipynb").is_file(), "with the error in it"
-    assert main([*arguments, "--list"]) == 0
+    assert command(*arguments, "--list") == 0
     states = [line.rpartition(": ")[2] for line in capsys.readouterr().out.splitlines()]
     assert states == ["done", "to do", "done"]
 
@@ -87,9 +93,9 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
     notebook, out = tiny_notebook(tmp_path / "src"), tmp_path / "out"
     slow = tmp_path / "slow-"
     (tmp_path / "slow-0.2").touch()
-    command = [sys.executable, "-m", "taco_nb.sweep", str(notebook), "--lmbda", "0.1", "0.2", "--out", str(out)]
+    words = [sys.executable, "-m", "taco_nb.tools.cli", "sweep", notebook, *lmbdas(0.1, 0.2), "--out", out]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "SLOW": str(slow)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
     patience = time.monotonic() + 60
     while not log(out, 0.2):
         assert time.monotonic() < patience and process.poll() is None
@@ -99,7 +105,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
     (tmp_path / "slow-0.2").unlink()
     done = [member.done for member in members([notebook], (0.1, 0.2), out)]
     assert done == [True, False]
-    assert subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode == 0
+    assert subprocess.run(words, env=environment, capture_output=True, timeout=60).returncode == 0
     assert log(out, 0.1) == ["began", "ended with None"]
     assert log(out, 0.2).count("began") == 2 and "ended with None" in log(out, 0.2)
     assert all(member.done for member in members([notebook], (0.1, 0.2), out))
@@ -113,7 +119,9 @@ def test_training_that_its_time_stopped_is_not_done(tmp_path):
         "lambda 0.2, tiny": "not begun, max_hours are over; run the sweep again to go on",
     }
     assert not log(out, 0.2) and unfinished(out / "lmbda-0.1") == ["run-0.1"]
-    assert sweep([notebook], (0.1, 0.2), out, {"max_hours": 1.0}) == {} and unfinished(out / "lmbda-0.1") == []
+    assert (
+        sweep([notebook], (0.1, 0.2), out, {"max_hours": 1.0}) == {} and unfinished(out / "lmbda-0.1") == []
+    )
     killed = out / "lmbda-0.1" / "killed"  # before it had any weights
     killed.mkdir()
     (killed / "experiment.json").write_text("{}")
@@ -125,8 +133,7 @@ def test_training_that_its_time_stopped_is_not_done(tmp_path):
 
 def test_a_slurm_array_runs_a_lambda_for_each_task(tmp_path):
     notebook, out = tiny_notebook(tmp_path / "src"), tmp_path / "out"
-    arguments = [str(notebook), "--lmbda", "0.1", "0.2", "--out", str(out)]
-    assert main([*arguments, "--task", "1"]) == 0
+    assert command("sweep", notebook, *lmbdas(0.1, 0.2), "--out", out, "--task", 1) == 0
     assert [path.name for path in out.iterdir()] == ["lmbda-0.2"]
     with pytest.raises(SettingError, match="from 0 to 1"):
         sweep([notebook], (0.1, 0.2), out, task=2)
@@ -143,16 +150,16 @@ def test_the_real_notebooks_make_a_sweep():
     [
         (["-p", "epoch", "2"], "tiny.ipynb has no parameter 'epoch'. Did you mean 'epochs'"),
         (["-p", "lmbda", "2"], "lmbda is the sweep's to set"),
-        (["--lmbda", "0.1", "0.1"], "given twice"),
+        (["--lmbda", "0.1", "--lmbda", "0.1"], "given twice"),
         (["--task", "6"], "Tasks count from 0 to 5"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_what_cannot_be_is_refused_before_anything_runs(given, said, tmp_path, capsys):
     notebook = tiny_notebook(tmp_path / "src")
-    assert main([str(notebook), "--out", str(tmp_path / "out"), *given]) == 2
+    assert command("sweep", notebook, "--out", tmp_path / "out", *given) == 1
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
-    assert main([str(tmp_path / "none.ipynb")]) == 2
+    assert command("sweep", tmp_path / "none.ipynb") == 1
     assert "There is no notebook" in capsys.readouterr().err
 
 

@@ -53,7 +53,9 @@ def hf_tokenizer(tmp_path_factory):
     words = list(open_clip.SimpleTokenizer().encoder)[:-2] + ["<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
     bundled = gzip.decompress(Path(default_bpe()).read_bytes()).decode().split("\n")
-    merges = bundled[1 : 1 + VOCABULARY - 2 * 256 - 2]  # without the header; bytes and special tokens are no merges
+    merges = bundled[
+        1 : 1 + VOCABULARY - 2 * 256 - 2
+    ]  # without the header; bytes and special tokens are no merges
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     return transformers.CLIPTokenizer.from_pretrained(folder)
 
@@ -114,7 +116,9 @@ def _open_clip_weights(hf_model):
 
 
 def _hf_inputs(hf_tokenizer, captions, length):
-    inputs = hf_tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    inputs = hf_tokenizer(
+        captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    )
     return inputs.input_ids, inputs.attention_mask
 
 
@@ -137,7 +141,11 @@ def test_hidden_states_are_those_of_transformers(hf_model, hf_tokenizer, copied,
 @pytest.mark.parametrize("length", [38, 77])
 @pytest.mark.parametrize("beyond", [-1, 0, 1])
 def test_captions_that_just_fit_and_just_do_not(hf_model, hf_tokenizer, copied, length, beyond):
-    caption = " ".join(["dog"] * (length - 3) + ["barn"] + ["cat"] * beyond) if beyond >= 0 else "dog " * (length - 3)
+    caption = (
+        " ".join(["dog"] * (length - 3) + ["barn"] + ["cat"] * beyond)
+        if beyond >= 0
+        else "dog " * (length - 3)
+    )
     tower = TextTower(copied, "copied", length, trained=False)
     ids, mask = tower.tokenize([caption])
     hf_ids, attention_mask = _hf_inputs(hf_tokenizer, [caption], length)
@@ -158,7 +166,9 @@ def test_the_comparison_would_notice_a_missing_padding_mask_and_the_other_gelu(h
 
     gelu = TextTransformer(width=WIDTH, heads=HEADS, layers=LAYERS, output_dim=None, act_layer=nn.GELU)
     gelu.load_state_dict(copied.state_dict())
-    assert (TextTower(gelu, "GELU", 38, trained=False)(["a red barn"]) - tower(["a red barn"])).abs().max() > 1e-3
+    assert (
+        TextTower(gelu, "GELU", 38, trained=False)(["a red barn"]) - tower(["a red barn"])
+    ).abs().max() > 1e-3
 
 
 def test_published_captions_have_the_ids_of_transformers(hf_tokenizer):
@@ -341,7 +351,9 @@ def test_unusable_device(device):
         text_tower("untrained-64", device=device)
 
 
-@pytest.mark.parametrize("captions, hint", [([], "no caption"), (None, "list of strings"), (7, "list of strings")])
+@pytest.mark.parametrize(
+    "captions, hint", [([], "no caption"), (None, "list of strings"), (7, "list of strings")]
+)
 def test_captions_that_are_none(captions, hint):
     with pytest.raises(SettingError, match=hint):
         text_tower("untrained-64").tokenize(captions)

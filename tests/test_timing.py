@@ -17,15 +17,18 @@ from compressai.models import Elic2022Official
 from conftest import TINY, make_net
 from test_notebooks import FOLDER, code_cells
 
-from taco_nb import Codec, bench, timing
+from taco_nb import Codec, timing
 from taco_nb.experiment import baseline
 from taco_nb.inspection import attention_flops
 from taco_nb.model import ModelConfig
 from taco_nb.model.adapter import Injector
 from taco_nb.model.attention import CrossAttention
+from taco_nb.tools import bench
 
 TINY_EXP = baseline("sample", sizes=TINY, linformer_k=4)
-LINUX = pytest.mark.skipif(not math.isfinite(timing._peak(lambda: None, "cpu")), reason="needs glibc on Linux")
+LINUX = pytest.mark.skipif(
+    not math.isfinite(timing._peak(lambda: None, "cpu")), reason="needs glibc on Linux"
+)
 
 
 # How things are measured ---------------------------------------------------------------------------------------------
@@ -163,7 +166,10 @@ def made_up(
         {"side": 256, "tokens": tokens, "attention": name, "part": part, "gflop": value, "median_ms": value}
         for tokens in (38, 380)
         for name, factor in (("softmax", 1), ("linformer", ratio))
-        for part, value in (("attention", 10 * share * factor), ("encoder", 10 * (1 - share) + 10 * share * factor))
+        for part, value in (
+            ("attention", 10 * share * factor),
+            ("encoder", 10 * (1 - share) + 10 * share * factor),
+        )
     ]
     widths = [
         {"width": width, "attention": name, "pass": kind, "median_ms": value,
@@ -184,7 +190,9 @@ def test_the_conclusion_is_what_was_measured():
     assert "0.98 to 1.02 times softmax's in training" in small
     assert "at no length measured" in small and small.endswith(NULL)
     large = timing.conclusion(*made_up(0.6, 0.5))
-    assert "take 60%" in large and large.endswith("shows no difference, though the share would have let one show.")
+    assert "take 60%" in large and large.endswith(
+        "shows no difference, though the share would have let one show."
+    )
     assert "the quicker at 256 x 256 already with 38 tokens, the fewest measured" in large
     widths, lengths = made_up(0.6, 0.5)
     lengths.loc[(lengths["tokens"] == 38) & (lengths["attention"] == "linformer"), "median_ms"] *= 4
@@ -192,7 +200,8 @@ def test_the_conclusion_is_what_was_measured():
 
 
 @pytest.mark.parametrize(
-    "over_widths, spread, differ", [((1, 0.32), 0.01, 2), ((1.5, 1.5), 0.1, 4), ((1, 0.8), 0.2, 0), ((1.08, 1), 0, 0)]
+    "over_widths, spread, differ",
+    [((1, 0.32), 0.01, 2), ((1.5, 1.5), 0.1, 4), ((1, 0.8), 0.2, 0), ((1.08, 1), 0, 0)],
 )
 def test_a_null_result_needs_widths_without_a_difference(over_widths, spread, differ):
     said = timing.conclusion(*made_up(0.1, 0.9, over_widths, spread))
@@ -222,7 +231,9 @@ def test_results_are_kept_with_where_they_came_from(sweeps, tmp_path):
 def test_the_notebook_runs_and_ends_in_its_conclusion(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     small = {"profile": "sample", "out_dir": str(tmp_path / "runs"), "n_pairs": 1}
-    papermill.execute_notebook(str(FOLDER / "05_timing.ipynb"), str(tmp_path / "out.ipynb"), small, progress_bar=False)
+    papermill.execute_notebook(
+        str(FOLDER / "05_timing.ipynb"), str(tmp_path / "out.ipynb"), small, progress_bar=False
+    )
     cells = code_cells(nbformat.read(tmp_path / "out.ipynb", 4))
     assert all(output.output_type != "error" for cell in cells for output in cell.outputs)
     (folder,) = (tmp_path / "runs").iterdir()

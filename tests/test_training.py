@@ -46,13 +46,19 @@ def paint(folder, **captions):
     for name in captions:
         coarse = Image.fromarray(noise.integers(0, 256, (5, 6, 3), dtype=np.uint8))
         coarse.resize((90, 80), Image.Resampling.BICUBIC).save(folder / f"{name}.png")
-    (folder / "captions.json").write_text(json.dumps({f"{name}.png": said for name, said in captions.items()}))
+    (folder / "captions.json").write_text(
+        json.dumps({f"{name}.png": said for name, said in captions.items()})
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    captions = {"barn": ["a red barn", "a barn", "snow"], "dog": ["a dog", "two dogs"], "river": ["boats"] * 4}
+    captions = {
+        "barn": ["a red barn", "a barn", "snow"],
+        "dog": ["a dog", "two dogs"],
+        "river": ["boats"] * 4,
+    }
     return paint(tmp_path_factory.mktemp("data") / "pictures", **captions)
 
 
@@ -122,7 +128,9 @@ def watched(tmp_path_factory):
 
     handle = register_optimizer_step_pre_hook(watch)
     try:
-        run = fit(tiny(one, epochs=50, gradient_clip=0.5), tmp_path_factory.mktemp("runs") / "watched", device="cpu")
+        run = fit(
+            tiny(one, epochs=50, gradient_clip=0.5), tmp_path_factory.mktemp("runs") / "watched", device="cpu"
+        )
     finally:
         handle.remove()
     assert run.finished and run.total_steps == 50 and len(seen) == 100
@@ -171,7 +179,9 @@ def test_two_optimizers_share_the_parameters_between_them(watched):
     others = {id(p) for p in steps[0]["params"]}
     assert len(others) == len(steps[0]["params"]) and id(quantiles) not in others
     names = dict(TACO(ModelConfig(**SIZES)).named_parameters())
-    assert sorted(p.shape for p in [*steps[0]["params"], quantiles]) == sorted(p.shape for p in names.values())
+    assert sorted(p.shape for p in [*steps[0]["params"], quantiles]) == sorted(
+        p.shape for p in names.values()
+    )
     assert names["entropy_bottleneck.quantiles"].shape == quantiles.shape
 
 
@@ -210,7 +220,9 @@ def test_muon_moves_kernels_by_orthogonal_matrices_and_all_else_by_adam(pictures
             assert step.abs().max() - step.abs().min() < 0.01, name
         else:
             stretch = torch.linalg.svdvals(step.flatten(1)) / (0.2 * max(step.flatten(1).shape) ** 0.5)
-            assert stretch.quantile(0.2) > 0.5 and stretch.max() < 1.5, name  # a few directions hardly have a gradient
+            assert stretch.quantile(0.2) > 0.5 and stretch.max() < 1.5, (
+                name
+            )  # a few directions hardly have a gradient
             kernels += 1
     assert kernels > 80
 
@@ -267,7 +279,12 @@ def test_the_folder_holds_what_it_should_and_nothing_else(whole):
 def test_the_callers_random_numbers_are_untouched(pictures, tmp_path):
     def states():
         kind, *rest = np.random.get_state()
-        return torch.get_rng_state().tolist(), random.getstate(), kind, [np.asarray(part).tolist() for part in rest]
+        return (
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+            kind,
+            [np.asarray(part).tolist() for part in rest],
+        )
 
     before = states()
     fit(tiny(pictures), tmp_path / "run", device="cpu", max_hours=0)
@@ -280,7 +297,9 @@ def test_the_callers_random_numbers_do_not_matter_but_the_seed_does(pictures, st
         again = fit(tiny(pictures), tmp_path / "again", device="cpu", max_hours=0)
         other = fit(tiny(pictures, seed=101), tmp_path / "other", device="cpu", max_hours=0)
     assert_equal(weights(again), weights(stopped))
-    assert not torch.equal(weights(other)["h_a.reduction.0.weight"], weights(stopped)["h_a.reduction.0.weight"])
+    assert not torch.equal(
+        weights(other)["h_a.reduction.0.weight"], weights(stopped)["h_a.reduction.0.weight"]
+    )
 
 
 def test_the_largest_seed(pictures, tmp_path):
@@ -296,14 +315,18 @@ def test_bfloat16_differs_little(tmp_path):
     near = weights(half)
     for name, value in weights(single).items():
         assert near[name].dtype == value.dtype
-        if value.is_floating_point():  # Adam's three steps have at most about the length of the rate, either way
+        if (
+            value.is_floating_point()
+        ):  # Adam's three steps have at most about the length of the rate, either way
             torch.testing.assert_close(near[name], value, atol=6.6e-3, rtol=0)
 
 
 def test_a_run_on_the_bundled_pictures(tmp_path):
     exp = tiny("sample", batch_size=1)
     run = fit(exp, tmp_path / "run", device="cpu", max_hours=0)
-    captions = json.loads((REPOSITORY / "data/sample/annotations/captions_train.json").read_text())["annotations"]
+    captions = json.loads((REPOSITORY / "data/sample/annotations/captions_train.json").read_text())[
+        "annotations"
+    ]
     assert (run.steps, run.total_steps) == (1, 16 * len(captions))
 
 
@@ -362,7 +385,9 @@ def test_where_a_steps_time_goes(pictures, tmp_path):
 
 def test_the_memory_of_a_step_grows_with_its_images():
     """Each image keeps the same, and the largest part is known: what the first convolution of g_a gives, at half size."""
-    exp = Experiment(profile="sample", sizes=SIZES, text_encoder="untrained-64", train_data="sample", crop=128)
+    exp = Experiment(
+        profile="sample", sizes=SIZES, text_encoder="untrained-64", train_data="sample", crop=128
+    )
     one, two, four = (activation_memory(exp, images) for images in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.05)
     assert 4 * SIZES["N"] * 64 * 64 < one < 4 * SIZES["N"] * 64 * 64 * 40
@@ -445,8 +470,18 @@ def test_workers_give_the_same_bits(pictures, tmp_path):
 @pytest.mark.parametrize(
     "ablation",
     [
-        {"attention": "linformer", "linformer_k": 4, "text_pooling": "keywords", "keyword_sources": "tfidf+rules"},
-        {"attention": "linformer", "linformer_sharing": "layerwise", "text_length": "windows", "optimizer": "muon"},
+        {
+            "attention": "linformer",
+            "linformer_k": 4,
+            "text_pooling": "keywords",
+            "keyword_sources": "tfidf+rules",
+        },
+        {
+            "attention": "linformer",
+            "linformer_sharing": "layerwise",
+            "text_length": "windows",
+            "optimizer": "muon",
+        },
     ],
     ids=["keywords", "windows and muon"],
 )
@@ -491,7 +526,9 @@ def test_a_run_that_somebody_else_finished_meanwhile_is_told_of(whole, tmp_path,
         return lock.alone_in(where)
 
     monkeypatch.setattr(loop, "alone_in", alone_in)
-    run = fit(whole.experiment, folder, device="cpu", on_log=lambda run, rows, _: told.append((run, len(rows))))
+    run = fit(
+        whole.experiment, folder, device="cpu", on_log=lambda run, rows, _: told.append((run, len(rows)))
+    )
     assert run.finished and told == [(run, len(whole.log))]
 
 
@@ -569,7 +606,9 @@ def without_a_part(path):
 
 
 @pytest.mark.parametrize(
-    "damage", [truncated, half, empty, noise, another_pickle, another_network, without_a_part], ids=lambda f: f.__name__
+    "damage",
+    [truncated, half, empty, noise, another_pickle, another_network, without_a_part],
+    ids=lambda f: f.__name__,
 )
 def test_a_damaged_state_is_named(pictures, begun, damage):
     damage(begun / "state.pt")
@@ -590,14 +629,19 @@ def test_the_status_of_a_state_without_its_steps_names_the_file(begun):
 def test_data_that_changed_during_a_run(tmp_path):
     one = paint(tmp_path / "pictures", barn="a red barn")
     fit(tiny(one), tmp_path / "run", device="cpu", max_hours=0)
-    for captions in (["a red barn", "a barn", "another"], ["a blue barn"]):  # with more steps, and with as many
+    for captions in (
+        ["a red barn", "a barn", "another"],
+        ["a blue barn"],
+    ):  # with more steps, and with as many
         (one / "captions.json").write_text(json.dumps({"barn.png": captions}))
         with pytest.raises(SettingError, match="other training data.*pictures.*have changed"):
             fit(tiny(one), tmp_path / "run", device="cpu")
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_last_sound_state(pictures, tmp_path):
-    exp = tiny(pictures, learning_rate=1e5, epochs=40)  # so long that a save comes before the first row of the log
+    exp = tiny(
+        pictures, learning_rate=1e5, epochs=40
+    )  # so long that a save comes before the first row of the log
     with pytest.raises(SettingError, match="no finite numbers.*Lower learning_rate"):
         fit(exp, tmp_path / "run", device="cpu", save_minutes=0)
     state = state_of(tmp_path / "run")

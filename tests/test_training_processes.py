@@ -41,7 +41,10 @@ def home(tmp_path_factory):
 def pictures(home):
     """Nine pairs: batches of four, four and one."""
     return paint(
-        home / "pictures", barn=["a red barn", "a barn", "snow"], dog=["a dog", "two dogs"], river=["boats"] * 4
+        home / "pictures",
+        barn=["a red barn", "a barn", "snow"],
+        dog=["a dog", "two dogs"],
+        river=["boats"] * 4,
     )
 
 
@@ -153,13 +156,27 @@ if suffix == "two":
     torch.distributed.destroy_process_group()
 """
 # Runs the experiments so named, of which "coco" takes one step; AlexNet's weights are random, as CLIP's are.
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no"]
+LAUNCH = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+]
 LAUNCH += ["--dynamo_backend", "no", "--main_process_port", "0"]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(REPOSITORY),
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 
 
 def launched(processes, *command, **options):
-    several = ["--multi_gpu"] if processes > 1 else []  # which is accelerate's word for several processes, on CPUs too
+    several = (
+        ["--multi_gpu"] if processes > 1 else []
+    )  # which is accelerate's word for several processes, on CPUs too
     return subprocess.Popen(
         [*LAUNCH, *several, "--num_processes", str(processes), *map(str, command)], env=ENVIRONMENT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options,
@@ -243,7 +260,13 @@ def test_two_processes_from_a_notebook(pictures, both, home, capsys):
 
 @pytest.mark.parametrize(
     "given",
-    [{"num_processes": 0}, {"num_processes": 1.5}, {"num_processes": True}, {"num_workers": -1}, {"accumulation": 0}],
+    [
+        {"num_processes": 0},
+        {"num_processes": 1.5},
+        {"num_processes": True},
+        {"num_workers": -1},
+        {"accumulation": 0},
+    ],
 )
 def test_counts_out_of_range(pictures, tmp_path, given):
     (name,) = given

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import command
 from test_training import assert_same_bits, paint, state_of
 from test_training_processes import ENVIRONMENT, experiment, launched
 
 from taco_nb.errors import SettingError
 from taco_nb.files import REPOSITORY
 from taco_nb.training import fit, loop
-from taco_nb.training.__main__ import main
 from taco_nb.training.loop import read_run
 from taco_nb.training.signals import on_warning
 
@@ -26,7 +26,11 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Nine pairs: batches of four, four and one."""
-    captions = {"barn": ["a red barn", "a barn", "snow"], "dog": ["a dog", "two dogs"], "river": ["boats"] * 4}
+    captions = {
+        "barn": ["a red barn", "a barn", "snow"],
+        "dog": ["a dog", "two dogs"],
+        "river": ["boats"] * 4,
+    }
     return paint(tmp_path_factory.mktemp("stops") / "pictures", **captions)
 
 
@@ -45,7 +49,9 @@ class Clock:
 
 
 def test_max_hours_by_the_clock(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "time", Clock())  # one look as `fit` is called, one as it begins, one after each step
+    monkeypatch.setattr(
+        loop, "time", Clock()
+    )  # one look as `fit` is called, one as it begins, one after each step
     run = fit(experiment(pictures, epochs=20), tmp_path / "run", device="cpu", max_hours=5, save_minutes=1e9)
     assert (run.steps, run.total_steps) == (4, 60) and not run.finished
     assert state_of(run.dir)["step"] == 4
@@ -63,13 +69,22 @@ def begin(processes, folder, exp, *arguments):
     """A run on the command line, in processes of its own that form a group, once it has taken its first steps."""
     folder.parent.mkdir(exist_ok=True)
     (folder.parent / "exp.json").write_text(exp.to_json())
-    command = ["-m", "taco_nb.training", "--experiment", folder.parent / "exp.json", "--out", folder, "--device", "cpu"]
-    command += ["--save-minutes", "0", *arguments]
+    words = [
+        "-m",
+        "taco_nb.training",
+        "--experiment",
+        folder.parent / "exp.json",
+        "--out",
+        folder,
+        "--device",
+        "cpu",
+    ]
+    words += ["--save-minutes", "0", *arguments]
     if processes:
-        process = launched(processes, *command)
+        process = launched(processes, *words)
     else:
         process = subprocess.Popen(
-            [sys.executable, *map(str, command)], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+            [sys.executable, *map(str, words)], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
     while not (folder / "state.pt").exists() and process.poll() is None:
@@ -78,7 +93,9 @@ def begin(processes, folder, exp, *arguments):
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_stops_between_two_steps_and_the_bits_are_those_of_an_undisturbed_run(pictures, name, tmp_path):
+def test_a_signal_stops_between_two_steps_and_the_bits_are_those_of_an_undisturbed_run(
+    pictures, name, tmp_path
+):
     """To the whole group and with workers, as a batch system does."""
     exp = experiment(pictures, epochs=16)
     process = begin(0, tmp_path / "undisturbed", exp, "--num-workers", "2")
@@ -107,11 +124,16 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(pictures, tmp_pa
 
 def test_the_readmes_batch_script_resubmits_what_it_did_not_finish(pictures, tmp_path):
     """The script itself, with a small experiment, on CPUs, and a `scontrol` that only notes what it is asked."""
-    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    (script,) = re.findall(
+        r"```bash\n(#!/bin/bash\n.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL
+    )
     exp = experiment(pictures, epochs=500)
     (tmp_path / "exp.json").write_text(exp.to_json())
     for old, new in (
-        ("--profile paper --set lmbda=0.0016", f"--experiment {tmp_path}/exp.json --device cpu --save-minutes 0"),
+        (
+            "--profile paper --set lmbda=0.0016",
+            f"--experiment {tmp_path}/exp.json --device cpu --save-minutes 0",
+        ),
         ("--num_processes 4", "--multi_gpu --num_processes 2 --main_process_port 0"),
     ):
         assert script.count(old) == 1
@@ -131,7 +153,9 @@ def test_the_readmes_batch_script_resubmits_what_it_did_not_finish(pictures, tmp
     process.send_signal(signal.SIGUSR1)  # to the shell alone, as --signal=B: has it
     said, complaint = process.communicate(timeout=120)
     run = read_run(folder)
-    assert 0 < run.steps < run.total_steps and f"Stopped by SIGUSR1 after step {run.steps} of" in said, complaint
+    assert 0 < run.steps < run.total_steps and f"Stopped by SIGUSR1 after step {run.steps} of" in said, (
+        complaint
+    )
     assert (tmp_path / "asked").read_text() == "requeue 77\n" and process.returncode == 0
 
 
@@ -181,7 +205,17 @@ def test_a_signal_before_the_first_step_stops_after_it(pictures, tmp_path, monke
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_signal_while_pytorch_loads_stops_after_the_first_step(pictures, tmp_path):
     (tmp_path / "exp.json").write_text(experiment(pictures, epochs=500).to_json())
-    command = [sys.executable, "-m", "taco_nb.training", "--experiment", "exp.json", "--out", "run", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "taco_nb.training",
+        "--experiment",
+        "exp.json",
+        "--out",
+        "run",
+        "--device",
+        "cpu",
+    ]
     process = subprocess.Popen(
         command, cwd=tmp_path, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -248,17 +282,24 @@ def test_two_runs_in_one_folder(pictures, tmp_path):
 def test_the_command_line_trains_goes_on_and_says_where_it_stands(pictures, tmp_path, capsys):
     out = ["--out", str(tmp_path / "run")]
     settings = ["sizes={\"N\": 16, \"M\": 24, \"groups\": [4, 4, 4, 4, 8], \"text_dim\": 64, \"heads\": 8, \"context_widths\": [16, 16]}"]  # fmt: skip # noqa: E501
-    settings += [f"train_data={pictures}", "crop=64", "epochs=1", "lmbda=0.02", "init=", "attention=linformer"]
+    settings += [
+        f"train_data={pictures}",
+        "crop=64",
+        "epochs=1",
+        "lmbda=0.02",
+        "init=",
+        "attention=linformer",
+    ]
     changes = [word for setting in settings for word in ("--set", setting)]
-    assert main(["--profile", "sample", *changes, *out, "--device", "cpu", "--max-hours", "0"]) == 0
+    assert command("train", "--profile", "sample", *changes, *out, "--device", "cpu", "--max-hours", 0) == 0
     assert "Stopped by max_hours after step 1 of 3" in capsys.readouterr().out
     run = read_run(tmp_path / "run")
     assert (run.experiment.lmbda, run.experiment.attention, run.experiment.init) == (0.02, "linformer", "")
-    assert main([*out, "--status"]) == 3
+    assert command("train", *out, "--status") == 3
     assert capsys.readouterr().out.endswith("1 of 3 steps.\n")
-    assert main([*out, "--device", "cpu"]) == 0
+    assert command("train", *out, "--device", "cpu") == 0
     assert "Finished: 3 steps" in capsys.readouterr().out
-    assert main([*out, "--status"]) == 0
+    assert command("train", *out, "--status") == 0
     assert capsys.readouterr().out.endswith("3 of 3 steps, finished.\n")
 
 
@@ -270,11 +311,11 @@ def test_status_is_what_was_saved_last_however_the_run_ended(pictures, tmp_path,
     for hours, steps in ((0, 2), (None, 3)):
         fit(exp, folder, device="cpu", max_hours=hours)
         capsys.readouterr()
-        assert main(["--out", str(folder), "--status"]) == 3
+        assert command("train", "--out", folder, "--status") == 3
         assert capsys.readouterr().out == f"{folder}: {steps} of 3 steps.\n"
     (folder / "weights.safetensors").unlink()
     (folder / "state.pt").unlink()
-    assert main(["--out", str(folder), "--status"]) == 3
+    assert command("train", "--out", folder, "--status") == 3
     assert capsys.readouterr().out == f"{folder}: begun, and nothing is saved yet.\n"
 
 
@@ -289,7 +330,7 @@ def test_status_is_what_was_saved_last_however_the_run_ended(pictures, tmp_path,
     ],
 )
 def test_the_command_line_complains_in_a_sentence(tmp_path, capsys, arguments, complaint):
-    assert main([*arguments, "--out", str(tmp_path / "run")]) == 1
+    assert command("train", *arguments, "--out", tmp_path / "run") == 1
     said = capsys.readouterr().err
-    assert re.match(rf"SettingError: .*{complaint}", said) and said.count("\n") == 1
+    assert re.match(rf"Error: .*{complaint}", said) and said.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -22,11 +22,11 @@ from taco_nb.data import CaptionedFolder, CaptionedImages
 from taco_nb.data.images import to_tensor
 from taco_nb.errors import DataError, MissingWeightsError, SettingError
 from taco_nb.evaluation import means, read_evaluation
+from taco_nb.evaluation.unfinished import Part, Unfinished
 from taco_nb.files import REPOSITORY
 from taco_nb.metrics.cmmd import cmmd
 from taco_nb.metrics.fid import frechet_distance
 from taco_nb.metrics.patches import patches
-from taco_nb.unfinished import Part, Unfinished
 
 CROPS = {f"{i}.png": (70 + 3 * i, 90 - 2 * i) for i in range(7)}
 PHOTOS = {"barn.png": (96, 130), "cat.png": (40, 30), "dog.png": (64, 64)}
@@ -148,14 +148,23 @@ def test_means_have_the_figures_of_the_set(evaluated):
     _, results, _ = evaluated
     table = means(results).set_index("dataset")
     for name, rows in results.groupby("dataset"):
-        assert table.loc[name, ["fid", "cmmd"]].tolist() == pytest.approx(rows[["fid", "cmmd"]].iloc[0].tolist())
+        assert table.loc[name, ["fid", "cmmd"]].tolist() == pytest.approx(
+            rows[["fid", "cmmd"]].iloc[0].tolist()
+        )
 
 
 def test_the_json_says_by_which_protocol_and_what_is_absent(evaluated, small, tmp_path):
     said = kept(evaluated[2])
     assert said["absent"] == {} and said["caption"]["rule"] == "first" and said["batch_size"] == 3
-    for metric, words in {"fid": "299 x 299", "cmmd": "sigma 10", "clip_score": "no prompt", "lpips": "[0, 1]"}.items():
-        assert words in said["metrics"][metric]["protocol"] and said["metrics"][metric]["weights"].startswith("given")
+    for metric, words in {
+        "fid": "299 x 299",
+        "cmmd": "sigma 10",
+        "clip_score": "no prompt",
+        "lpips": "[0, 1]",
+    }.items():
+        assert words in said["metrics"][metric]["protocol"] and said["metrics"][metric]["weights"].startswith(
+            "given"
+        )
     small[1]()
     assert kept(tmp_path / "out")["absent"].keys() == {"fid", "cmmd", "clip_score"}
 
@@ -188,7 +197,9 @@ def test_a_row_of_a_batch_is_the_row_of_its_image(evaluated, tiny_codec, network
     alone = evaluate(tiny_codec, sets, networks=networks, **SETTINGS | {"batch_size": 1})
     for column in results.columns.difference(TIMES):
         if pd.api.types.is_numeric_dtype(results[column]):
-            assert alone[column].to_numpy() == pytest.approx(results[column].to_numpy(), rel=1e-3, nan_ok=True), column
+            assert alone[column].to_numpy() == pytest.approx(
+                results[column].to_numpy(), rel=1e-3, nan_ok=True
+            ), column
         else:
             assert (alone[column] == results[column]).all()
 
@@ -274,7 +285,9 @@ def test_after_kill_9_it_goes_on_where_it_was(tmp_path, evaluated, networks, tin
     sets, finished = two_sets(tmp_path / "data"), 3
     code = f"import test_unfinished; test_unfinished.evaluate_until_killed({str(tmp_path)!r}, 5)"
     environment = os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{REPOSITORY}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     out = tmp_path / "out"
     assert not list(out.glob("evaluation.*"))
@@ -283,9 +296,16 @@ def test_after_kill_9_it_goes_on_where_it_was(tmp_path, evaluated, networks, tin
 
     counted = [Counted(dataset) for dataset in sets]
     results = evaluate(tiny_codec, counted, out, networks=networks, **SETTINGS)
-    assert f"Going on with the evaluation in {out}: {finished} of 10 images are done." in capsys.readouterr().out
+    assert (
+        f"Going on with the evaluation in {out}: {finished} of 10 images are done." in capsys.readouterr().out
+    )
     assert [dataset.asked for dataset in counted] == [[3, 4, 5, 6], [0, 1, 2]]
-    for column in ("name", "psnr", "clip_score", *TIMES):  # the very same, as they were measured before the kill
+    for column in (
+        "name",
+        "psnr",
+        "clip_score",
+        *TIMES,
+    ):  # the very same, as they were measured before the kill
         assert list(results[column][:finished]) == [row[column] for row in rows]
     pd.testing.assert_frame_equal(without_times(results), without_times(evaluated[1]), check_exact=True)
     assert not (out / "unfinished").exists()
@@ -332,14 +352,20 @@ def test_a_finished_evaluation_is_returned_at_once(small, tmp_path, capsys):
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     capsys.readouterr()
     asked, again = run()
-    assert asked == [] and capsys.readouterr().out.startswith("Evaluated before, and nothing has changed since")
+    assert asked == [] and capsys.readouterr().out.startswith(
+        "Evaluated before, and nothing has changed since"
+    )
     pd.testing.assert_frame_equal(again, results, check_exact=True)
-    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert files == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
 
 
 def other_weights(codec, home):
     with torch.no_grad():
-        codec.net.g_a.analysis_transform[0].bias.add_(0.01)  # of the encoder: the decoder, and the fingerprint, stay
+        codec.net.g_a.analysis_transform[0].bias.add_(
+            0.01
+        )  # of the encoder: the decoder, and the fingerprint, stay
 
 
 def other_caption(codec, home):
@@ -370,7 +396,11 @@ CHANGES = {
 
 @pytest.mark.parametrize(
     "what, change",
-    [(what, one) for what, change in CHANGES.items() for one in (change if isinstance(change, list) else [change])],
+    [
+        (what, one)
+        for what, change in CHANGES.items()
+        for one in (change if isinstance(change, list) else [change])
+    ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_whatever_has_changed_is_said_and_evaluated(small, tmp_path, capsys, what, change):

@@ -35,7 +35,9 @@ def of_run(run, exp=None, dataset="kodak", images=24, steps=1000, unjudged="", *
     exp = exp or Experiment()
     rows = pd.DataFrame({"name": [f"{i}.png" for i in range(images)]}).assign(**measures)
     changed = "baseline" if exp.text_pooling == "none" else exp.text_pooling
-    changed = {"linformer": "linformer"}.get(exp.attention, "context" if exp.captions == "context" else changed)
+    changed = {"linformer": "linformer"}.get(
+        exp.attention, "context" if exp.captions == "context" else changed
+    )
     rows = rows.assign(
         run=run, label=changed, ablation=changed, dataset=dataset, images=images, unjudged=unjudged, lmbda=exp.lmbda,
         profile=exp.profile, epochs=exp.epochs, steps=steps, seed=exp.seed, experiment=exp.to_json(),

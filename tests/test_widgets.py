@@ -23,7 +23,9 @@ from taco_nb.evaluation import means
 from taco_nb.widgets import encoder_diagram, rate_distortion, side_by_side, sortable, training_curves
 from taco_nb.widgets.figures import IMAGES
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
+)
 
 # --- Pictures beside each other ---------------------------------------------------------------------------------------
 
@@ -80,7 +82,11 @@ def test_crop_and_zoom_enlarge_single_pixels():
 
 
 def test_every_label_is_drawn_below_its_own_picture():
-    pictures = {"first label\nof two lines": noise(120, 40, 0), "": noise(120, 40, 1), "third": noise(120, 40, 2)}
+    pictures = {
+        "first label\nof two lines": noise(120, 40, 0),
+        "": noise(120, 40, 1),
+        "third": noise(120, 40, 2),
+    }
     sheet = side_by_side(pictures)
     lefts = [place(sheet, picture)[0] for picture in pictures.values()]
     first, none, third = (ink(sheet, (left, 40, left + 120, sheet.height)) for left in lefts)
@@ -90,7 +96,9 @@ def test_every_label_is_drawn_below_its_own_picture():
 
 def test_a_long_label_stays_below_its_own_picture():
     caption = "original\nA close up of a tabby cat with big green eyes that looks up at somebody."
-    sheet = side_by_side({caption: noise(120, 40, 0), "": noise(120, 40, 1), "x": noise(120, 40, 2)}, columns=2)
+    sheet = side_by_side(
+        {caption: noise(120, 40, 0), "": noise(120, 40, 1), "x": noise(120, 40, 2)}, columns=2
+    )
     second = place(sheet, noise(120, 40, 1))[0]
     below = place(sheet, noise(120, 40, 2))[1]
     assert ink(sheet, (0, 40, 120, below)) > 500
@@ -180,7 +188,9 @@ document.title = JSON.stringify(tables.map(table => [...table.tBodies[0].rows].m
     page = home / "tables.html"
     page.write_text(f"<meta charset=utf-8>{tables}<script>{clicking}</script>", encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={home / 'profile'}"]
-    done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=180)
+    done = subprocess.run(
+        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=180
+    )
     title = re.search(r"<title>(.*)</title>", done.stdout)
     assert title, done.stderr
     orders = map("".join, json.loads(html.unescape(title[1])))
@@ -277,13 +287,26 @@ def test_a_diagram_of_nothing_is_refused(side, tokens):
 
 def results_of(codec: str, dataset: str = "photos", shift: float = 0.0, **more) -> pd.DataFrame:
     names = ["a.png", "b.png"]
-    columns = {"codec": codec, "dataset": dataset, "name": names, "width": 10, "height": 10, "bytes": [10, 20]}
-    measured = {"bpp": [0.8 + shift, 1.6 + shift], "psnr": [30 + shift, 34 + shift], "ms_ssim": [0.9, math.nan]}
+    columns = {
+        "codec": codec,
+        "dataset": dataset,
+        "name": names,
+        "width": 10,
+        "height": 10,
+        "bytes": [10, 20],
+    }
+    measured = {
+        "bpp": [0.8 + shift, 1.6 + shift],
+        "psnr": [30 + shift, 34 + shift],
+        "ms_ssim": [0.9, math.nan],
+    }
     return pd.DataFrame({**columns, **measured, **more})
 
 
 TACO = results_of("taco", lpips=[0.1, 0.2], lpips_01=[0.01, 0.02])
-JPEG = pd.concat([results_of("JPEG", shift=shift, quality=quality) for quality, shift in ((80, 0.5), (20, 0.1))])
+JPEG = pd.concat(
+    [results_of("JPEG", shift=shift, quality=quality) for quality, shift in ((80, 0.5), (20, 0.1))]
+)
 PUBLISHED = {"VTM": {"bpp": [0.1, 0.2, 0.4], "psnr": [30, 32, 34]}, "no curve": {"bpp": [0.1], "psnr": []}}
 
 
@@ -326,8 +349,12 @@ def test_a_curve_per_codec_through_the_means():
 def test_every_image_has_a_point_that_says_which_it_is():
     points = {trace.name: trace for trace in rate_distortion(JPEG, TACO).data if trace.customdata is not None}
     taco, jpeg = points["taco, photos"], points["JPEG, photos"]
-    assert [tuple(data) for data in taco.customdata] == [("taco", "photos", name, None) for name in ("a.png", "b.png")]
-    assert [tuple(data)[2:] for data in jpeg.customdata] == [(n, q) for q in (80, 20) for n in ("a.png", "b.png")]
+    assert [tuple(data) for data in taco.customdata] == [
+        ("taco", "photos", name, None) for name in ("a.png", "b.png")
+    ]
+    assert [tuple(data)[2:] for data in jpeg.customdata] == [
+        (n, q) for q in (80, 20) for n in ("a.png", "b.png")
+    ]
     assert list(taco.x) == list(TACO["bpp"]) and list(taco.y) == list(TACO["psnr"])
     assert "%{customdata[2]}" in taco.hovertemplate and not taco.showlegend
 
@@ -347,7 +374,9 @@ def test_the_menu_shows_one_metric_at_a_time():
     assert psnr == "PSNR in dB" and ms_ssim == "MS-SSIM" and "[-1, 1]" in lpips and "[0, 1]" in lpips_01
     assert names[psnr] == ["JPEG, photos", "taco, photos", "VTM (published)"]
     assert names[ms_ssim] == ["JPEG, photos", "taco, photos"]
-    assert names[lpips] == names[lpips_01] == ["taco, photos"], "JPEG has no LPIPS here, so no curve and no legend"
+    assert names[lpips] == names[lpips_01] == ["taco, photos"], (
+        "JPEG has no LPIPS here, so no curve and no legend"
+    )
     assert menu[lpips]["taco, photos"] == [pytest.approx(0.15)]
     assert menu[lpips_01]["taco, photos"] == [pytest.approx(0.015)]
     for button in figure.layout.updatemenus[0].buttons:

@@ -10,9 +10,6 @@ from typing import NamedTuple
 
 from taco_nb.data.captioned import CaptionedFolder, CaptionedImages, Sample, check_count
 from taco_nb.data.coco import Coco, TrainPairs
-from taco_nb.data.download import PROGRAM
-from taco_nb.data.fetch import STAGING
-from taco_nb.data.sources import SOURCES
 from taco_nb.errors import DataError, SettingError
 from taco_nb.files import bundled
 
@@ -28,6 +25,10 @@ __all__ = [
 ]
 
 CONTEXT = "captions_context.json"
+FETCHED = ("coco", "clic", "kodak")
+"""The data sets that `taco-nb fetch` gets."""
+STAGING = ".fetch"
+"""The hidden folder inside a data set's own in which its unfinished download lies."""
 
 
 class _Known(NamedTuple):
@@ -122,7 +123,11 @@ def _captioned(
     if captions != "context":
         raise SettingError(f'captions must be "published" or "context", but is {captions!r}.')
     own = root / f"{dataset.name}_{CONTEXT}"
-    found = [place for place in (own, root / CONTEXT, bundled(f"reference/{own.name}", data_dir)) if place.is_file()]
+    found = [
+        place
+        for place in (own, root / CONTEXT, bundled(f"reference/{own.name}", data_dir))
+        if place.is_file()
+    ]
     if not found:
         raise DataError(
             f"There are no context captions for {dataset.name}: neither {own} nor {CONTEXT} beside it is there. "
@@ -155,7 +160,7 @@ def _open(
 
 def _remedy(folder: str, root: Path, data_dir: str | os.PathLike | None) -> str:
     """How to get a data set that can be fetched, in a sentence that follows others."""
-    if folder not in SOURCES:
+    if folder not in FETCHED:
         return ""
     state = "Its download is unfinished; to go on" if (root / STAGING).exists() else "To fetch it"
-    return f" {state}, run: {PROGRAM} fetch {folder}" + (f" --data-dir {data_dir}" if data_dir else "")
+    return f" {state}, run: taco-nb fetch {folder}" + (f" --data-dir {data_dir}" if data_dir else "")

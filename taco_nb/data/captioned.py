@@ -122,7 +122,9 @@ class CaptionedImages(Dataset):
         from tqdm.auto import tqdm
 
         digest = hashlib.sha256()
-        for name, path, captions, _ in tqdm(self._entries, f"reading {self.name}", unit="image", leave=False, delay=2):
+        for name, path, captions, _ in tqdm(
+            self._entries, f"reading {self.name}", unit="image", leave=False, delay=2
+        ):
             digest.update(json.dumps([name, sha256(path), captions]).encode())
         return digest.hexdigest()
 
@@ -153,7 +155,9 @@ class CaptionedFolder(CaptionedImages):
 def _captions_by_name(source: Path) -> dict[str, tuple[str, ...]]:
     content = read_json(source)
     if not isinstance(content, dict):
-        raise DataError(f'{source} must hold an object {{"file.png": "caption", ...}}, not a {type(content).__name__}.')
+        raise DataError(
+            f'{source} must hold an object {{"file.png": "caption", ...}}, not a {type(content).__name__}.'
+        )
     by_name = {}
     for name, captions in content.items():
         captions = [captions] if isinstance(captions, str) else captions
@@ -173,11 +177,17 @@ def image_files(folder: Path) -> dict[str, Path]:
     images = {}
     with os.scandir(folder) as listing:
         for item in listing:
-            if item.name.startswith(".") or Path(item.name).suffix.lower() not in EXTENSIONS or not item.is_file():
+            if (
+                item.name.startswith(".")
+                or Path(item.name).suffix.lower() not in EXTENSIONS
+                or not item.is_file()
+            ):
                 continue
             # only links are resolved: MS-COCO has 82,783 files in one folder
             if item.is_symlink() and not Path(item.path).resolve().is_relative_to(home):
-                raise DataError(f"{item.path} is a link that leads out of the folder: put the image itself there.")
+                raise DataError(
+                    f"{item.path} is a link that leads out of the folder: put the image itself there."
+                )
             images[item.name] = Path(item.path)
     return images
 
@@ -185,7 +195,9 @@ def image_files(folder: Path) -> dict[str, Path]:
 def check_names(names: Iterable[str], folder: Path, source: Path) -> None:
     """Raise `DataError` unless each name that `source` lists is the plain name of a file in `folder`."""
     if strays := [name for name in names if name in ("", ".", "..") or "/" in name or "\\" in name]:
-        raise DataError(f"{source} leads out of the folder {folder}: {few(strays)}. Write plain file names there.")
+        raise DataError(
+            f"{source} leads out of the folder {folder}: {few(strays)}. Write plain file names there."
+        )
 
 
 def check_count(value: int, what: str) -> None:
@@ -213,7 +225,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise DataError(f"There is no captions file {path}.") from error
     except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.") from error
+        raise DataError(
+            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
+        ) from error
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}.") from error
 
@@ -227,5 +241,7 @@ def few(names: Iterable[str]) -> str:
 def _centre(image: Image.Image, side: int, path: Path) -> Image.Image:
     left, top = round((image.width - side) / 2), round((image.height - side) / 2)
     if left < 0 or top < 0:
-        raise DataError(f"{path} is {image.width}x{image.height}: smaller than {side}, and than its annotation says.")
+        raise DataError(
+            f"{path} is {image.width}x{image.height}: smaller than {side}, and than its annotation says."
+        )
     return image.crop((left, top, left + side, top + side))

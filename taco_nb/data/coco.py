@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from taco_nb.data.captioned import CaptionedImages, Entry, check_count, check_names, few, image_files, read_json
+from taco_nb.data.captioned import (
+    CaptionedImages,
+    Entry,
+    check_count,
+    check_names,
+    few,
+    image_files,
+    read_json,
+)
 from taco_nb.data.images import to_tensor
 from taco_nb.errors import DataError, SettingError
 
@@ -59,7 +67,9 @@ class TrainPairs(Dataset):
         self.dataset, self.crop, self.seed = dataset, crop, seed
         self.skipped = len(dataset) - len(large)
         self._pairs = [(i, caption) for i in large for caption in dataset.captions(i)]
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that outlive an epoch see it change
+        self._epoch = torch.zeros(
+            (), dtype=torch.int64
+        ).share_memory_()  # workers that outlive an epoch see it change
 
     def set_epoch(self, epoch: int) -> None:
         """Move all crops; call it before the epoch's iteration begins."""
@@ -73,7 +83,9 @@ class TrainPairs(Dataset):
         k, caption = self._pairs[i]
         name, image, _ = self.dataset[k]
         if min(image.size) < self.crop:
-            raise DataError(f"{name} in {self.dataset.name} is {image.width}x{image.height}, less than annotated.")
+            raise DataError(
+                f"{name} in {self.dataset.name} is {image.width}x{image.height}, less than annotated."
+            )
         position = np.random.default_rng((self.seed, int(self._epoch), i))
         left = int(position.integers(image.width - self.crop, endpoint=True))
         top = int(position.integers(image.height - self.crop, endpoint=True))
@@ -110,7 +122,9 @@ def _annotations(root: Path, split: str) -> list[Entry]:
         listed.append(_Listed(key, name, folder, tuple(captions.pop(key, ())), _short_side(image)))
     entries = _entries(listed, root, source)
     if captions:
-        raise DataError(f"{source} has captions for image ids that it does not list: {few(map(str, captions))}.")
+        raise DataError(
+            f"{source} has captions for image ids that it does not list: {few(map(str, captions))}."
+        )
     return entries
 
 
@@ -124,7 +138,9 @@ def _karpathy(root: Path, split: str) -> list[Entry]:
             folder = _get(image, "filepath", str, where)
             if folder not in ("train2014", "val2014"):
                 raise DataError(f"{where} (id {key}): filepath must be train2014 or val2014, not {folder!r}.")
-            captions = tuple(_get(sentence, "raw", str, at) for at, sentence in _records(image, "sentences", where))
+            captions = tuple(
+                _get(sentence, "raw", str, at) for at, sentence in _records(image, "sentences", where)
+            )
             if folder not in sides:
                 sides[folder] = _annotated_sides(root / "annotations" / f"captions_{folder}.json")
             listed.append(_Listed(key, name, root / folder, captions, sides[folder].get(name)))
@@ -150,10 +166,15 @@ def _entries(listed: list[_Listed], root: Path, source: Path) -> list[Entry]:
     if bare := [f"{image.name} (id {image.id})" for image in listed if not image.captions]:
         raise DataError(f"Missing captions: {source} has none for {few(bare)}.")
     on_disk = {folder: image_files(folder) for folder in {image.folder for image in listed}}
-    if missing := [f"{image.name} (id {image.id})" for image in listed if image.name not in on_disk[image.folder]]:
+    if missing := [
+        f"{image.name} (id {image.id})" for image in listed if image.name not in on_disk[image.folder]
+    ]:
         folders = " and ".join(sorted(map(str, on_disk)))
         raise DataError(f"{source} lists images that are not in {folders}: {few(missing)}.")
-    return [Entry(image.name, on_disk[image.folder][image.name], image.captions, image.short_side) for image in listed]
+    return [
+        Entry(image.name, on_disk[image.folder][image.name], image.captions, image.short_side)
+        for image in listed
+    ]
 
 
 def _records(parent: Any, key: str, where: Any) -> Iterator[tuple[str, Any]]:

@@ -34,9 +34,13 @@ def to_rgb(image: str | os.PathLike | Image.Image | np.ndarray | torch.Tensor) -
         return _flatten(_from_array(image))
     if isinstance(image, torch.Tensor):
         if image.is_floating_point() and image.numel() and not (image.min() >= 0 and image.max() <= 1):
-            raise DataError("The image tensor holds NaN or values outside [0, 1]: divide by 255 or clamp it first.")
+            raise DataError(
+                "The image tensor holds NaN or values outside [0, 1]: divide by 255 or clamp it first."
+            )
         return to_image(image)
-    raise DataError(f"{type(image).__name__} is not an image: give a path, a Pillow image, an array or a tensor.")
+    raise DataError(
+        f"{type(image).__name__} is not an image: give a path, a Pillow image, an array or a tensor."
+    )
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
@@ -77,9 +81,13 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DataError(f"There is no image file {name}.") from error
-    except Exception as error:  # on damaged files Pillow's decoders raise nearly anything, SyntaxError included
+    except (
+        Exception
+    ) as error:  # on damaged files Pillow's decoders raise nearly anything, SyntaxError included
         reason = str(error).rstrip(".")
-        raise DataError(f"{name} cannot be read as an image: {reason}. Replace it or leave it out.") from error
+        raise DataError(
+            f"{name} cannot be read as an image: {reason}. Replace it or leave it out."
+        ) from error
 
 
 def _flatten(image: Image.Image) -> Image.Image:
@@ -108,7 +116,12 @@ def _flatten(image: Image.Image) -> Image.Image:
 def _from_array(array: np.ndarray) -> Image.Image:
     wide = array.dtype.type is np.uint16
     colours = array.shape[2] if array.ndim == 3 else 1
-    if array.ndim not in (2, 3) or colours not in (1, 3, 4) or array.size == 0 or not (wide or array.dtype == np.uint8):
+    if (
+        array.ndim not in (2, 3)
+        or colours not in (1, 3, 4)
+        or array.size == 0
+        or not (wide or array.dtype == np.uint8)
+    ):
         raise DataError(
             f"A {array.dtype} array of shape {array.shape} is not an image: it must be uint8 or uint16 with at least "
             "one pixel, of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4)."
@@ -118,4 +131,6 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 257 = 65535 / 255; + 128 rounds to the nearest
+    return ((values.astype(np.uint32) + 128) // 257).astype(
+        np.uint8
+    )  # 257 = 65535 / 255; + 128 rounds to the nearest

@@ -28,7 +28,9 @@ PROTOCOL = (
 class ClipScore:
     """Both halves of CLIP, frozen. `clip` is an open_clip model, `tokenizer` its own: captions -> ids (B, 77)."""
 
-    def __init__(self, clip: nn.Module, tokenizer: Callable[[list[str]], Tensor], device: str | torch.device = "cpu"):
+    def __init__(
+        self, clip: nn.Module, tokenizer: Callable[[list[str]], Tensor], device: str | torch.device = "cpu"
+    ):
         self.device = torch.device(device)
         self.model, self.tokenizer = clip.to(self.device).eval().requires_grad_(False), tokenizer
 
@@ -38,5 +40,7 @@ class ClipScore:
         side = image_side(self.model)
         pictures = resize(pictures.to(self.device), [side], InterpolationMode.BICUBIC, antialias=True)
         images = embed_images(self.model, center_crop(pictures, side))
-        texts = normalize(self.model.encode_text(self.tokenizer(list(captions)).to(self.device)).float(), dim=-1)
+        texts = normalize(
+            self.model.encode_text(self.tokenizer(list(captions)).to(self.device)).float(), dim=-1
+        )
         return (100 * (images * texts).sum(dim=-1).clamp(min=0)).tolist()

@@ -43,7 +43,9 @@ class CmmdEmbedding:
         short = min(pictures.shape[-2:])
         top, left = ((length - short) // 2 for length in pictures.shape[-2:])
         square = pictures[..., top : top + short, left : left + short]
-        return embed_images(self.model, resize(square, [side, side], InterpolationMode.BICUBIC, antialias=True)).cpu()
+        return embed_images(
+            self.model, resize(square, [side, side], InterpolationMode.BICUBIC, antialias=True)
+        ).cpu()
 
 
 @torch.inference_mode()

@@ -65,5 +65,7 @@ def _batches(x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
             f"not {tuple(x.shape)} and {tuple(x_hat.shape)}."
         )
     if not (x.is_floating_point() and x_hat.is_floating_point()):
-        raise SettingError(f"Distortion takes floats in [0,1], not {x.dtype} and {x_hat.dtype}; divide by 255.")
+        raise SettingError(
+            f"Distortion takes floats in [0,1], not {x.dtype} and {x_hat.dtype}; divide by 255."
+        )
     return tuple(picture.float().reshape(-1, *picture.shape[-3:]) for picture in (x, x_hat))

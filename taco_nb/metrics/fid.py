@@ -98,7 +98,9 @@ def _load(path: Path) -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     try:
-        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+        return FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
+        )
     except Exception as error:  # torch and pickle each have errors of their own for a bad file
         raise CheckpointError(
             f"{path} is not the Inception network of torch-fidelity, or is damaged: {error}"

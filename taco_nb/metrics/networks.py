@@ -48,7 +48,9 @@ def find_networks() -> tuple[dict[str, Network], dict[str, str]]:
                 f"the weights of {needed.name} are not on this machine; to have them, run: {needed.command}"
             )
         else:
-            found[metric] = Network(f"{needed.name}, {needed.path.stat().st_size:,} bytes", _loaders()[metric])
+            found[metric] = Network(
+                f"{needed.name}, {needed.path.stat().st_size:,} bytes", _loaders()[metric]
+            )
     return found, absent
 
 
@@ -72,9 +74,13 @@ def given_networks(networks: Mapping[str, Any]) -> tuple[dict[str, Network], dic
     Raises `SettingError` for a metric that does not exist.
     """
     if unknown := networks.keys() - TITLES.keys():
-        raise SettingError(f"No metric is called {unknown.pop()!r}; those with a network are {', '.join(TITLES)}.")
+        raise SettingError(
+            f"No metric is called {unknown.pop()!r}; those with a network are {', '.join(TITLES)}."
+        )
     found = {
-        metric: Network(f"given, SHA-256 {state_digest(network.model)}", lambda device, network=network: network)
+        metric: Network(
+            f"given, SHA-256 {state_digest(network.model)}", lambda device, network=network: network
+        )
         for metric, network in networks.items()
     }
     return found, {metric: "no network was given for it" for metric in TITLES if metric not in found}
@@ -98,5 +104,7 @@ def _loaders() -> dict[str, Callable[[torch.device], Any]]:
         "lpips": lambda device: perception.Lpips(device),
         "fid": lambda device: fid.Inception(_NEEDS["fid"].path, device),
         "cmmd": lambda device: cmmd.CmmdEmbedding(clip_model(_NEEDS["cmmd"].name, device)[0], device),
-        "clip_score": lambda device: clip_score.ClipScore(*clip_model(_NEEDS["clip_score"].name, device), device),
+        "clip_score": lambda device: clip_score.ClipScore(
+            *clip_model(_NEEDS["clip_score"].name, device), device
+        ),
     }

@@ -41,7 +41,9 @@ class Lpips:
         Raises `SettingError` for other or unequal shapes.
         """
         if x.ndim != 3:
-            raise SettingError(f"LPIPS takes one picture (3,H,W), not {tuple(x.shape)}; for a batch call `distance`.")
+            raise SettingError(
+                f"LPIPS takes one picture (3,H,W), not {tuple(x.shape)}; for a batch call `distance`."
+            )
         x, x_hat = x[None].to(self.device), x_hat[None].to(self.device)
         if x.shape == x_hat.shape and min(x.shape[-2:]) < MIN_SIDE:
             return {"lpips": math.nan, "lpips_01": math.nan}

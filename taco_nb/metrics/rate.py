@@ -35,7 +35,9 @@ def bpp(n_bytes: int, width: int, height: int) -> float:
     Raises `SettingError` for a negative size or a picture without pixels.
     """
     if n_bytes < 0 or width < 1 or height < 1:
-        raise SettingError(f"A file of {n_bytes} bytes for {width}x{height} pixels has no bpp: sizes must be positive.")
+        raise SettingError(
+            f"A file of {n_bytes} bytes for {width}x{height} pixels has no bpp: sizes must be positive."
+        )
     return 8 * n_bytes / (width * height)
 
 
@@ -53,9 +55,14 @@ def bd_rate(
     Raises `SettingError` for too few points (2 for "pchip", 4 for "cubic"), rates that are not positive or not
     distinct, a quality that does not follow the rate in one direction, and curves that share no quality.
     """
-    anchor, other = _curve(anchor_rate, anchor_quality, "anchor", method), _curve(rate, quality, "compared", method)
+    anchor, other = (
+        _curve(anchor_rate, anchor_quality, "anchor", method),
+        _curve(rate, quality, "compared", method),
+    )
     if _direction(*anchor, "anchor") != _direction(*other, "compared"):
-        raise SettingError("Quality rises with the rate on one curve and falls on the other: is it the same measure?")
+        raise SettingError(
+            "Quality rises with the rate on one curve and falls on the other: is it the same measure?"
+        )
     return 100 * math.expm1(_mean_gap(anchor[::-1], other[::-1], method, "quality"))
 
 
@@ -72,7 +79,10 @@ def bd_quality(
     quality is read off at a rate, a curve may dip. Raises `SettingError` for too few points, rates that are not
     positive or not distinct, and curves that share no rate.
     """
-    anchor, other = _curve(anchor_rate, anchor_quality, "anchor", method), _curve(rate, quality, "compared", method)
+    anchor, other = (
+        _curve(anchor_rate, anchor_quality, "anchor", method),
+        _curve(rate, quality, "compared", method),
+    )
     return _mean_gap(anchor, other, method, "rate")
 
 
@@ -93,7 +103,9 @@ def rate_at(rate: Sequence[float], quality: Sequence[float], wanted: float) -> f
 def _curve(rate, quality, name: str, method: str) -> tuple[np.ndarray, np.ndarray]:
     """A checked curve as (natural logarithm of the rate, quality), by ascending rate."""
     if method not in _METHODS:
-        raise SettingError(f"There is no method {method!r} for Bjøntegaard's measure; choose from {sorted(_METHODS)}.")
+        raise SettingError(
+            f"There is no method {method!r} for Bjøntegaard's measure; choose from {sorted(_METHODS)}."
+        )
     rate, quality = np.asarray(rate, dtype=float), np.asarray(quality, dtype=float)
     if rate.ndim != 1 or rate.shape != quality.shape:
         raise SettingError(
@@ -101,9 +113,13 @@ def _curve(rate, quality, name: str, method: str) -> tuple[np.ndarray, np.ndarra
         )
     fewest = _METHODS[method][0]
     if len(rate) < fewest:
-        raise SettingError(f"The {name} curve has {len(rate)} points; method {method!r} needs at least {fewest}.")
+        raise SettingError(
+            f"The {name} curve has {len(rate)} points; method {method!r} needs at least {fewest}."
+        )
     if not (np.isfinite(rate).all() and np.isfinite(quality).all() and (rate > 0).all()):
-        raise SettingError(f"The {name} curve needs finite qualities and finite rates above 0; leave out other points.")
+        raise SettingError(
+            f"The {name} curve needs finite qualities and finite rates above 0; leave out other points."
+        )
     order = np.argsort(rate)
     rate, quality = rate[order], quality[order]
     if not np.diff(rate).all():

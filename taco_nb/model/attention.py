@@ -60,13 +60,17 @@ class LengthProjection(nn.Module):
     def __init__(self, k: int, grid: Grid):
         super().__init__()
         self.weight = nn.Parameter(empty(k, *grid))
-        nn.init.normal_(self.weight, std=(grid[0] * grid[1]) ** -0.5)  # keeps the variance of independent positions
+        nn.init.normal_(
+            self.weight, std=(grid[0] * grid[1]) ** -0.5
+        )  # keeps the variance of independent positions
 
     def forward(self, grid: Grid) -> Tensor:
         trained = self.weight.flatten(1)
         if grid == tuple(self.weight.shape[1:]):
             return trained
-        resized = F.interpolate(self.weight[None], grid, mode="bilinear", antialias=True, align_corners=False)[0]
+        resized = F.interpolate(
+            self.weight[None], grid, mode="bilinear", antialias=True, align_corners=False
+        )[0]
         resized = resized.flatten(1) * (trained.shape[1] / (grid[0] * grid[1]))
         # interpolation at the border does not keep sums exactly; what is missing is spread evenly
         return resized + (trained.sum(1, keepdim=True) - resized.sum(1, keepdim=True)) / resized.shape[1]
@@ -89,7 +93,9 @@ class LinformerAttention(CrossAttention):
         """
         q, k, _ = self._project(queries, keys_values)
         short = _maps(self.project_k, grid, mask) @ k
-        return (q @ short.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ _maps(self.project_v, grid, mask)
+        return (q @ short.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ _maps(
+            self.project_v, grid, mask
+        )
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid, mask: Tensor | None) -> Tensor:
         k, v = _maps(self.project_k, grid, mask) @ k, _maps(self.project_v, grid, mask) @ v

@@ -40,9 +40,13 @@ class ModelConfig:
         sizes = (self.N, self.M, self.text_dim, self.heads, *self.groups, *self.context_widths)
         sizes += (self.linformer_k, self.text_tokens, self.image_grid)
         if not all(isinstance(size, int) and size > 0 for size in sizes) or self.N < 2:
-            raise SettingError(f"Every size of a model is a positive whole number, N 2 at least, but this is {self}.")
+            raise SettingError(
+                f"Every size of a model is a positive whole number, N 2 at least, but this is {self}."
+            )
         if sum(self.groups) != self.M:
-            raise SettingError(f"groups={self.groups} add up to {sum(self.groups)}, but must add up to M={self.M}.")
+            raise SettingError(
+                f"groups={self.groups} add up to {sum(self.groups)}, but must add up to M={self.M}."
+            )
         if len(self.context_widths) != 2:
             raise SettingError(f"context_widths are two numbers, not {self.context_widths}.")
         for name, known in (("attention", ATTENTIONS), ("linformer_sharing", SHARINGS)):
@@ -74,4 +78,6 @@ class ModelConfig:
         except KeyError as missing:
             raise CheckpointError(f"This state dict is not TACO's: it has no {missing}.") from None
         except (IndexError, SettingError) as error:
-            raise CheckpointError(f"This state dict is not TACO's, its shapes do not fit together: {error}") from None
+            raise CheckpointError(
+                f"This state dict is not TACO's, its shapes do not fit together: {error}"
+            ) from None

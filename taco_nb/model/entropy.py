@@ -30,7 +30,9 @@ def squeeze(x: Tensor, anchor: bool) -> Tensor:
     B, C, H, W = x.shape
     cells = x.reshape(B, C, H // 2, 2, W // 2, 2)
     first = 1 if anchor else 0  # the column of a cell of 2x2 that the even row contributes
-    return torch.stack((cells[:, :, :, 0, :, first], cells[:, :, :, 1, :, 1 - first]), dim=3).reshape(B, C, H, W // 2)
+    return torch.stack((cells[:, :, :, 0, :, first], cells[:, :, :, 1, :, 1 - first]), dim=3).reshape(
+        B, C, H, W // 2
+    )
 
 
 def unsqueeze(anchors: Tensor, others: Tensor) -> Tensor:
@@ -85,7 +87,9 @@ class EntropyParameters(nn.Module):
         super().__init__()
         out = 2 * c
         self.fusion = relu_stack(
-            conv(in_channels, out * 5 // 3, 1, 1), conv(out * 5 // 3, out * 4 // 3, 1, 1), conv(out * 4 // 3, out, 1, 1)
+            conv(in_channels, out * 5 // 3, 1, 1),
+            conv(out * 5 // 3, out * 4 // 3, 1, 1),
+            conv(out * 4 // 3, out, 1, 1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,7 +119,9 @@ class SpaceChannelModel(nn.Module):
             {str(k): ChannelContext(before[k], c, context_widths) for k, c in enumerate(groups) if k}
         )
         known = [2 * M + (2 * c if k else 0) for k, c in enumerate(groups)]
-        self.entropy_parameters_anchor = nn.ModuleList([EntropyParameters(n, c) for n, c in zip(known, groups)])
+        self.entropy_parameters_anchor = nn.ModuleList(
+            [EntropyParameters(n, c) for n, c in zip(known, groups)]
+        )
         self.entropy_parameters_nonanchor = nn.ModuleList(
             [EntropyParameters(n + 2 * c, c) for n, c in zip(known, groups)]
         )
@@ -132,13 +138,18 @@ class SpaceChannelModel(nn.Module):
         y_hat: list[Tensor] = []
         for k, channels in enumerate(self._channels()):
             context = [self.channel_context[str(k)](torch.cat(y_hat, 1))] if k else []
-            known = {anchor: [*(squeeze(t, anchor) for t in context), half_hyper[anchor]] for anchor in (True, False)}
+            known = {
+                anchor: [*(squeeze(t, anchor) for t in context), half_hyper[anchor]]
+                for anchor in (True, False)
+            }
 
             scales, means = self.entropy_parameters_anchor[k](torch.cat(known[True], 1)).chunk(2, 1)
             anchors = visit(Step(channels, True), scales, means)
 
             local = self.local_context[k](anchors)
-            scales, means = self.entropy_parameters_nonanchor[k](torch.cat([local, *known[False]], 1)).chunk(2, 1)
+            scales, means = self.entropy_parameters_nonanchor[k](torch.cat([local, *known[False]], 1)).chunk(
+                2, 1
+            )
             others = visit(Step(channels, False), scales, means)
 
             y_hat.append(unsqueeze(anchors, others))

@@ -41,7 +41,9 @@ class CodingTables:
             for length, row, counts in zip(self.lengths, self.cdfs, frequencies)
         )
         if not whole:
-            raise CheckpointError("The entropy coder's tables in these weights are damaged; update() makes them anew.")
+            raise CheckpointError(
+                "The entropy coder's tables in these weights are damaged; update() makes them anew."
+            )
         # that a symbol can take, per distribution
         self.least_bits = 16 - torch.tensor([max(counts) for counts in frequencies]).double().log2()
         # an escape takes its own symbol, the last one, and a nibble, less what rounding in the coder may save
@@ -62,7 +64,9 @@ def encode(symbols: Tensor, indexes: Tensor, tables: CodingTables) -> bytes:
     if symbols.min() < -LARGEST_SYMBOL or symbols.max() > LARGEST_SYMBOL:
         raise CheckpointError("The encoder produced latents too large to be coded: the weights are broken.")
     encoder = BufferedRansEncoder()
-    encoder.encode_with_indexes(symbols.tolist(), indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets)
+    encoder.encode_with_indexes(
+        symbols.tolist(), indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets
+    )
     return encoder.flush()
 
 
@@ -75,7 +79,9 @@ class Decoder:
     def __init__(self, stream: bytes, tables: CodingTables, total: int):
         # the coder's state; from a smaller one the decoder would take four bytes for every symbol
         if len(stream) < 8 or not 1 << 31 <= int.from_bytes(stream[:8], "little") < 1 << 63:
-            raise DamagedFileError("The compressed latents do not begin as the coder's streams do: damaged or forged.")
+            raise DamagedFileError(
+                "The compressed latents do not begin as the coder's streams do: damaged or forged."
+            )
         self._tables = tables
         self._escapes_left = int(8 * len(stream) / tables.least_escape_bits)
         reach = _BYTES_PER_SYMBOL * total + _BYTES_PER_ESCAPE * min(self._escapes_left + CHUNK, total) + 64
@@ -88,9 +94,13 @@ class Decoder:
         tables, parts = self._tables, []
         for part in indexes.split(CHUNK):
             values = self._decoder.decode_stream(part.tolist(), tables.cdfs, tables.lengths, tables.offsets)
-            symbols = torch.frombuffer(array("i", values), dtype=torch.int32)  # a third of torch.tensor(values)'s time
+            symbols = torch.frombuffer(
+                array("i", values), dtype=torch.int32
+            )  # a third of torch.tensor(values)'s time
             self._escapes_left -= tables.escapes(symbols, part)
             if self._escapes_left < 0:
-                raise DamagedFileError("The compressed latents end before all symbols are read: damaged or forged.")
+                raise DamagedFileError(
+                    "The compressed latents end before all symbols are read: damaged or forged."
+                )
             parts.append(symbols)
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)

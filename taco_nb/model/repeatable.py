@@ -40,10 +40,14 @@ def repeatable() -> Iterator[None]:
         threads = torch.get_num_threads()
         stack.callback(torch.set_num_threads, threads)
         torch.set_num_threads(1)
-        stack.enter_context(torch.backends.cudnn.flags(True, benchmark=False, deterministic=True, allow_tf32=False))
+        stack.enter_context(
+            torch.backends.cudnn.flags(True, benchmark=False, deterministic=True, allow_tf32=False)
+        )
         for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
             stack.enter_context(torch.autocast(kind, enabled=False))
-        helper = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) if threads > 1 else None
+        helper = (
+            ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) if threads > 1 else None
+        )
         for variable, value in ((_inside, True), (_helper, helper and stack.enter_context(helper))):
             stack.callback(variable.reset, variable.set(value))
         yield
@@ -73,7 +77,9 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     def forward(self, x: Tensor) -> Tensor:
         if not _is_cut(self, x):
             return super().forward(x)
-        run = partial(F.conv_transpose2d, stride=self.stride, padding=self.padding, output_padding=self.output_padding)
+        run = partial(
+            F.conv_transpose2d, stride=self.stride, padding=self.padding, output_padding=self.output_padding
+        )
         return _in_halves(run, x, self.weight, self.bias, 1)
 
 

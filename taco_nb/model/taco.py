@@ -72,7 +72,9 @@ class TACO(SpaceChannelModel):
         with a straight-through gradient; in evaluation mode both are those of the rounded values.
         """
         y = self.g_a(x, text, mask).float()
-        with torch.autocast(x.device.type, enabled=False):  # probabilities need more than bfloat16's eight bits
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # probabilities need more than bfloat16's eight bits
             y_hat, likelihoods = self._estimate(y)
         return {"x_hat": self.g_s(y_hat).float(), "likelihoods": likelihoods}
 
@@ -146,7 +148,9 @@ class TACO(SpaceChannelModel):
         z_symbols = (z - medians).round().int().flatten()
         y_hat = self.walk(self.h_s(z_symbols.reshape(z.shape) + medians), visit)
         if not all(torch.isfinite(values).all() for values in (y, z, y_hat)):
-            raise CheckpointError("The encoder produced values that are not finite numbers: the weights are broken.")
+            raise CheckpointError(
+                "The encoder produced values that are not finite numbers: the weights are broken."
+            )
         return Symbols(symbols, indexes, z_symbols, y_hat)
 
     @torch.inference_mode()
@@ -172,7 +176,9 @@ class TACO(SpaceChannelModel):
         z_hat = z_symbols.to(device).reshape(1, -1, *shape) + self.medians()
         y_hat = self.walk(self.h_s(z_hat), read)
         if not torch.isfinite(y_hat).all():
-            raise DamagedFileError("The compressed latents decode to values that are not finite: damaged or forged.")
+            raise DamagedFileError(
+                "The compressed latents decode to values that are not finite: damaged or forged."
+            )
         return y_hat
 
     def tables(self) -> _Tables:
@@ -221,7 +227,9 @@ class TACO(SpaceChannelModel):
             self._tables = None
         return super().train(mode)
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Load weights under the reference's names: `module.` prefixes and CompressAI's older names are understood.
 
         The coder's tables are taken as they are, so that files stay decodable; where they are missing or empty they are
@@ -238,7 +246,9 @@ class TACO(SpaceChannelModel):
                         torch.empty_like(value, device=self.medians().device),
                     )
         if not state.get("gaussian_conditional.scale_table", torch.empty(1)).numel():
-            del state["gaussian_conditional.scale_table"]  # empty in checkpoints saved before the tables were made
+            del state[
+                "gaussian_conditional.scale_table"
+            ]  # empty in checkpoints saved before the tables were made
         state.setdefault("gaussian_conditional.scale_table", self.gaussian_conditional.scale_table)
         self._tables = None
         try:

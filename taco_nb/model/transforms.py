@@ -105,7 +105,9 @@ class ToPixels(nn.ConvTranspose2d):
         super().__init__(N, 3, 5, 2, padding=2, output_padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        taps = F.pad(self.weight, (0, 1, 0, 1)).unflatten(3, (3, 2)).unflatten(2, (3, 2))  # N, 3, row, a, column, b
+        taps = (
+            F.pad(self.weight, (0, 1, 0, 1)).unflatten(3, (3, 2)).unflatten(2, (3, 2))
+        )  # N, 3, row, a, column, b
         kernel = taps.flip(2, 4).permute(1, 3, 5, 0, 2, 4).flatten(0, 2)
         return F.pixel_shuffle(F.conv2d(x, kernel, self.bias.repeat_interleave(4), padding=1), 2)
 

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from taco_nb.errors import DataError
 from taco_nb.files import data_root
-from taco_nb.text.captioners.cache import Answer, CaptionCache, answer_key
-from taco_nb.text.captioners.captioner import Estimate, Task
-from taco_nb.text.captioners.openai_captioner import OpenAICaptioner
 from taco_nb.text.clip import _check_captions
+from taco_nb.tools.captions.cache import Answer, CaptionCache, answer_key
+from taco_nb.tools.captions.captioner import Estimate, Task
+from taco_nb.tools.captions.openai_captioner import OpenAICaptioner
 
 PROMPT = (
     "You are given the caption of a picture. Name the words of the caption that matter most for what the picture looks "
@@ -86,7 +86,9 @@ class ChatKeywords:
             self._load(captions, cache)
             new = {self._key(caption): caption for caption in captions if caption not in self._answers}
             cost = self._asker.estimate(new.values()) if new else "nothing to ask"
-            print(f"{len(captions):,} captions, {len(captions) - len(new):,} of them answered in {self.cache}; {cost}.")
+            print(
+                f"{len(captions):,} captions, {len(captions) - len(new):,} of them answered in {self.cache}; {cost}."
+            )
             if new and not confirm:
                 print("Nothing was sent: ask(captions, confirm=True) sends the requests, and pays.")
                 return
@@ -99,7 +101,9 @@ class ChatKeywords:
             f"{len(self.ignored(answered)):,} words ignored that are not in their caption."
         )
         if reasons:
-            print(f"{len(reasons):,} captions got no answer; ask again. The last reason: {[*reasons.values()][-1]}.")
+            print(
+                f"{len(reasons):,} captions got no answer; ask again. The last reason: {[*reasons.values()][-1]}."
+            )
 
     def __call__(self, captions: Sequence[str]) -> list[list[tuple[int, int]]]:
         """Where the caption has the words that the model chose. Raises `DataError` for captions never asked about."""

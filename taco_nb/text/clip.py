@@ -114,7 +114,9 @@ class TextTower:
         spans: list[tuple[int, int] | None] = [(0, 0)]
         start = 0
         for token in tokenizer.encode(caption)[: self.length - 2]:
-            end = start + len(tokenizer.decoder[token].removesuffix("</w>"))  # a character there is a byte here
+            end = start + len(
+                tokenizer.decoder[token].removesuffix("</w>")
+            )  # a character there is a byte here
             spans.append((of_bytes[start][0], of_bytes[end - 1][1]))
             start = end
         spans.append((len(caption), len(caption)))
@@ -176,7 +178,9 @@ def text_tower(name: str, length: int = 38, device: str | torch.device = "cpu") 
     return TextTower(module, name, length, trained=width is None)
 
 
-def clip_model(name: str, device: str | torch.device = "cpu") -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
+def clip_model(
+    name: str, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
     """A frozen open_clip CLIP with both its halves, and its tokenizer, for losses in the joint space of text and images.
 
     Args:
@@ -249,7 +253,9 @@ def _untrained_module(width: int, device: str) -> nn.Module:
     if width % 16 or not 16 <= width <= 1024:
         raise SettingError(f"untrained-{width}: the width must be a multiple of 16, from 16 to 1024.")
     with torch.random.fork_rng(devices=[]):  # open_clip initialises from the global generator
-        module = TextTransformer(width=width, heads=width // 16, layers=2, output_dim=None, act_layer=QuickGELU)
+        module = TextTransformer(
+            width=width, heads=width // 16, layers=2, output_dim=None, act_layer=QuickGELU
+        )
     generator = torch.Generator().manual_seed(UNTRAINED_SEED)
     # Words weigh more than positions, and every layer adds about as much as it is given: states tell captions apart.
     std = {"token_embedding.weight": 1.0, "positional_embedding": 0.25}
@@ -299,7 +305,9 @@ def _clean(unit: str) -> str:
 def _untrained_width(name: str) -> int | None:
     """The width in "untrained-64", None for every other name."""
     if not isinstance(name, str):
-        raise SettingError(f"The name of a text tower is a string such as 'ViT-B-32-quickgelu/openai', not {name!r}.")
+        raise SettingError(
+            f"The name of a text tower is a string such as 'ViT-B-32-quickgelu/openai', not {name!r}."
+        )
     untrained = re.fullmatch(r"untrained-([0-9]+)", name)
     return int(untrained[1]) if untrained else None
 
@@ -321,7 +329,9 @@ def _check_name(name: str) -> dict[str, Any]:
             "or 'untrained-64' for random weights."
         )
     if model not in open_clip.list_models():
-        raise SettingError(f"open_clip has no model {model!r} ({name!r}).{_close(model, open_clip.list_models())}")
+        raise SettingError(
+            f"open_clip has no model {model!r} ({name!r}).{_close(model, open_clip.list_models())}"
+        )
     tags = open_clip.list_pretrained_tags_by_model(model)
     if not open_clip.get_pretrained_cfg(model, pretrained) and not Path(pretrained).expanduser().is_file():
         raise SettingError(
@@ -339,7 +349,9 @@ def _check_name(name: str) -> dict[str, Any]:
 def _close(word: str, known: list[str]) -> str:
     """A hint at the known names that resemble `word`, all of them where none does but they are few."""
     by_lower = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=4, cutoff=0.5) or (by_lower if len(known) <= 20 else [])
+    close = difflib.get_close_matches(word.lower(), by_lower, n=4, cutoff=0.5) or (
+        by_lower if len(known) <= 20 else []
+    )
     return f" Did you mean {', '.join(by_lower[name] for name in close)}?" if close else ""
 
 
@@ -355,7 +367,9 @@ def _check_device(device: str | torch.device) -> str:
         return str(torch.empty(0, device=device).device)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise SettingError(f"device={device!r} cannot be used here ({reason}). Choose 'cpu' or 'cuda'.") from None
+        raise SettingError(
+            f"device={device!r} cannot be used here ({reason}). Choose 'cpu' or 'cuda'."
+        ) from None
 
 
 def _check_captions(captions: str | Iterable[str]) -> list[str]:
@@ -366,8 +380,12 @@ def _check_captions(captions: str | Iterable[str]) -> list[str]:
     except TypeError:
         raise SettingError(f"Captions are a list of strings, not {captions!r}.") from None
     if not captions:
-        raise SettingError("There is no caption to encode: give at least one; the empty string is a caption too.")
+        raise SettingError(
+            "There is no caption to encode: give at least one; the empty string is a caption too."
+        )
     for index, caption in enumerate(captions):
         if not isinstance(caption, str):
-            raise SettingError(f"Caption {index} must be a string, but is {caption!r} ({type(caption).__name__}).")
+            raise SettingError(
+                f"Caption {index} must be a string, but is {caption!r} ({type(caption).__name__})."
+            )
     return captions

@@ -34,7 +34,9 @@ class Conditioning:
             if value not in CHOICES[name]:
                 raise SettingError(f"{name} is one of {CHOICES[name]}, not {value!r}.")
         if pooling != "none" and length != "truncate":
-            raise SettingError('Keyword weights need text_length="truncate": they weigh the positions of one window.')
+            raise SettingError(
+                'Keyword weights need text_length="truncate": they weigh the positions of one window.'
+            )
         if pooling != "none" and keywords is None:
             raise SettingError(f'text_pooling="{pooling}" needs keyword weights, and none were given.')
         self.tower, self.length, self.pooling, self.keywords = tower, length, pooling, keywords

@@ -61,7 +61,9 @@ class TfIdf:
     why = "tfidf"
 
     def __init__(self, idf: dict[str, float]):
-        if not isinstance(idf, dict) or not all(isinstance(v, float) and 1 <= v < math.inf for v in idf.values()):
+        if not isinstance(idf, dict) or not all(
+            isinstance(v, float) and 1 <= v < math.inf for v in idf.values()
+        ):
             raise CheckpointError(
                 "The table of TF-IDF is damaged: it must map words to numbers from 1. Fit it again on the training captions."
             )
@@ -109,7 +111,9 @@ class TfIdf:
         """
         scores = self.scores(caption)
         mean = math.fsum(scores.values()) / max(len(scores), 1)
-        return {term for term, score in scores.items() if score >= mean * (1 - 1e-9)}  # equal but for rounding counts
+        return {
+            term for term, score in scores.items() if score >= mean * (1 - 1e-9)
+        }  # equal but for rounding counts
 
     def __call__(self, captions: Sequence[str]) -> list[list[tuple[int, int]]]:
         ranges = []
@@ -150,7 +154,9 @@ class Entities:
     def __call__(self, captions: Sequence[str]) -> list[list[tuple[int, int]]]:
         pipeline = _rules() if self.model == RULES else _model(self.model)
         texts = map(_without_title_case, captions) if self.model == RULES else captions
-        return [[(entity.start_char, entity.end_char) for entity in text.ents] for text in pipeline.pipe(texts)]
+        return [
+            [(entity.start_char, entity.end_char) for entity in text.ents] for text in pipeline.pipe(texts)
+        ]
 
     def record(self) -> dict[str, Any]:
         return {"source": "entities", "model": self.model}
@@ -181,7 +187,11 @@ def _rules() -> Language:
     pipeline.add_pipe("sentencizer")
     ruler = pipeline.add_pipe("entity_ruler", config={"phrase_matcher_attr": "LOWER"})
     ruler.add_patterns(
-        [{"label": label, "pattern": name} for label, names in GAZETTEER.items() for name in names.split(", ")]
+        [
+            {"label": label, "pattern": name}
+            for label, names in GAZETTEER.items()
+            for name in names.split(", ")
+        ]
     )
     name = {"IS_TITLE": True, "IS_SENT_START": False, "LENGTH": {">": 1}}
     ruler.add_patterns([{"label": "NAME", "pattern": [name | {"OP": "+"}]}])

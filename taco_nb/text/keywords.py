@@ -64,13 +64,17 @@ class KeywordWeights:
 
     def __init__(self, sources: Sequence[Source], keyword_weight: float = 1.5):
         if not 1 <= len(sources) <= 8:
-            raise SettingError(f"Keyword weights need one to eight sources of keywords, but got {len(sources)}.")
+            raise SettingError(
+                f"Keyword weights need one to eight sources of keywords, but got {len(sources)}."
+            )
         number = isinstance(keyword_weight, (int, float)) and not isinstance(keyword_weight, bool)
         if not number or not 0 < keyword_weight < math.inf:
             raise SettingError(f"keyword_weight must be a number above 0, but is {keyword_weight!r}.")
         self.sources = list(sources)
         self.keyword_weight = float(keyword_weight)
-        self._known: dict[str, bytes] = {}  # caption -> a byte per word, bit i set where source i names the word
+        self._known: dict[
+            str, bytes
+        ] = {}  # caption -> a byte per word, bit i set where source i names the word
 
     @classmethod
     def fit(
@@ -96,7 +100,9 @@ class KeywordWeights:
         others = {name: name if callable(name) else Entities(name) for name in names if name != "tfidf"}
         for source in others.values():
             source([])  # loads what it needs
-        return cls([others[name] if name in others else TfIdf.fit(captions) for name in names], keyword_weight)
+        return cls(
+            [others[name] if name in others else TfIdf.fit(captions) for name in names], keyword_weight
+        )
 
     def __repr__(self) -> str:
         return f"KeywordWeights({' + '.join(source.name for source in self.sources)}, weight {self.keyword_weight:g})"
@@ -149,7 +155,9 @@ class KeywordWeights:
     def to_json(self) -> str:
         """Everything that decides the weights, to be saved with a run: settings, and per source its `record()`."""
         records = [source.record() for source in self.sources]
-        return json.dumps({"format": FORMAT, "keyword_weight": self.keyword_weight, "sources": records}, indent=1)
+        return json.dumps(
+            {"format": FORMAT, "keyword_weight": self.keyword_weight, "sources": records}, indent=1
+        )
 
     @classmethod
     def from_json(cls, text: str, sources: Sequence[Source] = ()) -> KeywordWeights:
@@ -173,7 +181,9 @@ class KeywordWeights:
             loaded = [_load(record, sources) for record in saved["sources"]]
             return cls(loaded, saved["keyword_weight"])
         except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise CheckpointError(f"The saved keyword weights are damaged ({error!r}). Fit them again.") from None
+            raise CheckpointError(
+                f"The saved keyword weights are damaged ({error!r}). Fit them again."
+            ) from None
 
 
 def pool(hidden: Tensor, weights: Tensor, mode: str) -> Tensor:

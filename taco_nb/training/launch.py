@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from taco_nb import errors
-from taco_nb.device import check_device
 from taco_nb.experiment import Experiment
 from taco_nb.files import REPOSITORY
+from taco_nb.processes import check_device
 from taco_nb.training.signals import on_warning
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def launch(
     """`taco_nb.training.fit` on so many processes, with the same folder, the same result and the same errors.
 
     Ctrl-C, SIGTERM and SIGUSR1 here let them save and stop between two steps. `options` are those of the command line.
-    Raises `SettingError` where there are fewer GPUs than processes, `TrainingError` where one of them dies.
+    Raises `SettingError` where there are fewer GPUs than processes, `ProcessError` where one of them dies.
     """
     from tqdm.auto import tqdm
 
@@ -49,7 +49,14 @@ def launch(
         file.write(exp.to_json())
         file.flush()
         command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
-        command += ["--num_processes", str(num_processes), "--main_process_port", "0", "--mixed_precision", "no"]
+        command += [
+            "--num_processes",
+            str(num_processes),
+            "--main_process_port",
+            "0",
+            "--mixed_precision",
+            "no",
+        ]
         command += ["--dynamo_backend", "no", "-m", "taco_nb.training", "--experiment", file.name]
         for name, value in options.items():
             command += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
@@ -114,9 +121,13 @@ def _error(last_words: deque[str]) -> errors.TacoError:
         name, _, message = line.partition(": ")
         if isinstance(kind := getattr(errors, name, None), type) and issubclass(kind, errors.TacoError):
             return kind(message)
-    said = [line for line in last_words if re.match(r"(\[rank\d+\]: )?\w[\w.]*(Error|Exception|Interrupt)\b", line)]
+    said = [
+        line
+        for line in last_words
+        if re.match(r"(\[rank\d+\]: )?\w[\w.]*(Error|Exception|Interrupt)\b", line)
+    ]
     words = (said or list(last_words)[-5:])[:5]
-    return errors.TrainingError(
+    return errors.ProcessError(
         "A training process died; what was saved is kept, and the same call goes on. Its last words: "
         + " | ".join(words)
     )

@@ -29,4 +29,6 @@ def alone_in(folder: Path) -> Iterator[None]:
             yield
     except Timeout:
         holder = path.read_text(encoding="utf-8") or "another process"
-        raise SettingError(f"{holder} is training in {folder} already. Wait for it, or give another out_dir.") from None
+        raise SettingError(
+            f"{holder} is training in {folder} already. Wait for it, or give another out_dir."
+        ) from None

@@ -28,11 +28,11 @@ from torch.utils.data import DataLoader, Sampler
 from taco_nb import checkpoint
 from taco_nb.codec import Codec, load
 from taco_nb.data import TrainPairs, training_pairs
-from taco_nb.device import check_device
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write
 from taco_nb.model import TACO
+from taco_nb.processes import check_device
 from taco_nb.text import Conditioning, KeywordWeights, text_tower
 from taco_nb.text.chat_keywords import chat_keywords
 from taco_nb.training.board import Board
@@ -117,7 +117,7 @@ def fit(
 
     Raises `SettingError` if the folder holds another experiment's run or another process trains there, if the training
     data changed since it was begun, or if the loss stops being a finite number; `CheckpointError` for a damaged state;
-    `TrainingError` where one of several processes dies; what `exp` needs and lacks besides.
+    `ProcessError` where one of several processes dies; what `exp` needs and lacks besides.
     """
     started = time.monotonic()
     folder = Path(out_dir)
@@ -133,7 +133,10 @@ def fit(
         )  # fmt: skip
     if not run:
         signals: list[int] = []
-        with on_warning(signals.append), torch.random.fork_rng():  # the caller's random numbers are the caller's
+        with (
+            on_warning(signals.append),
+            torch.random.fork_rng(),
+        ):  # the caller's random numbers are the caller's
             trainer = Trainer(exp, folder, data_dir, device, num_workers, accumulation)
             with trainer.alone():
                 run = _finished(folder, exp)  # by somebody else, in the meantime
@@ -160,7 +163,9 @@ class Trainer:
         self.accelerator = _accelerator(device, exp.precision)
         self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
         on_gpu = self.accelerator.device.type == "cuda"
-        self.device = self.accelerator.device if on_gpu else torch.device("cpu")  # which accelerate may call "cpu:0"
+        self.device = (
+            self.accelerator.device if on_gpu else torch.device("cpu")
+        )  # which accelerate may call "cpu:0"
         self.is_main = self.accelerator.is_main_process
         # decisions are made on the CPU, so that no GPU has to be waited for
         self.group = torch.distributed.new_group(backend="gloo") if self.processes > 1 else None
@@ -181,17 +186,25 @@ class Trainer:
             pin_memory=on_gpu,
         )
 
-        net = initial_net(exp, data_dir, say=self.is_main).to(self.device, memory_format=torch.channels_last).train()
+        net = (
+            initial_net(exp, data_dir, say=self.is_main)
+            .to(self.device, memory_format=torch.channels_last)
+            .train()
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch is about to rename broadcast_buffers
-            self.net, self.optimizer, self.aux_optimizer = self.accelerator.prepare(net, *make_optimizers(exp, net))
+            self.net, self.optimizer, self.aux_optimizer = self.accelerator.prepare(
+                net, *make_optimizers(exp, net)
+            )
         self.bare_net = net
         self.keywords = fit_keywords(exp, self.pairs, data_dir)
         self.data = training_digest(exp, self.pairs, data_dir)
         tower = text_tower(exp.text_encoder, length=exp.text_tokens, device=str(self.device))
         self.conditioning = Conditioning(tower, exp.text_length, exp.text_pooling, self.keywords)
         if tower.dim != net.config.text_dim:
-            raise SettingError(f"{exp.text_encoder} is {tower.dim} wide, but sizes say text_dim={net.config.text_dim}.")
+            raise SettingError(
+                f"{exp.text_encoder} is {tower.dim} wide, but sizes say text_dim={net.config.text_dim}."
+            )
         self.loss = make_loss(exp, self.device)
         self.step, self.rows, self.sums, self.seconds = 0, [], Counter(), 0.0
         self.part = contextlib.nullcontext
@@ -254,7 +267,9 @@ class Trainer:
                     self._save()
                     board.flush()
                     saved = time.monotonic()
-                if stopped := self._stop(signals, max_hours is not None and now - started >= 3600 * max_hours):
+                if stopped := self._stop(
+                    signals, max_hours is not None and now - started >= 3600 * max_hours
+                ):
                     break
             if self.is_main:
                 self._save()
@@ -277,12 +292,16 @@ class Trainer:
             text_pooling=self.exp.text_pooling,
             name=self.folder.name,
         )
-        codec.conditioning = self.conditioning  # with the tower and the keyword weights that are loaded already
+        codec.conditioning = (
+            self.conditioning
+        )  # with the tower and the keyword weights that are loaded already
         return codec
 
     def _stop(self, signals: Sequence[int], late: bool) -> str | None:
         """Why to stop here, if so: what any of the processes was told, so that all of them end with the same step."""
-        reason = torch.tensor(signals[0] if signals else int(late))  # no signal of `on_warning` has the number 1
+        reason = torch.tensor(
+            signals[0] if signals else int(late)
+        )  # no signal of `on_warning` has the number 1
         if self.processes > 1:
             torch.distributed.all_reduce(reason, torch.distributed.ReduceOp.MAX, self.group)
         return {0: None, 1: "max_hours"}[n] if (n := int(reason)) < 2 else signal.Signals(n).name
@@ -319,7 +338,9 @@ class Trainer:
                     means = self.loss.means(out, piece.x)
                     objective = piece.share * self.loss.total(means)
                     if self.exp.k_J:
-                        objective = objective + self.exp.k_J * (out["seen"][: len(slopes[i])] * slopes[i]).sum()
+                        objective = (
+                            objective + self.exp.k_J * (out["seen"][: len(slopes[i])] * slopes[i]).sum()
+                        )
                 with self.part("backward"):
                     self.accelerator.backward(self.processes * objective)  # of which DDP takes the mean
             sums += piece.share * torch.stack(list(means.values())).detach()
@@ -368,7 +389,9 @@ class Trainer:
                 out["seen"] = self.loss.joint.embed(out["x_hat"])
         return out
 
-    def _joint(self, pieces: list[_Piece], seen: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _joint(
+        self, pieces: list[_Piece], seen: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """J of the whole batch, and its slopes in the embeddings of each of this process's pieces."""
         image = self._gathered(torch.cat(seen).detach()).requires_grad_()
         original, text = (
@@ -377,7 +400,9 @@ class Trainer:
         joint = JointLoss.of_embeddings(image, original, text)
         (slope,) = torch.autograd.grad(joint, image)
         own = shares(len(image), self.processes)[self.rank]
-        return joint.detach(), list(slope[own.start : own.stop].split([len(piece.x) for piece in pieces] if own else 1))
+        return joint.detach(), list(
+            slope[own.start : own.stop].split([len(piece.x) for piece in pieces] if own else 1)
+        )
 
     def _gathered(self, own: torch.Tensor) -> torch.Tensor:
         """A row for each image of this process's share, (n, d) -> those of the whole batch, (B, d)."""
@@ -402,7 +427,9 @@ class Trainer:
     def _check_finite(self) -> None:
         """Keep a run that has diverged out of the log, and from being saved over the state it had before."""
         sums = {name: float(total) for name, total in self.sums.items()}
-        if not all(map(math.isfinite, sums.values())) or not all(p.isfinite().all() for p in self.net.parameters()):
+        if not all(map(math.isfinite, sums.values())) or not all(
+            p.isfinite().all() for p in self.net.parameters()
+        ):
             raise SettingError(
                 f"The loss or the weights are no finite numbers any more at step {self.step} (sums since the last row "
                 f"of the log: {sums}). Lower learning_rate and give another out_dir; what was saved before is kept in "
@@ -488,7 +515,13 @@ class Batches(Sampler):
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1):
-        self.count, self.batch_size, self.seed, self.rank, self.processes = count, batch_size, seed, rank, processes
+        self.count, self.batch_size, self.seed, self.rank, self.processes = (
+            count,
+            batch_size,
+            seed,
+            rank,
+            processes,
+        )
         self.epoch = self.skip = 0
 
     def __len__(self) -> int:
@@ -581,14 +614,18 @@ def _accelerator(device: str, precision: str) -> Any:
     return Accelerator(
         cpu=device == "cpu" or not torch.cuda.is_available(),
         mixed_precision="bf16" if precision == "bfloat16" else "no",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        ],
     )
 
 
 def _finished(folder: Path, exp: Experiment) -> Run | None:
     """The run of `exp` in the folder, if nothing is left to do. Raises `SettingError` if it is another experiment's."""
     if folder.exists() and not folder.is_dir():
-        raise SettingError(f"out_dir={str(folder)!r} is a file. Give a folder, or the name of one that is to be made.")
+        raise SettingError(
+            f"out_dir={str(folder)!r} is a file. Give a folder, or the name of one that is to be made."
+        )
     claim, weights = folder / EXPERIMENT, folder / checkpoint.WEIGHTS
     if not claim.is_file():
         return None
@@ -621,7 +658,9 @@ def saved_steps(folder: str | os.PathLike) -> tuple[int, int] | None:
     if not path.is_file():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # of which no weight is read
+        state = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=True
+        )  # of which no weight is read
         return state["step"], state["total_steps"]
     except Exception as error:
         raise _damaged(path, error) from error

@@ -39,7 +39,9 @@ class TacoLoss:
         joint: JointLoss | None = None,
     ):
         if (k_P and lpips is None) or (k_J and joint is None):
-            raise SettingError(f"k_P={k_P} needs LPIPS and k_J={k_J} needs CLIP, but one of them was not given.")
+            raise SettingError(
+                f"k_P={k_P} needs LPIPS and k_J={k_J} needs CLIP, but one of them was not given."
+            )
         self.lmbda, self.k_P, self.k_J = lmbda, k_P, k_J
         self.lpips, self.joint = lpips, joint
 

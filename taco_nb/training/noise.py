@@ -26,7 +26,11 @@ def image_noise(net: TACO, seeds: Sequence[int]) -> Iterator[None]:
         return torch.stack([torch.rand(shape, generator=g, device=device) for g in generators], dim) - 0.5
 
     def quantize_y(y: Tensor, mode: str, means: Tensor | None = None) -> Tensor:
-        return y + uniform(y.shape[1:], 0) if mode == "noise" else type(gaussian).quantize(gaussian, y, mode, means)
+        return (
+            y + uniform(y.shape[1:], 0)
+            if mode == "noise"
+            else type(gaussian).quantize(gaussian, y, mode, means)
+        )
 
     def quantize_z(z: Tensor, mode: str, means: Tensor | None = None) -> Tensor:
         if mode != "noise":

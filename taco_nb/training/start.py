@@ -64,7 +64,9 @@ def initial_net(exp: Experiment, data_dir: str | os.PathLike | None = None, say:
     if path := initial_weights(exp, data_dir):
         new, unused = checkpoint.load_fitting(net, path)
         if say and path.stem != exp.init and exp.init == FAMILY:
-            print(f"init={exp.init!r}: starts from {path.stem}, of the bundled codecs the one trained most alike.")
+            print(
+                f"init={exp.init!r}: starts from {path.stem}, of the bundled codecs the one trained most alike."
+            )
         for names, fate in ((new, "start from random weights"), (unused, "were not used")):
             if names and say:
                 print(f"init={exp.init!r}: {len(names)} weights {fate}: {', '.join(names)}")

@@ -66,7 +66,9 @@ def _overlay(grey: np.ndarray, field: Tensor, size: tuple[int, int]) -> Image.Im
 class Look:
     """What `where_the_text_looks` gives: HTML in which a token is picked without a kernel, and a plain sheet of pictures."""
 
-    def __init__(self, image: Image.Image, looks: Mapping[str, Sequence[Attention]], tokens: list[str], weights: Any):
+    def __init__(
+        self, image: Image.Image, looks: Mapping[str, Sequence[Attention]], tokens: list[str], weights: Any
+    ):
         self._image, self._looks, self._tokens, self._weights = image, looks, tokens, weights
         self._words = [i for i, token in enumerate(tokens) if len(token) > 3 and i] or [0]
 
@@ -74,16 +76,23 @@ class Look:
         """The last attention of each codec over the picture, for the first four words."""
         words = {self._tokens[i]: i for i in self._words[:4]}
         return side_by_side(
-            {label: attention_maps(self._image, records[-1], words) for label, records in self._looks.items()},
+            {
+                label: attention_maps(self._image, records[-1], words)
+                for label, records in self._looks.items()
+            },
             columns=1,
         )
 
     def _repr_html_(self) -> str:
         settings = {"tokens": self._tokens, "weights": self._weights, "start": self._words[0]}
         settings |= {"cold": COLD.tolist(), "hot": HOT.tolist()}
-        maps = "".join(self._map(label, record) for label, records in self._looks.items() for record in records)
+        maps = "".join(
+            self._map(label, record) for label, records in self._looks.items() for record in records
+        )
         words = ", ".join(self._tokens[i] for i in self._words[:4])
-        sheet = img(self.picture(), f"Attention over the picture for {words}").replace("<img", '<img class="ta-sheet"')
+        sheet = img(self.picture(), f"Attention over the picture for {words}").replace(
+            "<img", '<img class="ta-sheet"'
+        )
         return self_contained(
             "attention",
             f"<div {_json('tokens', settings)}></div><div data-picture>{img(self._image, '')}</div>{maps}{sheet}",
@@ -136,7 +145,9 @@ def spectrum(groups: Mapping[str, Sequence[Attention]]) -> Figure:
     for label, records in groups.items():
         for record in records:
             shares = energy(record.weights)
-            figure.add_scatter(x=list(range(1, len(shares) + 1)), y=shares.tolist(), name=f"{label}, {record.name}")
+            figure.add_scatter(
+                x=list(range(1, len(shares) + 1)), y=shares.tolist(), name=f"{label}, {record.name}"
+            )
     figure.update_layout(
         template="plotly_white",
         height=420,

@@ -34,7 +34,9 @@ class _Try(NamedTuple):
     badges: tuple[str, ...]
 
 
-def caption_presets(dataset: CaptionedImages, i: int, data_dir: str | os.PathLike | None = None) -> dict[str, str]:
+def caption_presets(
+    dataset: CaptionedImages, i: int, data_dir: str | os.PathLike | None = None
+) -> dict[str, str]:
     """Captions to try on image i of a data set that has a name, by what they are: those that there are for it, in order.
 
     Two published ones ("human", or "OFA" for the data sets that TACO captioned itself), the paragraph with context, none,
@@ -57,7 +59,9 @@ class CaptionLab(ipywidgets.VBox):
 
     def __init__(self, codec: Codec, image: Any, presets: Mapping[str, str]):
         if not presets:
-            raise SettingError('A caption lab begins with at least one caption, such as {"human": "a red barn"}.')
+            raise SettingError(
+                'A caption lab begins with at least one caption, such as {"human": "a red barn"}.'
+            )
         self._codec, self._image = codec, to_rgb(image)
         self._tries = self._encode(presets)
         self._first = self._tries[0]
@@ -87,7 +91,10 @@ class CaptionLab(ipywidgets.VBox):
     def _encode(self, captions: Mapping[str, str]) -> list[_Try]:
         x = to_tensor(self._image)
         made = []
-        for name, caption in captions.items():  # one by one, so that nothing but the caption differs between them
+        for (
+            name,
+            caption,
+        ) in captions.items():  # one by one, so that nothing but the caption differs between them
             file = self._codec.encode(self._image, caption)
             picture = self._codec.decode(file)
             badges = badges_of(self._image, picture, file)

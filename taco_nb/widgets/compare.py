@@ -75,7 +75,9 @@ class Compare:
         blocks = img(heat((seen - low) / max(high - low, 1e-12)), f"{label}: {spread}")
         covers = f'data-width="{100 * columns * BLOCK / width:.4f}" data-height="{100 * rows * BLOCK / height:.4f}"'
         says = f'data-label="{label}" data-range="{spread}"'
-        return f"<figure data-bits {covers} {says}>{blocks}<figcaption>{label}: {spread}</figcaption></figure>"
+        return (
+            f"<figure data-bits {covers} {says}>{blocks}<figcaption>{label}: {spread}</figcaption></figure>"
+        )
 
 
 def compare(
@@ -103,11 +105,17 @@ def compare(
     return compare_measured(original, measured, caption, bits)
 
 
-def badges_of(original: Image.Image, picture: Image.Image, file: bytes, lpips: Lpips | None = None) -> tuple[str, ...]:
+def badges_of(
+    original: Image.Image, picture: Image.Image, file: bytes, lpips: Lpips | None = None
+) -> tuple[str, ...]:
     """The badges of a reconstruction: its file's size, and how far it is from the original."""
     x, x_hat = to_tensor(original), to_tensor(picture.convert("RGB"))
     measured = distortion(x, x_hat)
-    badges = [f"{len(file):,} bytes", f"{bpp(len(file), *picture.size):.3f} bpp", f"PSNR {measured['psnr']:.2f} dB"]
+    badges = [
+        f"{len(file):,} bytes",
+        f"{bpp(len(file), *picture.size):.3f} bpp",
+        f"PSNR {measured['psnr']:.2f} dB",
+    ]
     if not math.isnan(measured["ms_ssim"]):
         badges.append(f"MS-SSIM {measured['ms_ssim']:.4f}")
     lpips = lpips or find_lpips()
@@ -124,7 +132,11 @@ def compare_measured(
 ) -> Compare:
     """As `compare`, of an RGB original and reconstructions whose badges are known already."""
     about = f": {caption}" if caption else ""
-    layers = [_Layer("original", original, (f"{original.width} x {original.height} pixels",), f"The original{about}")]
+    layers = [
+        _Layer(
+            "original", original, (f"{original.width} x {original.height} pixels",), f"The original{about}"
+        )
+    ]
     for label, (picture, badges) in measured.items():
         layers.append(_Layer(label, picture.convert("RGB"), badges, f"{label}, {', '.join(badges)}{about}"))
     return Compare(layers, bits)

@@ -52,7 +52,12 @@ def _layers(net: TACO, side: int, tokens: int) -> list[dict[str, Any]]:
             layers[-1]["parameters"] += parameters
             layers[-1]["count"] += 1
             return
-        layer = {"kind": _kind(module), "parameters": parameters, "count": 1, "shape": tuple(output.shape[1:])}
+        layer = {
+            "kind": _kind(module),
+            "parameters": parameters,
+            "count": 1,
+            "shape": tuple(output.shape[1:]),
+        }
         if isinstance(module, (Injector, Extractor)):
             pixels = inputs[0].shape[2] * inputs[0].shape[3]
             queries, keys = (pixels, tokens) if isinstance(module, Injector) else (tokens, pixels)
@@ -65,7 +70,8 @@ def _layers(net: TACO, side: int, tokens: int) -> list[dict[str, Any]]:
     device = net.medians().device
     try:
         net.g_a(
-            torch.zeros(1, 3, side, side, device=device), torch.zeros(1, tokens, net.config.text_dim, device=device)
+            torch.zeros(1, 3, side, side, device=device),
+            torch.zeros(1, tokens, net.config.text_dim, device=device),
         )
     finally:
         for hook in hooks:
@@ -97,7 +103,9 @@ def _svg(layers: list[dict[str, Any]]) -> str:
         )
         for j, line in enumerate(lines):
             weight = ' font-weight="bold"' if j == 0 else ""
-            parts.append(f'<text x="{x + _WIDTH / 2}" y="{y + 18 + 16 * j}"{weight}>{html.escape(line)}</text>')
+            parts.append(
+                f'<text x="{x + _WIDTH / 2}" y="{y + 18 + 16 * j}"{weight}>{html.escape(line)}</text>'
+            )
         if i % _COLUMNS < _COLUMNS - 1 and i + 1 < len(layers):
             parts.append(_arrow(x + _WIDTH, y + 30, x + _STEP - 3, y + 30))
         if adapter:
@@ -120,6 +128,4 @@ def _svg(layers: list[dict[str, Any]]) -> str:
 
 
 def _arrow(x1: float, y1: float, x2: float, y2: float, colour: str = "#456") -> str:
-    return (
-        f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{colour}" stroke-width="1.5" marker-end="url(#tip)"/>'
-    )
+    return f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{colour}" stroke-width="1.5" marker-end="url(#tip)"/>'

@@ -14,7 +14,7 @@ import traitlets
 from taco_nb.codec import Codec
 from taco_nb.data import CaptionedImages
 from taco_nb.errors import TacoError
-from taco_nb.peers import encode_peer
+from taco_nb.evaluation.peers import encode_peer
 from taco_nb.widgets.compare import Compare, CompareView, compare
 from taco_nb.widgets.figures import rate_distortion
 from taco_nb.widgets.page import source
@@ -39,7 +39,11 @@ class Explorer:
     """What `explorer` gives: a figure, and below it, where there is a kernel, the image that was clicked."""
 
     def __init__(
-        self, results: pd.DataFrame, figure: Figure, sets: Sequence[CaptionedImages], codecs: Mapping[str, Codec]
+        self,
+        results: pd.DataFrame,
+        figure: Figure,
+        sets: Sequence[CaptionedImages],
+        codecs: Mapping[str, Codec],
     ):
         self._results, self._codecs = results, codecs
         self._sets = {dataset.name: dataset for dataset in sets}

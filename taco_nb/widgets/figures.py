@@ -24,11 +24,17 @@ METRICS = {
 IMAGES = 100
 """So many images of a data set have points of their own; thirty thousand would be a cloud and a page of 50 MB."""
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
-_LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 460, "margin": {"l": 60, "r": 20, "t": 50, "b": 50}}
+_LAYOUT: dict[str, Any] = {
+    "template": "plotly_white",
+    "height": 460,
+    "margin": {"l": 60, "r": 20, "t": 50, "b": 50},
+}
 
 
 def rate_distortion(
-    *results: pd.DataFrame, published: Mapping[str, Mapping[str, Sequence[float]]] | None = None, title: str = ""
+    *results: pd.DataFrame,
+    published: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
+    title: str = "",
 ) -> Figure:
     """Quality over bits per pixel, a curve per codec through its means and a small point per image; menus choose.
 
@@ -50,7 +56,9 @@ def rate_distortion(
 
     def add(dataset: str, y: dict[str, list], named: bool, **trace: Any) -> None:
         present = bool(y.get(metrics[0]))
-        figure.add_scatter(y=y.get(metrics[0], []), visible=dataset == sets[0], showlegend=named and present, **trace)
+        figure.add_scatter(
+            y=y.get(metrics[0], []), visible=dataset == sets[0], showlegend=named and present, **trace
+        )
         owners.append(dataset)
         heights.append(y)
         legend.append(named)
@@ -86,7 +94,8 @@ def rate_distortion(
             mode="markers",
             marker={"size": 6 if single else 4, "color": colour, "opacity": 0.6 if single else 0.25},
             customdata=[
-                [codec, dataset, name, None if math.isnan(q) else q] for name, q in zip(images["name"], quality)
+                [codec, dataset, name, None if math.isnan(q) else q]
+                for name, q in zip(images["name"], quality)
             ],
             hovertemplate="%{customdata[2]}<br>%{x:.3f} bpp, %{y:.4g}<extra>%{fullData.name}</extra>",
         )

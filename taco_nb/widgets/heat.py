@@ -6,7 +6,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-COLD, HOT = np.array((20, 24, 60)), np.array((255, 214, 90))  # apart in lightness too, for eyes that see no hue
+COLD, HOT = (
+    np.array((20, 24, 60)),
+    np.array((255, 214, 90)),
+)  # apart in lightness too, for eyes that see no hue
 
 
 def heat(field: Tensor) -> Image.Image:

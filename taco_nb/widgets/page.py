@@ -39,7 +39,9 @@ def data_url(picture: Image.Image) -> str:
     PNG where a side is longer than the 16383 pixels that WebP can have.
     """
     file = io.BytesIO()
-    kind, settings = ("webp", {"lossless": True, "method": 0}) if max(picture.size) <= _WEBP_SIDE else ("png", {})
+    kind, settings = (
+        ("webp", {"lossless": True, "method": 0}) if max(picture.size) <= _WEBP_SIDE else ("png", {})
+    )
     picture.save(file, kind, **settings)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 

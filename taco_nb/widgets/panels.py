@@ -80,8 +80,11 @@ def _measured(figure: Figure, points: pd.DataFrame, metric: str, place: dict[str
     for label, curve in points.groupby("label", sort=False):
         symbols = ["circle" if reason == "" else "circle-open" for reason in curve["unjudged"]]
         said = [
-            f"{run}<br>lambda {lmbda:g}, mean of {images} images" + (f"<br>not judged: {reason}" if reason else "")
-            for run, lmbda, images, reason in curve[["run", "lmbda", "images", "unjudged"]].itertuples(index=False)
+            f"{run}<br>lambda {lmbda:g}, mean of {images} images"
+            + (f"<br>not judged: {reason}" if reason else "")
+            for run, lmbda, images, reason in curve[["run", "lmbda", "images", "unjudged"]].itertuples(
+                index=False
+            )
         ]
         figure.add_scatter(
             x=curve["bpp"], y=curve[metric], name=label, mode="lines+markers", marker={"size": 9, "symbol": symbols},
@@ -89,7 +92,9 @@ def _measured(figure: Figure, points: pd.DataFrame, metric: str, place: dict[str
         )  # fmt: skip
 
 
-def _line(figure: Figure, x: Sequence[float], y: Sequence[float], name: str, line: dict, place: dict[str, int]) -> None:
+def _line(
+    figure: Figure, x: Sequence[float], y: Sequence[float], name: str, line: dict, place: dict[str, int]
+) -> None:
     figure.add_scatter(x=list(x), y=list(y), name=name, mode="lines", line=line, **place)
 
 
@@ -109,7 +114,9 @@ def difference_plot(pairs: pd.DataFrame, title: str = "") -> Figure:
 
     shown = pairs[pairs["metric"].isin(DIFFERENCES) & pairs["low"].notna()]
     metrics = [metric for metric in DIFFERENCES if (shown["metric"] == metric).any()]
-    figure = make_subplots(1, max(1, len(metrics)), shared_yaxes=True, subplot_titles=[DIFFERENCES[m] for m in metrics])
+    figure = make_subplots(
+        1, max(1, len(metrics)), shared_yaxes=True, subplot_titles=[DIFFERENCES[m] for m in metrics]
+    )
     for column, metric in enumerate(metrics, start=1):
         rows = shown[shown["metric"] == metric]
         figure.add_scatter(

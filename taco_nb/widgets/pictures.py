@@ -21,9 +21,13 @@ def side_by_side(
     `crop` (left, top, right, bottom) shows that part of each, `zoom` times enlarged without smoothing, so that single
     pixels can be compared.
     """
-    shown = {label: (picture.crop(crop) if crop else picture).convert("RGB") for label, picture in pictures.items()}
+    shown = {
+        label: (picture.crop(crop) if crop else picture).convert("RGB") for label, picture in pictures.items()
+    }
     if zoom > 1:
-        shown = {k: v.resize((v.width * zoom, v.height * zoom), Image.Resampling.NEAREST) for k, v in shown.items()}
+        shown = {
+            k: v.resize((v.width * zoom, v.height * zoom), Image.Resampling.NEAREST) for k, v in shown.items()
+        }
     font = ImageFont.load_default(SIZE)
     width = max(picture.width for picture in shown.values())
     height = max(picture.height for picture in shown.values())

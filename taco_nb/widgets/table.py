@@ -45,8 +45,12 @@ def sortable(table: pd.DataFrame, digits: int = 3) -> HTML:
     from IPython.display import HTML
 
     name = f"table-{uuid.uuid4().hex[:8]}"
-    head = "".join(f'<th style="cursor:pointer" title="sort">{html.escape(str(c))}</th>' for c in table.columns)
-    rows = "".join(f"<tr>{''.join(_cell(v, digits) for v in row)}</tr>" for row in table[:ROWS].itertuples(index=False))
+    head = "".join(
+        f'<th style="cursor:pointer" title="sort">{html.escape(str(c))}</th>' for c in table.columns
+    )
+    rows = "".join(
+        f"<tr>{''.join(_cell(v, digits) for v in row)}</tr>" for row in table[:ROWS].itertuples(index=False)
+    )
     more = f"<p>The first {ROWS} of {len(table)} rows.</p>" if len(table) > ROWS else ""
     return HTML(
         f'<table id="{name}"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{more}'
@@ -58,6 +62,10 @@ def _cell(value: Any, digits: int) -> str:
     missing = value is None or (isinstance(value, float) and math.isnan(value))
     number = isinstance(value, numbers.Number) and not isinstance(value, bool)
     text = "–" if missing else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-    key = "" if missing else str(value).replace("inf", "Infinity") if number else str(value)  # as JavaScript reads it
+    key = (
+        "" if missing else str(value).replace("inf", "Infinity") if number else str(value)
+    )  # as JavaScript reads it
     align = "right" if number or missing else "left"
-    return f'<td data-value="{html.escape(key, quote=True)}" style="text-align:{align}">{html.escape(text)}</td>'
+    return (
+        f'<td data-value="{html.escape(key, quote=True)}" style="text-align:{align}">{html.escape(text)}</td>'
+    )

@@ -29,7 +29,9 @@ class UploadBox(ipywidgets.VBox):
     def __init__(self, codec: Codec):
         self._codec = codec
         self.upload = ipywidgets.FileUpload(accept="image/*", multiple=False, description="Picture")
-        self.caption = ipywidgets.Text(description="caption", placeholder="what is in the picture, or nothing")
+        self.caption = ipywidgets.Text(
+            description="caption", placeholder="what is in the picture, or nothing"
+        )
         self.caption.layout = {"width": "100%", "max_width": "600px"}
         self.button = ipywidgets.Button(description="Encode", button_style="primary")
         self.said, self.link, self.view = ipywidgets.HTML(), ipywidgets.HTML(), CompareView()

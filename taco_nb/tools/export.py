@@ -1,4 +1,4 @@
-"""An executed notebook as one HTML file that opens without a network: `python -m taco_nb.export out/01_baseline.ipynb`.
+"""An executed notebook as one HTML file that opens without a network: `taco-nb export out/01_baseline.ipynb`.
 
 nbconvert lays the page out. What its page would fetch is brought along or made needless: plotly's script is embedded once,
 formulas become MathML, which browsers set by themselves, and a widget, which needs a kernel, is replaced by the static
@@ -7,16 +7,14 @@ picture that it also yields.
 
 from __future__ import annotations
 
-import argparse
 import html
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from taco_nb.errors import DataError, TacoError
+from taco_nb.errors import DataError
 from taco_nb.files import atomic_write
 
 if TYPE_CHECKING:
@@ -42,7 +40,9 @@ _TEMPLATE = """{%- extends 'index.html.j2' -%}
 """
 _FETCHING = ("src", "data", "poster", "background", "href", "xlink:href")
 """Attributes that name what a page fetches; in a link, what it leads to."""
-_CANDIDATE = re.compile(r"[\s,]*(\S*[^\s,])(?:,|[^,]*)")  # of a srcset: an address, perhaps a width or density
+_CANDIDATE = re.compile(
+    r"[\s,]*(\S*[^\s,])(?:,|[^,]*)"
+)  # of a srcset: an address, perhaps a width or density
 _BROUGHT_ALONG = ("data:", "#")
 _FETCHING_CSS = re.compile(r"""@import\s|url\((?!\s*(?:["']?\s*(?:data:|#|\))|""|''))""", re.IGNORECASE)
 
@@ -86,7 +86,10 @@ def _page(notebook: NotebookNode, source: Path) -> str:
     headings = _prepare(notebook)
     notebook.metadata["title"] = headings[0] if headings else source.stem
     notebook.metadata.pop("widgets", None)
-    resources = {"metadata": {"name": source.stem, "path": str(source.resolve().parent)}, "plotly_script": script}
+    resources = {
+        "metadata": {"name": source.stem, "path": str(source.resolve().parent)},
+        "plotly_script": script,
+    }
     page, _ = _exporter().from_notebook_node(notebook, resources)
     _refuse_fetching(bs4.BeautifulSoup(page, "html.parser"))
     return page
@@ -121,7 +124,9 @@ def _static(output: NotebookNode, where: str) -> Iterator[NotebookNode]:
         svg, kind = data.get("image/svg+xml"), next((kind for kind in _PICTURES if kind in data), "")
         alt = html.escape(output.get("metadata", {}).get(kind, {}).get("alt", where), quote=True)
         if svg:  # in the page itself, so that its text can be searched and read aloud
-            output.data = {"text/html": f'<div role="img" aria-label="{alt}">{svg[svg.index("<svg") :]}</div>'}
+            output.data = {
+                "text/html": f'<div role="img" aria-label="{alt}">{svg[svg.index("<svg") :]}</div>'
+            }
         elif kind:
             code = data[kind].replace("\n", "")
             output.data = {"text/html": f'<img alt="{alt}" src="data:{kind};base64,{code}"/>'}
@@ -186,23 +191,11 @@ def _refuse_fetching(page: Any) -> None:
         addresses += [attributes[name].strip() for name in _FETCHING if attributes.get(name)]
         addresses += _CANDIDATE.findall(attributes.get("srcset") or "")
         styles.append(tag.get("style") or "")
-    addresses = [address for address in addresses if address and not address.lower().startswith(_BROUGHT_ALONG)]
+    addresses = [
+        address for address in addresses if address and not address.lower().startswith(_BROUGHT_ALONG)
+    ]
     addresses += [style for style in styles if _FETCHING_CSS.search(style)]
     if addresses:
-        raise DataError(f"the page would fetch {addresses[0][:200]!r}, and could not without a network. Embed it.")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m taco_nb.export", description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("notebook", nargs="+", help="an executed notebook; name.html is written beside it")
-    try:
-        for notebook in parser.parse_args(arguments).notebook:
-            print(export_html(notebook))
-    except TacoError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        raise DataError(
+            f"the page would fetch {addresses[0][:200]!r}, and could not without a network. Embed it."
+        )

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from taco_nb.data.captioned import check_count
 from taco_nb.errors import SettingError
-from taco_nb.text.captioners.cache import Answer, CaptionCache, Jobs, Question
-from taco_nb.text.captioners.captioner import Captioner, Estimate, ServiceError, Task, check_range, without
+from taco_nb.tools.captions.cache import Answer, CaptionCache, Jobs, Question
+from taco_nb.tools.captions.captioner import Captioner, Estimate, ServiceError, Task, check_range, without
 
 if TYPE_CHECKING:
     from openai import OpenAI, OpenAIError
@@ -113,11 +113,15 @@ class OpenAICaptioner(Captioner):
 
     def _estimate(self, tasks: list[Task]) -> Estimate:
         price = self._price()
-        prompt = 10 + math.ceil(len(self.prompt) / 4)  # a token is about four characters; the message around it, ten
+        prompt = 10 + math.ceil(
+            len(self.prompt) / 4
+        )  # a token is about four characters; the message around it, ten
         images = sum(image_tokens(self._fit(size), self.detail, price) * len(keys) for _, size, keys in tasks)
         requests = sum(len(task.keys) for task in tasks)
         tokens = images + requests * prompt, requests * self.expected_tokens
-        source = price.source if self._known_price() else f"no price is known for {self.model}: give one as price="
+        source = (
+            price.source if self._known_price() else f"no price is known for {self.model}: give one as price="
+        )
         return Estimate(requests, *tokens, self._dollars(*tokens), source)
 
     def _dollars(self, input_tokens: int, output_tokens: int) -> float | None:
@@ -136,7 +140,9 @@ class OpenAICaptioner(Captioner):
     def _fit(self, size: tuple[int, int]) -> tuple[int, int]:
         return scaled(size, self.longest_side / max(size))
 
-    def _requests(self, dataset: CaptionedImages, tasks: Iterable[Task]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _requests(
+        self, dataset: CaptionedImages, tasks: Iterable[Task]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         """(key, body of the request) for each missing caption; an image is read when its turn comes."""
         for row, size, keys in tasks:
             image = dataset[row].image
@@ -153,7 +159,9 @@ class OpenAICaptioner(Captioner):
     def _client(self) -> OpenAI:
         from openai import OpenAI
 
-        return OpenAI(api_key=api_key(), base_url=self.base_url, timeout=self.timeout, max_retries=self.max_retries)
+        return OpenAI(
+            api_key=api_key(), base_url=self.base_url, timeout=self.timeout, max_retries=self.max_retries
+        )
 
     # --- The direct way -----------------------------------------------------------------------------------------------
 
@@ -162,7 +170,9 @@ class OpenAICaptioner(Captioner):
 
         reasons: dict[str, str] = {}
         in_a_row = 0
-        rejected: list[tuple[str, Answer]] = []  # kept only once others are answered: else it is not about the image
+        rejected: list[
+            tuple[str, Answer]
+        ] = []  # kept only once others are answered: else it is not about the image
         tasks = without(tasks, Jobs(self.cache).keys)
         requests = self._requests(dataset, tasks)
         total = sum(len(task.keys) for task in tasks)
@@ -230,7 +240,9 @@ class OpenAICaptioner(Captioner):
                 f"{self.base_url or 'it'} and may use {self.model}; answers so far are in the cache."
             )
         if status == 404:
-            raise UnknownToService(f"The service does not know {self.model}, or what else was asked for: {said}.")
+            raise UnknownToService(
+                f"The service does not know {self.model}, or what else was asked for: {said}."
+            )
         if code == "insufficient_quota":
             raise ServiceError(f"The account has no credit left: {said}. Answers so far are in the cache.")
         if status in REJECTED:
@@ -262,7 +274,9 @@ def said_by(body: Any) -> str | None:
     if not isinstance(message, str):
         return None
     line = " ".join(without_key(message).split())[:200].rstrip(".")
-    return line.encode(errors="replace").decode()  # JSON can hold half a surrogate pair, which cannot be printed
+    return line.encode(
+        errors="replace"
+    ).decode()  # JSON can hold half a surrogate pair, which cannot be printed
 
 
 # Without structured output a model refuses in plain words, and the API's `refusal` stays empty.

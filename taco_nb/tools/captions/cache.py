@@ -72,7 +72,9 @@ class CaptionCache:
         """Answers added since the cache was opened."""
         self.input_tokens = 0
         self.output_tokens = 0
-        self._places: dict[str, tuple[int, bool]] = {}  # key: (where its last line begins, whether it is a caption)
+        self._places: dict[
+            str, tuple[int, bool]
+        ] = {}  # key: (where its last line begins, whether it is a caption)
         self._questions: set[str] = set()
         self._file: BinaryIO
 

@@ -25,9 +25,9 @@ from typing import IO, TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from taco_nb.data.captioned import check_count
-from taco_nb.text.captioners.cache import Answer, CaptionCache, Job, Jobs
-from taco_nb.text.captioners.captioner import Estimate, Report, ServiceError, Survey, Task, without
-from taco_nb.text.captioners.openai_captioner import (
+from taco_nb.tools.captions.cache import Answer, CaptionCache, Job, Jobs
+from taco_nb.tools.captions.captioner import Estimate, Report, ServiceError, Survey, Task, without
+from taco_nb.tools.captions.openai_captioner import (
     REJECTED,
     STOP_AFTER,
     OpenAICaptioner,
@@ -120,7 +120,10 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
     def _ask(self, dataset: CaptionedImages, tasks: list[Task], cache: CaptionCache) -> dict[str, str]:
         reasons: dict[str, str] = {}
         total = sum(len(task.keys) for task in tasks)
-        with self._client() as client, tqdm(total=total, desc=f"Captions of {dataset.name}", unit="caption") as bar:
+        with (
+            self._client() as client,
+            tqdm(total=total, desc=f"Captions of {dataset.name}", unit="caption") as bar,
+        ):
             jobs = self._recovered(client)
             while tasks:
                 files = self._request_files(dataset, without(tasks, jobs.keys))
@@ -157,7 +160,9 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
 
     # --- Submitting ---------------------------------------------------------------------------------------------------
 
-    def _request_files(self, dataset: CaptionedImages, tasks: list[Task]) -> Iterator[tuple[IO[bytes], list[str]]]:
+    def _request_files(
+        self, dataset: CaptionedImages, tasks: list[Task]
+    ) -> Iterator[tuple[IO[bytes], list[str]]]:
         """Cut the requests into files of JSON lines within the service's limits; one exists at a time."""
         with tempfile.TemporaryFile(dir=Path(self.cache).parent) as file:
             keys: list[str] = []
@@ -206,7 +211,9 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
                 failure = error
             verdict = self._verdict(failure)
             if isinstance(verdict, Answer):
-                raise ServiceError(f"The batch was {verdict.failure}. What was submitted before it is under way.")
+                raise ServiceError(
+                    f"The batch was {verdict.failure}. What was submitted before it is under way."
+                )
             self.sleep(min(2**attempt, 60))
             if found := self._find(client, job):
                 return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from taco_nb.data.download import Remote
+from taco_nb.tools.download import Remote
 
 
 @dataclass(frozen=True)

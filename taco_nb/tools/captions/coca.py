@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 
 from taco_nb.data.captioned import check_count
 from taco_nb.errors import CheckpointError, SettingError
-from taco_nb.text.captioners.cache import Answer, CaptionCache, Question
-from taco_nb.text.captioners.captioner import Captioner, Report, Task, check_range
+from taco_nb.tools.captions.cache import Answer, CaptionCache, Question
+from taco_nb.tools.captions.captioner import Captioner, Report, Task, check_range
 
 if TYPE_CHECKING:
     import os
@@ -65,7 +65,9 @@ class CoCaCaptioner(Captioner):
     ) -> Report:
         """As `Captioner.describe`; there is nothing to confirm. Raises `SettingError` for several captions at 0."""
         if self.temperature == 0 and count > 1:
-            raise SettingError(f"At temperature 0 all {count} captions of an image would be the same: raise it.")
+            raise SettingError(
+                f"At temperature 0 all {count} captions of an image would be the same: raise it."
+            )
         return super().describe(dataset, path, count, confirm, retry_failed)
 
     def _ask(self, dataset: CaptionedImages, tasks: list[Task], cache: CaptionCache) -> dict[str, str]:
@@ -76,7 +78,10 @@ class CoCaCaptioner(Captioner):
         model, preprocess = _load(self.model, _check_device(self.device))
         remaining = iter(tasks)
         total = sum(len(task.keys) for task in tasks)
-        with tqdm(total=total, desc=f"Captions of {dataset.name}", unit="caption") as bar, torch.inference_mode():
+        with (
+            tqdm(total=total, desc=f"Captions of {dataset.name}", unit="caption") as bar,
+            torch.inference_mode(),
+        ):
             while batch := list(islice(remaining, self.batch_size)):
                 images = torch.stack([preprocess(dataset[task.row].image) for task in batch]).to(self.device)
                 embedded = model(images)["image_embs"]
@@ -103,7 +108,9 @@ def write_captions(
     ids = torch.full((len(keys), 1), tokenizer.sot_token_id, device=image_embs.device)
     done = torch.zeros(len(keys), dtype=torch.bool)
     while not done.all() and ids.shape[1] < model.context_length:
-        logits = model(None, ids, image_latent=image_embs, image_embs=image_embs, output_labels=False)["logits"][:, -1]
+        logits = model(None, ids, image_latent=image_embs, image_embs=image_embs, output_labels=False)[
+            "logits"
+        ][:, -1]
         chance = torch.stack([torch.rand((), generator=generator) for generator in generators])
         following = draw(logits.float().cpu(), temperature, chance).masked_fill(done, pad)
         ids = torch.cat([ids, following[:, None].to(ids.device)], dim=1)
@@ -154,7 +161,9 @@ def _load(name: str, device: str) -> tuple[torch.nn.Module, Callable[[Image.Imag
     )
     if not tag and not path.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
-        raise SettingError(f"{pretrained!r} is neither a pretrained tag of {model} ({tags}) nor a file of weights.")
+        raise SettingError(
+            f"{pretrained!r} is neither a pretrained tag of {model} ({tags}) nor a file of weights."
+        )
     try:
         with torch.random.fork_rng(devices=[]):  # open_clip draws random weights before it loads others
             module, preprocess = open_clip.create_model_from_pretrained(model, pretrained=str(path))

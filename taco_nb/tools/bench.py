@@ -6,7 +6,6 @@ Encoding is from an 8-bit image to the bytes of a file, decoding back to the ima
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -80,18 +79,25 @@ def speed(device: str, repeats: int, training_repeats: int) -> pd.DataFrame:
     import pandas as pd
 
     image, peer, codecs = photograph(*SIZE), elic(device), paper_codecs(device)
-    coded, files = elic_encode(peer, image, device), {mode: c.encode(image, CAPTION) for mode, c in codecs.items()}
+    coded, files = (
+        elic_encode(peer, image, device),
+        {mode: c.encode(image, CAPTION) for mode, c in codecs.items()},
+    )
     sizes = {REFERENCE: sum(len(string) for strings in coded["strings"] for string in strings)}
     sizes |= {mode: len(data) for mode, data in files.items()}
     encode = {REFERENCE: lambda: elic_encode(peer, image, device)}
     encode |= {mode: lambda codec=codec: codec.encode(image, CAPTION) for mode, codec in codecs.items()}
     decode = {REFERENCE: lambda: elic_decode(peer, coded)}
-    decode |= {mode: lambda codec=codec, mode=mode: codec.decode(files[mode]) for mode, codec in codecs.items()}
+    decode |= {
+        mode: lambda codec=codec, mode=mode: codec.decode(files[mode]) for mode, codec in codecs.items()
+    }
     tasks = {"encode": compare(encode, device, repeats), "decode": compare(decode, device, repeats)}
     if device == "cuda":
         tasks |= _batches(device, repeats, peer, codecs)
     net = codecs["exact"].net
-    crops = torch.rand(8 if device == "cuda" else 1, 3, 256, 256, device=device).to(memory_format=torch.channels_last)
+    crops = torch.rand(8 if device == "cuda" else 1, 3, 256, 256, device=device).to(
+        memory_format=torch.channels_last
+    )
     text = torch.randn(len(crops), 38, net.config.text_dim, device=device)
     train = {REFERENCE: training_step(peer, crops), "exact": training_step(net, crops, text)}
     train["fast"] = training_step(net, crops, text, bfloat16=has_fast_bfloat16(device))
@@ -112,10 +118,17 @@ def _batches(device: str, repeats: int, peer: torch.nn.Module, codecs: dict[str,
     encode |= {m: lambda c=c: c.encode_batch(crops, [CAPTION] * len(crops)) for m, c in codecs.items()}
     coded, files = encode[REFERENCE](), {mode: encode[mode]() for mode in codecs}
     decode = {
-        REFERENCE: torch.inference_mode()(lambda: peer.decompress(coded["strings"], coded["shape"])["x_hat"].cpu())
+        REFERENCE: torch.inference_mode()(
+            lambda: peer.decompress(coded["strings"], coded["shape"])["x_hat"].cpu()
+        )
     }
-    decode |= {m: lambda c=c, m=m: [x_hat.cpu() for x_hat in c.decode_batch(files[m])] for m, c in codecs.items()}
-    return {"encode 32 crops": compare(encode, device, repeats), "decode 32 crops": compare(decode, device, repeats)}
+    decode |= {
+        m: lambda c=c, m=m: [x_hat.cpu() for x_hat in c.decode_batch(files[m])] for m, c in codecs.items()
+    }
+    return {
+        "encode 32 crops": compare(encode, device, repeats),
+        "decode 32 crops": compare(decode, device, repeats),
+    }
 
 
 @torch.inference_mode()
@@ -124,7 +137,10 @@ def parts(codec: Codec, device: str, repeats: int) -> pd.DataFrame:
     import pandas as pd
 
     net, x = codec.net, pad(to_tensor(photograph(*SIZE))[None])
-    text, on_device = codec.conditioning([CAPTION]), x.to(device).contiguous(memory_format=torch.channels_last)
+    text, on_device = (
+        codec.conditioning([CAPTION]),
+        x.to(device).contiguous(memory_format=torch.channels_last),
+    )
     in_precision = codec.transform_precision
     with in_precision():
         y = net.g_a(on_device, *text).float()
@@ -165,7 +181,7 @@ def peak_memory(codec: str, width: int, height: int) -> float:
 
     NaN where the system does not tell it.
     """
-    command = [sys.executable, "-W", "ignore", "-m", "taco_nb.bench", "--peak", codec, str(width), str(height)]
+    command = [sys.executable, "-W", "ignore", "-m", "taco_nb.tools.bench", codec, str(width), str(height)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -189,7 +205,10 @@ def memory(sizes: list[tuple[int, int]]) -> pd.DataFrame:
     from tqdm.auto import tqdm
 
     jobs = [
-        (name, *size) for size in sizes for name in (REFERENCE, "exact", "fast") if name != REFERENCE or size == SIZE
+        (name, *size)
+        for size in sizes
+        for name in (REFERENCE, "exact", "fast")
+        if name != REFERENCE or size == SIZE
     ]
     rows = [
         {"codec": name, "size": f"{width} x {height}", "peak_mib": peak_memory(name, width, height)}
@@ -198,36 +217,32 @@ def memory(sizes: list[tuple[int, int]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m taco_nb.bench", description="Speed and memory beside ELIC.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=9, help="measured runs of each codec, taken in turn")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for the tables")
-    parser.add_argument("--large", action="store_true", help="measure the memory of a 6000x4000 image too")
-    parser.add_argument("--peak", nargs=3, metavar=("CODEC", "WIDTH", "HEIGHT"), help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.peak:
-        return _print_peak(given.peak[0], int(given.peak[1]), int(given.peak[2]))
-    table = speed(given.device, given.repeats, max(3, given.repeats // 3))
-    where = parts(paper_codecs(given.device)["fast"], given.device, given.repeats)
-    peaks = memory([SIZE, (2048, 1536), *([(6000, 4000)] if given.large else [])])
+def bench(device: str, repeats: int, out: Path, large: bool) -> None:
+    """Print the tables of speed and memory, and write them as CSV files into the folder `out`."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    table = speed(device, repeats, max(3, repeats // 3))
+    where = parts(paper_codecs(device)["fast"], device, repeats)
+    peaks = memory([SIZE, (2048, 1536), *([(6000, 4000)] if large else [])])
     about = provenance()
-    shown = table.pivot(index="codec", columns="task", values=["speedup", "median_ms"]).loc[
+    hardware = about["hardware"]
+    wide = table.pivot(index="codec", columns="task", values=["speedup", "median_ms"]).loc[
         [REFERENCE, "exact", "fast"]
     ]
+    print(f"{hardware['cpu']}, {hardware['threads']} threads, {device} {hardware['gpus']}")
     print(
-        f"{about['hardware']['cpu']}, {about['hardware']['threads']} threads, {given.device} {about['hardware']['gpus']}"
+        f"{SIZE[0]} x {SIZE[1]} pixels, medians of {repeats} runs; speedup over {REFERENCE} in the same run\n"
     )
-    print(f"{SIZE[0]} x {SIZE[1]} pixels, medians of {given.repeats} runs; speedup over {REFERENCE} in the same run\n")
-    print(shown.round(2).to_string(), "\n\n", where[["part", "median_ms"]].round(1).to_string(index=False), "\n")
+    print(
+        wide.round(2).to_string(), "\n\n", where[["part", "median_ms"]].round(1).to_string(index=False), "\n"
+    )
     print(peaks.round(0).to_string(index=False))
     for name, frame in (("speed", table), ("parts", where), ("memory", peaks)):
-        with atomic_write(given.out / f"{name}.csv", "w") as file:
+        with atomic_write(out / f"{name}.csv", "w") as file:
             frame.to_csv(file, index=False)
-    with atomic_write(given.out / "bench.json", "w") as file:
-        json.dump({"device": given.device, "size": SIZE, "load": os.getloadavg(), **about}, file, indent=1)
-    return None
+    with atomic_write(out / "bench.json", "w") as file:
+        json.dump({"device": device, "size": SIZE, "load": os.getloadavg(), **about}, file, indent=1)
 
 
 if __name__ == "__main__":
-    main()
+    _print_peak(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -124,10 +124,14 @@ def _encoded(image: Image.Image, peer: str, quality: int) -> bytes:
     try:
         pixels.save(file, encoder.pillow_format, quality=quality, **encoder.options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{peer} cannot hold a picture of {image.width}x{image.height} pixels: {error}.") from error
+        raise DataError(
+            f"{peer} cannot hold a picture of {image.width}x{image.height} pixels: {error}."
+        ) from error
     return file.getvalue()
 
 
-def _decoded(image: Image.Image, peer: str, quality: int, data: bytes, above_target: bool = False) -> PeerResult:
+def _decoded(
+    image: Image.Image, peer: str, quality: int, data: bytes, above_target: bool = False
+) -> PeerResult:
     decoded = Image.open(io.BytesIO(data), formats=[_ENCODERS[peer].pillow_format]).convert("RGB")
     return PeerResult(peer, int(quality), data, decoded, above_target)

@@ -12,10 +12,10 @@ CoCa on this machine. All keep every answer in a cache, ask only for what it lac
 `Price` overrides what the estimate assumes; `ServiceError` says why going on would be in vain.
 """
 
-from taco_nb.text.captioners.batch import OpenAIBatchCaptioner
-from taco_nb.text.captioners.captioner import Captioner, Estimate, Report, ServiceError
-from taco_nb.text.captioners.local import CoCaCaptioner
-from taco_nb.text.captioners.openai_captioner import OpenAICaptioner, Price
+from taco_nb.tools.captions.batch import OpenAIBatchCaptioner
+from taco_nb.tools.captions.captioner import Captioner, Estimate, Report, ServiceError
+from taco_nb.tools.captions.coca import CoCaCaptioner
+from taco_nb.tools.captions.openai_captioner import OpenAICaptioner, Price
 
 __all__ = [
     "Captioner",

@@ -1,13 +1,7 @@
-"""Real files, measured: a row per image, and where every number came from.
-
-    accelerate launch -m taco_nb.evaluation runs/mine --sets kodak clic coco
-
-does on the command line, and on all GPUs, what `evaluate` does in a notebook: the same files in the same folder.
-"""
+"""Real files, measured: a row per image, and where every number came from."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -17,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,23 +20,30 @@ from PIL import Image
 
 from taco_nb import errors
 from taco_nb.checkpoint import save_weights
-from taco_nb.codec import MODES, Codec, load
-from taco_nb.data import CaptionedImages, Sample, datasets
+from taco_nb.codec import Codec, load
+from taco_nb.data import CaptionedImages, Sample
 from taco_nb.data.captioned import check_count
 from taco_nb.data.images import to_tensor
-from taco_nb.device import check_device
 from taco_nb.errors import MissingWeightsError, SettingError, TacoError
+from taco_nb.evaluation.measure import CAPTIONS, measure, rate
+from taco_nb.evaluation.peers import PeerResult, available_peers, match_bpp, peer_curve
+from taco_nb.evaluation.unfinished import Part, Unfinished
 from taco_nb.experiment import PAPER_SIZES
 from taco_nb.files import atomic_write, sha256
-from taco_nb.measure import CAPTIONS, measure, rate
 from taco_nb.metrics.cmmd import cmmd
 from taco_nb.metrics.distortion import distortion
 from taco_nb.metrics.fid import frechet_distance
-from taco_nb.metrics.networks import PROTOCOLS, Network, find_networks, given_networks, say_missing, state_digest
+from taco_nb.metrics.networks import (
+    PROTOCOLS,
+    Network,
+    find_networks,
+    given_networks,
+    say_missing,
+    state_digest,
+)
 from taco_nb.metrics.patches import PATCH_SIZE, check_patch_size
-from taco_nb.peers import PeerResult, available_peers, match_bpp, peer_curve
+from taco_nb.processes import check_device
 from taco_nb.provenance import code_digest, provenance
-from taco_nb.unfinished import Part, Unfinished
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,8 +57,7 @@ _MEASURES = (
     "text",
     "metrics",
     "codec.py",
-    "measure.py",
-    "evaluation.py",
+    "evaluation",
     "data/captioned.py",
     "data/images.py",
 )
@@ -136,7 +136,9 @@ def evaluate(
             if processes.is_main_process:
                 _finish(codec, sets, folder, settings, found, absent)
             processes.wait_for_everyone()
-        return read_evaluation(folder).assign(codec=codec.name)  # it may have had another when it was measured
+        return read_evaluation(folder).assign(
+            codec=codec.name
+        )  # it may have had another when it was measured
 
 
 def read_evaluation(folder: str | os.PathLike) -> pd.DataFrame:
@@ -189,7 +191,9 @@ def evaluate_matched(results: pd.DataFrame, sets: Sequence[CaptionedImages]) -> 
     rows = []
     for dataset, sample in _samples(sets, "matching other codecs"):
         if (dataset.name, sample.name) not in budget.index:
-            raise SettingError(f"{sample.name} of {dataset.name} is not in these results: evaluate the same data sets.")
+            raise SettingError(
+                f"{sample.name} of {dataset.name} is not in these results: evaluate the same data sets."
+            )
         for peer in available_peers():
             result = match_bpp(sample.image, peer, int(budget[dataset.name, sample.name]))
             choice = {"chosen_quality": result.quality, "above_target": result.above_target}
@@ -199,7 +203,9 @@ def evaluate_matched(results: pd.DataFrame, sets: Sequence[CaptionedImages]) -> 
 
 def means(results: pd.DataFrame) -> pd.DataFrame:
     """The mean of every measured column over the images of each data set, per codec (and quality, for peers)."""
-    results = results.reset_index(drop=True)  # frames put together keep their row numbers, which would be ambiguous
+    results = results.reset_index(
+        drop=True
+    )  # frames put together keep their row numbers, which would be ambiguous
     keys = [key for key in ("codec", "dataset", "quality") if key in results]
     numbers = results.drop(columns=[*keys, "width", "height"]).select_dtypes("number")
     table = results[keys].join(numbers).groupby(keys, sort=False, dropna=False).mean()
@@ -229,9 +235,13 @@ def _peer_row(dataset: CaptionedImages, sample: Sample, result: PeerResult) -> d
 
 def _check_sets(sets: Sequence[CaptionedImages]) -> None:
     if isinstance(sets, CaptionedImages) or not sets:
-        raise SettingError("The data sets are a list with at least one in it, as taco_nb.datasets gives them.")
+        raise SettingError(
+            "The data sets are a list with at least one in it, as taco_nb.datasets gives them."
+        )
     if len({dataset.name for dataset in sets}) < len(sets):
-        raise SettingError(f"Two data sets have the same name, of {[dataset.name for dataset in sets]}: rename one.")
+        raise SettingError(
+            f"Two data sets have the same name, of {[dataset.name for dataset in sets]}: rename one."
+        )
 
 
 def _check_settings(
@@ -287,12 +297,16 @@ def _begin(folder: Path, subject: dict[str, Any], parts: Sequence[Part]) -> None
     finished = _finished(folder)
     if finished and not _changed(finished, subject):
         unfinished.forget()
-        print(f"Evaluated before, and nothing has changed since: the figures are those of {folder / 'evaluation.csv'}.")
+        print(
+            f"Evaluated before, and nothing has changed since: the figures are those of {folder / 'evaluation.csv'}."
+        )
         return
     before = unfinished.about() if unfinished.exists else None
     if before == subject:
         total = sum(part.stop - part.start for part in parts)
-        print(f"Going on with the evaluation in {folder}: {_done(unfinished, parts)} of {total} images are done.")
+        print(
+            f"Going on with the evaluation in {folder}: {_done(unfinished, parts)} of {total} images are done."
+        )
         return
     if before is not None or finished:
         changes = ", ".join(_changed(before or finished or {}, subject)) or "networks"
@@ -341,7 +355,9 @@ def _share(
     left = [part for part in parts if not unfinished.path(part).exists()]
     if not left:
         return
-    codec.decode(codec.encode(Image.new("RGB", (64, 64)), ""))  # what is loaded once is no part of the first row's time
+    codec.decode(
+        codec.encode(Image.new("RGB", (64, 64)), "")
+    )  # what is loaded once is no part of the first row's time
     networks = {metric: network.load(codec.device) for metric, network in found.items()}
     what = f"evaluating {codec.name}" + (f", 1 process of {count}" if count > 1 else "")
     with tqdm(total=sum(p.stop - p.start for p in left), desc=what, unit="image", disable=index > 0) as bar:
@@ -388,7 +404,9 @@ def _finish(
             table.insert(table.columns.get_loc("encode_s"), "fid", figure)
             metrics["fid"].setdefault("sets", {})[dataset.name] = about
         if "cmmd" in found:
-            x, x_hat = (torch.cat(list(unfinished.features(parts, f"cmmd.{name}"))) for name in ("x", "x_hat"))
+            x, x_hat = (
+                torch.cat(list(unfinished.features(parts, f"cmmd.{name}"))) for name in ("x", "x_hat")
+            )
             table.insert(table.columns.get_loc("encode_s"), "cmmd", cmmd(x, x_hat, codec.device))
             metrics["cmmd"].setdefault("sets", {})[dataset.name] = {"images": len(x)}
         tables.append(table)
@@ -403,7 +421,12 @@ def _finish(
         "text_encoder": codec.text_encoder,
         "sizes": {name: getattr(codec.net.config, name) for name in PAPER_SIZES},
         "data": {
-            dataset.name: {"images": n, "skipped": dataset.skipped, "captions": dataset.captioned, "sha256": digest}
+            dataset.name: {
+                "images": n,
+                "skipped": dataset.skipped,
+                "captions": dataset.captioned,
+                "sha256": digest,
+            }
             for dataset, (_, n, _, digest) in zip(sets, subject["data"])
         },
         "caption": {"rule": settings["caption"], "chosen": CAPTIONS[settings["caption"]]},
@@ -467,7 +490,8 @@ def _launch(
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
         experiment = {
-            name: getattr(codec, name) for name in ("text_encoder", "text_tokens", "text_length", "text_pooling")
+            name: getattr(codec, name)
+            for name in ("text_encoder", "text_tokens", "text_length", "text_pooling")
         }
         about = {
             **codec.about,
@@ -477,13 +501,22 @@ def _launch(
         save_weights(home / "codec.safetensors", codec.net, {**about, "name": codec.name})
         job = (codec.device.type, codec.mode, list(sets), folder.resolve(), settings, networks)
         (home / "job.pickle").write_bytes(pickle.dumps(job))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-        command += ["-m", "taco_nb.evaluation", "--job", str(home)]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(count),
+        ]
+        command += ["-m", "taco_nb.evaluation.run", str(home)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with (
             open(home / "log", "wb") as log,
             subprocess.Popen(command, stdout=log, stderr=log, env=environment) as launched,
-            tqdm(total=sum(p.stop - p.start for p in parts), desc=f"evaluating {codec.name}", unit="image") as bar,
+            tqdm(
+                total=sum(p.stop - p.start for p in parts), desc=f"evaluating {codec.name}", unit="image"
+            ) as bar,
         ):
             try:
                 while launched.poll() is None:
@@ -516,47 +549,5 @@ def _work(home: Path) -> None:
         raise
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line. A user's error is one line on stderr, and exit status 1."""
-    parser = argparse.ArgumentParser("python -m taco_nb.evaluation", description=__doc__.splitlines()[0])
-    parser.add_argument("codec", nargs="?", help="a run's folder, a checkpoint file, or a bundled codec's name")
-    parser.add_argument("--sets", nargs="+", default=["kodak", "clic", "coco"], help="data sets (%(default)s)")
-    parser.add_argument("--out", help="where to keep the evaluation; a run's own folder by default")
-    parser.add_argument("--data-dir", help="the data folder")
-    parser.add_argument("--captions", help='"published" or "context"; by default those that the codec was trained on')
-    parser.add_argument("--caption", default="first", help='which of an image: "first", "last" or "best"')
-    parser.add_argument("--limit", type=int, help="the first so many images of each set")
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help="crops at a time (%(default)s)")
-    parser.add_argument("--patch-size", type=int, default=PATCH_SIZE, help="of FID on whole images (%(default)s)")
-    parser.add_argument("--mode", default="exact", choices=MODES, help="of the transforms (%(default)s)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--text-encoder", help="replaces the text tower that the weights name")
-    parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.job:
-        return _work(given.job)
-    if given.codec is None:
-        parser.error("which codec?")
-    from accelerate import PartialState
-
-    try:
-        check_device(given.device)
-        # Shares may take longer than the ten minutes for which processes on GPUs wait for each other by default.
-        process = PartialState(cpu=given.device == "cpu", timeout=timedelta(days=7))
-        how = {"mode": given.mode, "device": str(process.device), "text_encoder": given.text_encoder}
-        codec = load(given.codec, data_dir=given.data_dir, **how)
-        out = given.out or (given.codec if Path(given.codec).is_dir() else None)
-        if out is None:
-            raise SettingError(f"{given.codec} is no folder to keep the evaluation in: say where, by --out.")
-        captions = given.captions or codec.about.get("experiment", {}).get("captions", "published")
-        sets = datasets(*given.sets, data_dir=given.data_dir, limit=given.limit, captions=captions)
-        settings = {"caption": given.caption, "batch_size": given.batch_size, "patch_size": given.patch_size}
-        results = evaluate(codec, sets, out, **settings)
-    except TacoError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    if process.is_main_process:
-        print(means(results).to_string(index=False))
-
-
 if __name__ == "__main__":
-    main()
+    _work(Path(sys.argv[1]))

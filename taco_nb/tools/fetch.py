@@ -6,24 +6,27 @@ import json
 import os
 import shutil
 import stat
+import sys
 import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from taco_nb.data import STAGING, datasets, training_pairs
 from taco_nb.data.captioned import few, read_json
-from taco_nb.data.download import FULL, download, shown
-from taco_nb.data.sources import Part
-from taco_nb.errors import DownloadError
-from taco_nb.files import atomic_write
+from taco_nb.errors import DownloadError, TacoError
+from taco_nb.experiment import check_names
+from taco_nb.files import atomic_write, data_root
+from taco_nb.pretrained import PRETRAINED, Pretrained
+from taco_nb.tools.download import FULL, PROGRAM, check_room, download, shown
+from taco_nb.tools.sources import SOURCES, Part
 
 MANIFEST = "manifest.json"
-STAGING = ".fetch"
-"""The folder in a set's own where downloads gather and archives are unpacked; it goes when the set is whole."""
 
 
 def fetch_set(folder: Path, parts: Sequence[Part]) -> None:
@@ -48,7 +51,9 @@ def fetch_set(folder: Path, parts: Sequence[Part]) -> None:
     except TimeoutError as error:
         raise DownloadError(f"Another process is fetching into {folder}: wait for it, or end it.") from error
     except OSError as error:
-        raise DownloadError(f"{error.filename or folder} cannot be written: {error.strerror or error}.") from error
+        raise DownloadError(
+            f"{error.filename or folder} cannot be written: {error.strerror or error}."
+        ) from error
 
 
 def is_there(folder: Path, part: Part, parts: Sequence[Part]) -> bool:
@@ -96,7 +101,9 @@ def missing_parts(folder: Path, parts: Sequence[Part]) -> list[Part]:
 def fetched_bytes(folder: Path, part: Part) -> int:
     """How much of a part that is not yet in its place has been downloaded."""
     whole = folder / STAGING / part.name
-    return max(path.stat().st_size if path.exists() else 0 for path in (whole, whole.with_name(f".{part.name}.part")))
+    return max(
+        path.stat().st_size if path.exists() else 0 for path in (whole, whole.with_name(f".{part.name}.part"))
+    )
 
 
 def compare_splits(folder: Path) -> str:
@@ -154,7 +161,10 @@ def unpack(archive: Path, part: Part) -> list[Path]:
             wanted = _checked(opened, archive, part)
             folder.mkdir()
             for info in tqdm(wanted, desc=f"unpacking {archive.name}", unit="file", delay=1):
-                with opened.open(info) as packed, open(folder / PurePosixPath(info.filename).name, "xb") as file:
+                with (
+                    opened.open(info) as packed,
+                    open(folder / PurePosixPath(info.filename).name, "xb") as file,
+                ):
                     shutil.copyfileobj(packed, file, 1 << 20)
         return sorted(folder.iterdir())
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -176,12 +186,16 @@ def _checked(opened: zipfile.ZipFile, archive: Path, part: Part) -> list[zipfile
             )
         if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise DownloadError(f"{archive} holds {info.filename!r}, a link or device: nothing is unpacked.")
-    wanted = [info for info in opened.infolist() if not info.is_dir() and _wanted(info.filename, part.members)]
+    wanted = [
+        info for info in opened.infolist() if not info.is_dir() and _wanted(info.filename, part.members)
+    ]
     names = {PurePosixPath(info.filename).name for info in wanted}
     if not len(wanted) == len(names) == part.count:
         raise DownloadError(f"{archive} holds {len(names):,} files {part.members}, not {part.count:,}.")
     if (size := sum(info.file_size for info in wanted)) > part.unpacked:
-        raise DownloadError(f"{archive} unpacks to {shown(size)}, but at most {shown(part.unpacked)} were expected.")
+        raise DownloadError(
+            f"{archive} unpacks to {shown(size)}, but at most {shown(part.unpacked)} were expected."
+        )
     return wanted
 
 
@@ -206,3 +220,97 @@ def _move(files: list[Path], folder: Path) -> None:
     for file in files:
         os.replace(file, folder / file.name)
     unpacked.rmdir()
+
+
+# --- All that a profile needs -----------------------------------------------------------------------------------------
+
+
+def fetch_all(names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None = None) -> int:
+    """Fetch data sets and networks by name, or all that a profile needs, and print what is there then.
+
+    Returns the exit status: 0 if all is there, 1 if something is not, 130 if stopped.
+    """
+    return _settle(names, profile, data_dir, fetching=True)
+
+
+def show_status(names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None = None) -> int:
+    """Print what is there and what is missing, without a request; 0 if all is there, else 1."""
+    return _settle(names, profile, data_dir, fetching=False)
+
+
+def _settle(
+    names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None, fetching: bool
+) -> int:
+    if profile == "sample" and not names:
+        print('Profile "sample" needs nothing that is not bundled.')
+        return 0
+    known = [*SOURCES, *PRETRAINED]
+    check_names(names, known, "There is no data set or pretrained network")
+    root = data_root(data_dir)
+    names = known if profile == "paper" or not names else names
+    sets = {root / name: parts for name, parts in SOURCES.items() if name in names}
+    weights = [network for name, network in PRETRAINED.items() if name in names]
+    try:
+        well = not fetching or _fetch(sets, weights)
+        missing = _show(sets, weights)
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on where it was.", file=sys.stderr)
+        return 130
+    if missing:
+        where = f" --data-dir {data_dir}" if data_dir else ""
+        print(f"With a network, this fetches what is missing: {PROGRAM} fetch {' '.join(missing)}{where}")
+    return 0 if well and not missing else 1
+
+
+def _fetch(sets: dict[Path, tuple[Part, ...]], weights: list[Pretrained]) -> bool:
+    """Get all that is missing; what fails is said, and keeps nothing else from being fetched."""
+    weights = [network for network in weights if network.path is None]
+    rooms = [(folder, room_needed(folder, parts)) for folder, parts in sets.items()]
+    check_room(rooms + [(network.home, network.size) for network in weights])
+    steps = [network.fetch for network in weights]
+    steps += [partial(_prepare, folder, parts) for folder, parts in sets.items()]
+    well = True
+    for step in steps:
+        try:
+            step()
+        except TacoError as error:
+            print(error, file=sys.stderr)
+            well = False
+    return well
+
+
+def _prepare(folder: Path, parts: tuple[Part, ...]) -> None:
+    """Fetch a data set, and read it once as a run would, so that nothing is left to be found out there."""
+    fetch_set(folder, parts)
+    (dataset,) = datasets(folder.name, data_dir=folder.parent)
+    print(f"{folder.name}: {len(dataset):,} images to evaluate on.")
+    if folder.name == "coco":
+        print(f"coco: {len(training_pairs('coco', 256, data_dir=folder.parent)):,} pairs to train on.")
+        print(f"coco: {compare_splits(folder)}")
+
+
+def _show(sets: dict[Path, tuple[Part, ...]], weights: list[Pretrained]) -> list[str]:
+    """Print a line for each, and give the names of those that are missing."""
+    rows, missing = [], []
+    for folder, parts in sets.items():
+        lacking, entries = missing_parts(folder, parts), manifest(folder)
+        if lacking:
+            missing.append(folder.name)
+            had = sum(fetched_bytes(folder, part) for part in lacking)
+            rest = sum(part.remote.size for part in lacking) - had
+            note = f"{folder} lacks {few(part.name for part in lacking)}"
+            rows.append((folder.name, "unfinished" if had or entries else "missing", rest, note))
+        else:
+            found = sum("found" in entries.get(part.name, {"found": ""}) for part in parts)
+            note = f"; {found} of {len(parts)} parts were not fetched, and so not checked" if found else ""
+            size = sum(entries.get(part.name, {}).get("bytes", part.remote.size) for part in parts)
+            rows.append((folder.name, "there", size, f"{folder}{note}"))
+    for network in weights:
+        if network.path is None:
+            missing.append(network.name)
+        state = "there" if network.path else "missing"
+        rows.append((network.name, state, network.size, f"{network.path or network.home}, for {network.use}"))
+    width = max(len(name) for name, *_ in rows)
+    for name, state, size, note in rows:
+        print(f"{name:{width}}  {state:10}  {shown(size):>8}  {note}")
+    return missing

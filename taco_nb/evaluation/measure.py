@@ -70,7 +70,11 @@ def measure(
         features = {}
         for name, seen in (("x", pictures), ("x_hat", decoded)):
             if "fid" in networks:
-                cut = seen if patch_size is None else torch.cat([patches(picture, patch_size) for picture in seen])
+                cut = (
+                    seen
+                    if patch_size is None
+                    else torch.cat([patches(picture, patch_size) for picture in seen])
+                )
                 features[f"fid.{name}"] = networks["fid"](cut)
             if "cmmd" in networks:
                 features[f"cmmd.{name}"] = networks["cmmd"](seen)
@@ -90,7 +94,13 @@ def measure(
 def rate(sample: Sample, size: int) -> dict[str, Any]:
     """The columns of a file of `size` bytes."""
     width, height = sample.image.size
-    return {"name": sample.name, "width": width, "height": height, "bytes": size, "bpp": bpp(size, width, height)}
+    return {
+        "name": sample.name,
+        "width": width,
+        "height": height,
+        "bytes": size,
+        "bpp": bpp(size, width, height),
+    }
 
 
 def _choose(
@@ -98,7 +108,9 @@ def _choose(
 ) -> list[Coded]:
     """Each image under the caption that the rule chooses, its file in `folder`."""
     if caption != "best":
-        return _code(codec, samples, [sample.captions[0 if caption == "first" else -1] for sample in samples], folder)
+        return _code(
+            codec, samples, [sample.captions[0 if caption == "first" else -1] for sample in samples], folder
+        )
     best: list[Coded] = []
     lowest = [math.inf] * len(samples)
     for turn in range(max(len(sample.captions) for sample in samples)):

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from taco_nb.data.captioned import check_count, few
 from taco_nb.errors import SettingError, TacoError
 from taco_nb.files import atomic_write
-from taco_nb.text.captioners.cache import CaptionCache, Jobs, Question, answer_key, image_id
+from taco_nb.tools.captions.cache import CaptionCache, Jobs, Question, answer_key, image_id
 
 if TYPE_CHECKING:
     from taco_nb.data import CaptionedImages
@@ -85,7 +85,11 @@ class Report:
             head = f"All {self.wanted:,} captions of {self.dataset} are in {self.path}"
         else:
             head = f"{self.wanted - lacking:,} of {self.wanted:,} captions of {self.dataset} are there"
-        cost = "" if self.dollars is None else f", about ${self.dollars:,.2f} by the service's own count of tokens"
+        cost = (
+            ""
+            if self.dollars is None
+            else f", about ${self.dollars:,.2f} by the service's own count of tokens"
+        )
         head += f" ({self.new:,} new answers{cost})."
         if not self.missing:
             return head
@@ -207,7 +211,9 @@ class Captioner(ABC):
             dollars=self._dollars(cache.input_tokens, cache.output_tokens),
             estimate=estimate,
             path=written,
-            advice=" ".join(advice) if agreed else "Nothing was sent: confirm=True sends it, and pays for it.",
+            advice=" ".join(advice)
+            if agreed
+            else "Nothing was sent: confirm=True sends it, and pays for it.",
         )
 
 

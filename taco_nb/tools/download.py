@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from taco_nb.errors import DownloadError
 
-PROGRAM = "python -m taco_nb.data"
+PROGRAM = "taco-nb"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 PATIENCE = 60  # seconds without a byte
 BLOCK = 1 << 16  # bytes written at a time, and lost at most when a connection breaks
@@ -62,11 +62,17 @@ def download(remote: Remote, path: Path) -> str:
             os.replace(part, path)
             return checksum
     except OSError as error:
-        kept = f" What has come so far, {shown(_size(part))}, is kept: the same command goes on." if _size(part) else ""
+        kept = (
+            f" What has come so far, {shown(_size(part))}, is kept: the same command goes on."
+            if _size(part)
+            else ""
+        )
         if part.exists() and not kept:
             part.unlink()
         reason = f"the disk or quota of {path.parent} is full" if error.errno in FULL else _reason(error)
-        raise DownloadError(f"{remote.url} ({shown(remote.size)}) could not be fetched: {reason}.{kept}") from error
+        raise DownloadError(
+            f"{remote.url} ({shown(remote.size)}) could not be fetched: {reason}.{kept}"
+        ) from error
 
 
 def check_room(needs: Iterable[tuple[Path, int]]) -> None:
@@ -135,7 +141,9 @@ def _verify(remote: Remote, path: Path) -> str:
 
     wanted = remote.checksums.split()
     digests = {name: hashlib.new(name) for name in {"sha256", *(word.partition(":")[0] for word in wanted)}}
-    bar = tqdm(total=_size(path), desc=f"checking {remote.name}", unit="B", unit_scale=True, leave=False, delay=2)
+    bar = tqdm(
+        total=_size(path), desc=f"checking {remote.name}", unit="B", unit_scale=True, leave=False, delay=2
+    )
     with open(path, "r+b") as file, bar:
         os.fsync(file.fileno())
         while block := file.read(1 << 20):

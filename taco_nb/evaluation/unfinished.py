@@ -62,7 +62,9 @@ class Unfinished:
     def path(self, part: Part) -> Path:
         return self.folder / part.dataset / f"{part.start:06d}.safetensors"
 
-    def write(self, part: Part, rows: list[dict[str, Any]], features: dict[str, Tensor], seconds: float) -> None:
+    def write(
+        self, part: Part, rows: list[dict[str, Any]], features: dict[str, Tensor], seconds: float
+    ) -> None:
         """Keep the rows of a part's images, in their order, its features by name, and what it took."""
         metadata = {"rows": json.dumps(rows), "seconds": repr(seconds)}
         with atomic_write(self.path(part)) as file:

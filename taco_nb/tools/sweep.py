@@ -1,4 +1,4 @@
-"""Notebooks over lambda: `python -m taco_nb.sweep notebooks/0[1-4]_*.ipynb --out runs -p profile paper`.
+"""Notebooks over lambda: `taco-nb sweep notebooks/0[1-4]_*.ipynb --out runs -p profile paper`.
 
 Each lambda is a task of its own, with its own folder below `out`, and runs its notebooks in turn, so that the ablations of
 one lambda find the baseline that the first of them trained. Tasks share nothing: run all in sequence, or each as a job of
@@ -8,17 +8,14 @@ training inside it goes on where it was.
 
 from __future__ import annotations
 
-import argparse
-import ast
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taco_nb.errors import CheckpointError, SettingError, TacoError
+from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.experiment import check_names
 
 LMBDAS = (0.0004, 0.0008, 0.0016, 0.004, 0.009, 0.015)
@@ -56,8 +53,12 @@ class Member:
 
         try:
             executed = nbformat.read(self.executed, as_version=4)
-            ran = all(c.metadata.papermill.status == "completed" for c in executed.cells if c.cell_type == "code")
-            own = [c.source for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+            ran = all(
+                c.metadata.papermill.status == "completed" for c in executed.cells if c.cell_type == "code"
+            )
+            own = [
+                c.source for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])
+            ]
             same = own == [cell.source for cell in nbformat.read(self.notebook, as_version=4).cells]
             were = executed.metadata.papermill.parameters
             of_result = [{k: v for k, v in given.items() if k not in _HOW} for given in (were, self.given)]
@@ -142,8 +143,12 @@ def _run(member: Member, given: Mapping[str, Any]) -> str:
         papermill.execute_notebook(str(member.notebook), str(member.executed), given, progress_bar=False)
         left = ", ".join(unfinished(member.folder))
         return f"{left} not trained to the end; run the sweep again to go on" if left else ""
-    except Exception as error:  # a cell's own, a dead kernel's, a full disk's: whatever it is, the others go on
-        said = [getattr(error, name, "") for name in ("ename", "evalue")]  # of the cell that stopped a notebook
+    except (
+        Exception
+    ) as error:  # a cell's own, a dead kernel's, a full disk's: whatever it is, the others go on
+        said = [
+            getattr(error, name, "") for name in ("ename", "evalue")
+        ]  # of the cell that stopped a notebook
         return ": ".join(said) if all(said) else f"{type(error).__name__}: {error}"
 
 
@@ -160,44 +165,3 @@ def unfinished(folder: Path) -> list[str]:
         if not finished:
             left.append(path.parent.name)
     return left
-
-
-def main(arguments: list[str] | None = None) -> int:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(prog="python -m taco_nb.sweep", description=details)
-    parser.add_argument("notebook", nargs="+", help="notebooks to run at each lambda, in this order")
-    parser.add_argument("--lmbda", nargs="+", type=float, default=LMBDAS, help=f"default: {' '.join(map(str, LMBDAS))}")
-    parser.add_argument("--out", default="runs", help="where runs and executed notebooks are kept (default: runs)")
-    parser.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter, as papermill's"
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--task", type=int, help="only the lambda of this number, from 0: $SLURM_ARRAY_TASK_ID")
-    which.add_argument("--list", action="store_true", help="run nothing; list the tasks and what of them is done")
-    args = parser.parse_args(arguments)
-    given = {name: _value(text) for name, text in args.p}
-    try:
-        if args.list:
-            for member in members(args.notebook, args.lmbda, args.out, given):
-                state = "done" if member.done else "to do"
-                print(f"task {list(args.lmbda).index(member.lmbda)}: {member}: {state}")
-            return 0
-        failed = sweep(args.notebook, args.lmbda, args.out, given, args.task)
-    except TacoError as error:
-        print(error, file=sys.stderr)
-        return 2
-    for member, reason in failed.items():
-        print(f"Failed: {member}: {reason}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-def _value(text: str) -> Any:
-    """A number, True, False or None where it reads as one, else the text."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-if __name__ == "__main__":
-    sys.exit(main())

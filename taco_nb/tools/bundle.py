@@ -1,18 +1,16 @@
 """The bundled demo codecs: how runs become such, with cards that say what they are, and where they stand.
 
-    python -m taco_nb.demo                                    # all bundled codecs beside JPEG, WebP and AVIF on Kodak
-    python -m taco_nb.demo bundle demo-mine=runs/mine ... --data "500 photographs of ..., for research use"
+    taco-nb bundle                                    # all bundled codecs beside JPEG, WebP and AVIF on Kodak
+    taco-nb bundle demo-mine=runs/mine ... --data "500 photographs of ..., for research use"
 
 A card is measured, never typed: real files on the sample's validation images, and on Kodak where that is there.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,12 +21,12 @@ import torch
 from taco_nb import checkpoint
 from taco_nb.codec import Codec, load
 from taco_nb.data import CaptionedImages, datasets
-from taco_nb.errors import DataError, SettingError, TacoError
+from taco_nb.errors import DataError, SettingError
 from taco_nb.evaluation import QUALITIES, evaluate, evaluate_peers, means
+from taco_nb.evaluation.peers import available_peers
 from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.metrics.rate import bd_rate, rate_at
-from taco_nb.peers import available_peers
 from taco_nb.provenance import provenance
 from taco_nb.training.start import family, initial_weights
 
@@ -39,7 +37,17 @@ LARGEST = 8_000_000
 """Bytes that one bundled codec may have."""
 PEER_QUALITIES = (1, *QUALITIES)
 """Of the other codecs' own scales: the lowest too, for the PSNR of a demo codec is low."""
-RECIPE = ("sizes", "lmbda", "crop", "batch_size", "optimizer", "learning_rate", "schedule", "precision", "seed")
+RECIPE = (
+    "sizes",
+    "lmbda",
+    "crop",
+    "batch_size",
+    "optimizer",
+    "learning_rate",
+    "schedule",
+    "precision",
+    "seed",
+)
 """The settings that a card gives of each run on the way to a codec, beside its ablations."""
 NOT_TO_BE_CLAIMED = (
     "anything about text in image compression, TACO or the report: the text tower knows no meanings, the training set is "
@@ -68,7 +76,9 @@ def bundle(
         table, _ = standing(list(codecs.values()), _sets(data_dir))
         for name, card in cards.items():
             rows = table[table["codec"] == name].drop(columns="codec").to_dict("records")
-            results = {row.pop("dataset"): {key: _rounded(value) for key, value in row.items()} for row in rows}
+            results = {
+                row.pop("dataset"): {key: _rounded(value) for key, value in row.items()} for row in rows
+            }
             first = {"sha256": sha256(made[name]), "what": _what(codecs[name]), "data": data}
             cards[name] = {**first, **card, "results": results, "not_to_be_used_to_claim": NOT_TO_BE_CLAIMED}
         for name, path in made.items():
@@ -82,8 +92,13 @@ def _compact(run: Path, name: str, path: Path, data_dir: str | os.PathLike | Non
     """Write the run's weights in half precision to `path`; what its card says of the way there."""
     net, about = checkpoint.load_net(run / checkpoint.WEIGHTS)
     if about.get("steps", 0) != about.get("total_steps", 1):
-        raise SettingError(f"{run} is not a finished run: {about.get('steps', 0)} steps of {about.get('total_steps')}.")
-    exp, history = Experiment().replace(**about["experiment"]), _history(run / checkpoint.WEIGHTS, about, data_dir)
+        raise SettingError(
+            f"{run} is not a finished run: {about.get('steps', 0)} steps of {about.get('total_steps')}."
+        )
+    exp, history = (
+        Experiment().replace(**about["experiment"]),
+        _history(run / checkpoint.WEIGHTS, about, data_dir),
+    )
     steps, hours = (sum(link[key] for link in history) for key in ("steps", "hours"))
     # where things lay is nobody's business
     exp = exp.replace(train_data=Path(exp.train_data).name, init=Path(exp.init).name)
@@ -91,10 +106,13 @@ def _compact(run: Path, name: str, path: Path, data_dir: str | os.PathLike | Non
     about |= {"name": name, "experiment": experiment, "steps": steps, "total_steps": steps, "hours": hours}
     checkpoint.save_weights(path, net, about, torch.float16)
     if path.stat().st_size > LARGEST:
-        raise SettingError(f"{name} has {path.stat().st_size:,} bytes, more than the {LARGEST:,} of a demo codec.")
+        raise SettingError(
+            f"{name} has {path.stat().st_size:,} bytes, more than the {LARGEST:,} of a demo codec."
+        )
     return {
         "lmbda": exp.lmbda,
-        "loss": "lmbda * 255^2 * MSE + bpp" + "".join(f" + {key}" for key in ("k_P", "k_J") if getattr(exp, key)),
+        "loss": "lmbda * 255^2 * MSE + bpp"
+        + "".join(f" + {key}" for key in ("k_P", "k_J") if getattr(exp, key)),
         "steps": steps,
         "hours": round(hours, 2),
         "history": history,
@@ -105,7 +123,9 @@ def _compact(run: Path, name: str, path: Path, data_dir: str | os.PathLike | Non
     }
 
 
-def _history(weights: Path, about: dict[str, Any], data_dir: str | os.PathLike | None) -> list[dict[str, Any]]:
+def _history(
+    weights: Path, about: dict[str, Any], data_dir: str | os.PathLike | None
+) -> list[dict[str, Any]]:
     """The runs that led to these weights, the first one first; a bundled codec's are on its card."""
     if weights.with_suffix(".json").is_file():
         return checkpoint.card_of(weights)["history"]
@@ -155,12 +175,18 @@ def standing(codecs: Sequence[Codec], sets: Sequence[CaptionedImages]) -> tuple[
                 f"{peer}, %": 100 * (row["bpp"] / _rate_at(curves[dataset, peer], row["psnr"]) - 1)
                 for peer in available_peers()
             }
-            rows.append({key: row[key] for key in ("codec", "dataset", "images", "bpp", "psnr", "ms_ssim")} | at)
+            rows.append(
+                {key: row[key] for key in ("codec", "dataset", "images", "bpp", "psnr", "ms_ssim")} | at
+            )
         points = group[group["codec"].isin(baselines)]
         for peer in available_peers():
             curve = curves[dataset, peer]
             several = len(points) > 1
-            gap = bd_rate(curve["bpp"], curve["psnr"], points["bpp"], points["psnr"]) if several else float("nan")
+            gap = (
+                bd_rate(curve["bpp"], curve["psnr"], points["bpp"], points["psnr"])
+                if several
+                else float("nan")
+            )
             gaps.append({"dataset": dataset, "peer": peer, "BD-rate (PSNR), %": gap})
     return pd.DataFrame(rows), pd.DataFrame(gaps)
 
@@ -188,34 +214,18 @@ def _rounded(value: float) -> float | None:
     return None if value != value else round(value, 4)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line above; 0, or 1 after a sentence that says what was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m taco_nb.demo", description=__doc__.partition("\n")[0])
-    parser.add_argument("--data-dir", help="the data folder, with kodak/ in it; default: the repository's data/")
-    commands = parser.add_subparsers(dest="command")
-    adding = commands.add_parser("bundle", help="make demo codecs of finished runs, with their cards")
-    adding.add_argument(
-        "runs", nargs="+", metavar="NAME=RUN", help="the codec's name, as load() takes it, and a run's folder"
-    )
-    adding.add_argument("--data", required=True, help="what they were trained on and under which terms, in words")
-    given = parser.parse_args(arguments)
-    shelf = bundled("checkpoints", given.data_dir)
-    try:
-        if given.command == "bundle":
-            if bad := [run for run in given.runs if not re.fullmatch(r"[\w-]+=.+", run)]:
-                raise SettingError(f"{bad[0]!r} is not NAME=RUN, such as demo-mine=runs/mine.")
-            runs = dict(run.split("=", 1) for run in given.runs)
-            print(json.dumps(bundle(runs, given.data, shelf, data_dir=given.data_dir), indent=1))
-            return 0
-        codecs = [load(path.stem, data_dir=given.data_dir) for path in sorted(shelf.glob("*.safetensors"))]
-        table, gaps = standing(codecs, datasets("kodak", data_dir=given.data_dir))
-        print(table.round(4).to_string(index=False))
-        print(gaps.round(1).to_string(index=False))
-    except TacoError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    return 0
+def print_standing(data_dir: str | os.PathLike | None = None) -> None:
+    """Print where every bundled codec stands beside JPEG, WebP and AVIF on Kodak."""
+    shelf = bundled("checkpoints", data_dir)
+    codecs = [load(path.stem, data_dir=data_dir) for path in sorted(shelf.glob("*.safetensors"))]
+    table, gaps = standing(codecs, datasets("kodak", data_dir=data_dir))
+    print(table.round(4).to_string(index=False))
+    print(gaps.round(1).to_string(index=False))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def bundle_named(runs: Sequence[str], data: str, data_dir: str | os.PathLike | None = None) -> None:
+    """Bundle runs given as "NAME=RUN", and print their cards. Raises `SettingError` for another form."""
+    if bad := [run for run in runs if not re.fullmatch(r"[\w-]+=.+", run)]:
+        raise SettingError(f"{bad[0]!r} is not NAME=RUN, such as demo-mine=runs/mine.")
+    named = dict(run.split("=", 1) for run in runs)
+    print(json.dumps(bundle(named, data, bundled("checkpoints", data_dir), data_dir=data_dir), indent=1))

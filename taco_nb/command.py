@@ -1,0 +1,26 @@
+"""What the command lines of this package share: an error of ours is one line on stderr, and exit status 1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from taco_nb.errors import TacoError
+
+
+class Command(click.Command):
+    """A click command that turns a `TacoError` into one line that says what to do, in place of a traceback."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except TacoError as error:
+            raise click.ClickException(str(error)) from error
+
+
+def data_dir_option(function: Any) -> Any:
+    """Add `--data-dir` to a command."""
+    return click.option(
+        "--data-dir", metavar="FOLDER", help="The data folder; default: TACO_NB_DATA, else data/."
+    )(function)
