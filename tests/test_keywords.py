@@ -15,9 +15,9 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from taco_nb.errors import CheckpointError, DataError, MissingWeightsError, SettingError, TacoError
 from taco_nb.text import text_tower
 from taco_nb.text.chat_keywords import ChatKeywords
-from taco_nb.text.clip import _tokenizer
 from taco_nb.text.keyword_sources import GAZETTEER, Entities, TfIdf
 from taco_nb.text.keywords import FORMAT, KeywordWeights, pool
+from taco_nb.text.tokens import clip_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TRAINING = [
@@ -93,7 +93,7 @@ def _why(keywords, caption):
 def _pieces(tower, caption):
     """Per real token what the vocabulary has for it."""
     ids, mask = tower.tokenize(caption)
-    return [_tokenizer().decoder[token] for token in ids[mask].tolist()]
+    return [clip_tokenizer().decoder[token] for token in ids[mask].tolist()]
 
 
 # --- Which characters a token spells ----------------------------------------------------------------------------------
@@ -121,8 +121,10 @@ def test_the_characters_of_a_word_clean_to_its_tokens(kind):
         if span is None or span[0] == len(caption):
             break
         word, first = [*word, token], span[0] if first is None else first
-        if _tokenizer().decoder[token].endswith("</w>"):
-            assert _tokenizer().clean_fn(caption[first : span[1]]) == _tokenizer().decode(word).strip()
+        if clip_tokenizer().decoder[token].endswith("</w>"):
+            assert (
+                clip_tokenizer().clean_fn(caption[first : span[1]]) == clip_tokenizer().decode(word).strip()
+            )
             word, first = [], None
     assert not word
 

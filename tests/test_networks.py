@@ -25,7 +25,7 @@ from taco_nb.metrics.networks import (
     state_digest,
 )
 from taco_nb.pretrained import CLIP_B32, CLIP_L14, INCEPTION
-from taco_nb.text.clip import _both_halves
+from taco_nb.text.clip import both_halves
 
 
 @pytest.fixture
@@ -77,9 +77,9 @@ def filled(caches, monkeypatch):
             (place / "refs" / "main").write_text("abc")
             clip = open_clip.create_model(model, pretrained=None)
             save_file(clip.state_dict(), place / "snapshots" / "abc" / "open_clip_model.safetensors")
-        _both_halves.cache_clear()
+        both_halves.cache_clear()
         yield caches
-        _both_halves.cache_clear()
+        both_halves.cache_clear()
     open_clip.factory._rescan_model_configs()
 
 
