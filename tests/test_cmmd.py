@@ -10,8 +10,7 @@ from conftest import make_clip
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from taco_nb.metrics.clip_score import ClipScore
-from taco_nb.metrics.cmmd import BLOCK, CmmdEmbedding, cmmd
+from taco_nb.metrics.joint_space import BLOCK, ClipScore, CmmdEmbedding, cmmd
 
 
 def vectors(count: int, seed: int) -> torch.Tensor:
@@ -68,7 +67,7 @@ def test_twice_the_same_pictures_change_nothing():
 def test_blocks_change_nothing(monkeypatch):
     x, y = vectors(21, 0), vectors(34, 1)
     whole = cmmd(x, y)
-    monkeypatch.setattr("taco_nb.metrics.cmmd.BLOCK", 8)
+    monkeypatch.setattr("taco_nb.metrics.joint_space.BLOCK", 8)
     assert BLOCK > 34 and cmmd(x, y) == pytest.approx(whole, rel=1e-12)
 
 
@@ -98,7 +97,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_kernel_of_all_pairs_is_ever_in_memory(monkeypatch):
-    monkeypatch.setattr("taco_nb.metrics.cmmd.BLOCK", 64)
+    monkeypatch.setattr("taco_nb.metrics.joint_space.BLOCK", 64)
     with Largest() as largest:
         cmmd(vectors(300, 0), vectors(200, 1))
     assert largest.elements == 64 * 64 > 300 * 5

@@ -9,8 +9,7 @@ import torch
 from conftest import make_inception, save_inception
 
 from taco_nb.errors import CheckpointError, SettingError
-from taco_nb.metrics.fid import CHUNK, Inception, frechet_distance
-from taco_nb.metrics.patches import patches
+from taco_nb.metrics.fid import CHUNK, Inception, frechet_distance, patches
 
 
 def cloud(count: int, seed: int, features: int = 7) -> torch.Tensor:

@@ -17,7 +17,7 @@ from test_evaluation import folder
 from taco_nb import evaluate
 from taco_nb.errors import SettingError
 from taco_nb.metrics.networks import (
-    TITLES,
+    METRICS,
     find_lpips,
     find_networks,
     given_networks,
@@ -85,13 +85,13 @@ def filled(caches, monkeypatch):
 
 def test_where_nothing_is_every_metric_is_missed_with_a_command(caches, capsys):
     found, absent = find_networks()
-    assert found == {} and absent.keys() == TITLES.keys()
+    assert found == {} and absent.keys() == METRICS.keys()
     for reason in absent.values():  # it goes into evaluation.json, which names no folder of a machine
         assert "run: taco-nb fetch " in reason and str(Path.home()) not in reason and "/tmp" not in reason
-    for metric in (*TITLES, *TITLES):
+    for metric in (*METRICS, *METRICS):
         say_missing(metric)
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
-        f"Without {title}" for title in TITLES.values()
+        f"Without {metric.title}" for metric in METRICS.values()
     ]
     assert find_lpips() is None
 
