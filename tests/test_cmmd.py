@@ -58,8 +58,8 @@ def test_cmmd_is_0_for_the_same_pictures_in_any_order_and_symmetric():
     assert cmmd(x, y) > 0
 
 
-def test_twice_the_same_pictures_change_nothing():
-    """Of the biased estimator alone, which has every vector's pair with itself in its means."""
+def test_doubling_both_sets_changes_nothing():
+    """This holds for the biased estimator only, whose means include the pair of every vector with itself."""
     x, y = vectors(20, 0), vectors(20, 1)
     assert cmmd(torch.cat([x, x]), torch.cat([y, y])) == pytest.approx(cmmd(x, y))
 
@@ -72,7 +72,7 @@ def test_blocks_change_nothing(monkeypatch):
 
 
 def test_close_sets_are_told_apart_though_their_kernels_are_nearly_1():
-    """As a good codec's are: their means agree in the first digits, which float32 would be left without."""
+    """A good codec's sets are so close that the means agree in more digits than float32 has."""
     x = vectors(400, 0)
     y = torch.nn.functional.normalize(x + 1e-3, dim=-1)
     difference = (x.double().mean(0) - y.double().mean(0)).square().sum().item()
@@ -80,12 +80,12 @@ def test_close_sets_are_told_apart_though_their_kernels_are_nearly_1():
     assert cmmd(x, y) < 1e-4
 
 
-def test_of_no_pictures_there_is_none():
+def test_no_pictures_have_no_cmmd():
     assert math.isnan(cmmd(vectors(0, 0), vectors(0, 0)))
 
 
 class Largest(TorchDispatchMode):
-    """Notes the largest tensor that anything computes."""
+    """Notes the size of the largest tensor that any operation returns."""
 
     elements = 0
 

@@ -216,7 +216,7 @@ def test_a_rate_is_read_off_at_a_quality():
 
 
 @pytest.mark.parametrize("wanted", [10.0, 60.0, math.nan])
-def test_beyond_a_curve_there_is_no_rate(wanted):
+def test_a_quality_beyond_the_curve_has_no_rate(wanted):
     with pytest.raises(SettingError, match="is not on it"):
         rate_at(*curve("JPEG"), wanted)
 
@@ -267,7 +267,7 @@ def test_identical_pictures(protocol, limit):
     assert distortion(x, x.clone(), protocol) == {"psnr": limit, "ms_ssim": pytest.approx(1)}
 
 
-def test_the_limit_of_psnr_is_one_of_each_picture_and_reached_by_few():
+def test_the_limit_of_psnr_holds_for_each_picture_of_a_batch():
     x = picture(64, 64)
     one_level = x.clone()
     one_level[0, 0, 0] += 1 / 255 if one_level[0, 0, 0] < 0.5 else -1 / 255

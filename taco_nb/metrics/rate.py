@@ -9,6 +9,8 @@ drawing a curve through its points are in use, and published numbers come from b
 - `"cubic"` is M33's own: a single third-order polynomial, exact for four points, least squares for more. Of more
   points it misses some (of JPEG's 19 published on Kodak by up to 0.13 dB), so use it only to compare with figures
   that were computed that way.
+
+The integral is the `bjontegaard` package's; the checks before it say what is wrong with a curve, and where.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from scipy.interpolate import PchipInterpolator
 from taco_nb.errors import SettingError
 
 BD_POINTS = 4
-"""Bjøntegaard's measure is defined for curves of four points; fewer do not fix a curve well enough for a few per cent."""
+"""Bjøntegaard's measure was made for curves of four points.
+
+Fewer do not determine a curve well enough to measure a difference of a few per cent.
+"""
 _FEWEST_POINTS = {"pchip": 2, "cubic": 4}  # what each method can draw a curve through at all
 
 

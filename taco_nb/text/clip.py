@@ -42,14 +42,10 @@ class TextTower:
         module: an open_clip `CLIP` or `TextTransformer`, of which only the text half is used. It is frozen in place.
         name: what to call the tower where it is shown.
         length: positions per caption, from 2 up to the tower's own limit (77 for CLIP). Longer captions are cut, and
-            end-of-text stays the last token.
+            end-of-text stays the last token. Raises `SettingError` for another length.
         trained: False for random weights; `repr` then says so.
 
-    Attributes:
-        dim: the width of a hidden state.
-
-    Raises:
-        SettingError: `length` is not such a number.
+    `dim` is the width of a hidden state.
     """
 
     def __init__(self, module: nn.Module, name: str, length: int, trained: bool) -> None:
@@ -72,17 +68,11 @@ class TextTower:
     def tokenize(self, captions: str | Iterable[str]) -> tuple[Tensor, Tensor]:
         """Cut captions into CLIP's byte pairs, padded with the end-of-text id as the reference's tokenizer pads.
 
+        Returns ids (B, length) int64 and mask (B, length) bool, True at start-of-text, words and end-of-text; on the CPU.
+        A single string counts as one caption. Raises `SettingError` without a caption, or for one that is not a string.
+
         The text is cleaned as OpenAI cleaned CLIP's training captions (see `taco_nb.text.tokens`). transformers'
         `CLIPTokenizer` uses neither ftfy nor HTML entities; for captions that need neither, both give the same ids.
-
-        Args:
-            captions: several captions, or a single string, which counts as one caption.
-
-        Returns:
-            ids (B, length) int64 and mask (B, length) bool, True at start-of-text, words and end-of-text; on the CPU.
-
-        Raises:
-            SettingError: there is no caption, or one is not a string.
         """
         captions = caption_list(captions)
         tokenizer = clip_tokenizer()
@@ -95,14 +85,10 @@ class TextTower:
         return ids, mask
 
     def spans(self, caption: str) -> list[tuple[int, int] | None]:
-        """Say which characters of a caption each position spells, so that what is known of words is known of tokens.
+        """Return which characters each position spells: `caption[start:end]`, in the caption as it was given.
 
-        Returns:
-            (start, end) per position, `caption[start:end]` in the caption as it was given (see `token_spans`).
-            Start-of-text and end-of-text spell nothing: they are (0, 0) and (n, n). Padding is None.
-
-        Raises:
-            SettingError: the caption is not a string.
+        Start-of-text and end-of-text spell nothing: they are (0, 0) and (n, n). Padding is None. See `token_spans` for
+        the rest. Raises `SettingError` if the caption is not a string.
         """
         (caption,) = caption_list([caption])
         words = token_spans(caption, clip_tokenizer().encode(caption)[: self.length - 2])
@@ -110,25 +96,17 @@ class TextTower:
         return spans + [None] * (self.length - len(spans))
 
     def __call__(self, captions: str | Iterable[str]) -> Tensor:
-        """Encode captions, each independently of the others in the batch.
+        """Encode captions into hidden states (B, length, dim), float32, on the tower's device.
 
-        Returns:
-            Hidden states (B, length, dim), float32, on the tower's device.
-
-        Raises:
-            SettingError: there is no caption, or one is not a string.
+        Each is encoded independently of the others in the batch. Takes and raises what `tokenize` does.
         """
         return self.hidden_states(*self.tokenize(captions))
 
     @torch.no_grad()
     def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Encode token sequences, for callers that cut text into tokens themselves.
+        """Encode token sequences into hidden states (B, T, dim), for callers that cut text into tokens themselves.
 
-        Args:
-            ids, mask: (B, T) int64 and (B, T) bool, as `tokenize` gives them, for any T up to the tower's own limit.
-
-        Returns:
-            Hidden states (B, T, dim), float32, on the tower's device.
+        ids (B, T) int64 and mask (B, T) bool are as `tokenize` gives them, for any T up to the tower's own limit.
         """
         ids, mask = ids.to(self.device), mask.to(self.device)
         # Training runs under bfloat16 autocast; the conditioning must not depend on who asks for it.
@@ -182,12 +160,9 @@ def clip_model(
 ) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
     """Return a frozen CLIP with both its halves, and its tokenizer, for work in the joint space of text and images.
 
-    Args:
-        name: "model/pretrained" as for `text_tower`; the weights are loaded once per process.
-        device: where to put the model. The tokenizer returns what its `encode_text` takes: ids (B, 77), on the CPU.
-
-    Raises:
-        SettingError, MissingWeightsError, CheckpointError: as `text_tower`; SettingError for "untrained-64" too.
+    `name` is "model/pretrained" as for `text_tower`; the weights are loaded once per process. The tokenizer returns what
+    the model's `encode_text` takes: ids (B, 77), on the CPU. Raises what `text_tower` does, and `SettingError` for
+    "untrained-64".
     """
     config = _text_config(name)
     if name.startswith("untrained-"):

@@ -52,12 +52,8 @@ class Word(NamedTuple):
 class KeywordWeights:
     """Weights of words and tokens by what matters in a caption: TF-IDF, named entities, a language model.
 
-    Args:
-        sources: what finds keywords; a word that any of them names matters.
-        keyword_weight: the weight of a word that matters, above 0. The report's is 1.5. Every other word weighs 1.
-
-    Raises:
-        SettingError: there is no source, or the weight is out of range.
+    A word that any of the `sources` names matters, and weighs `keyword_weight`: a number above 0, 1.5 in the report. Every
+    other word weighs 1. Raises `SettingError` without a source, or for another weight.
     """
 
     def __init__(self, sources: Sequence[Source], keyword_weight: float = 1.5):
@@ -81,18 +77,12 @@ class KeywordWeights:
         sources: str | Sequence[str | Source] = "tfidf+en_core_web_sm",
         keyword_weight: float = 1.5,
     ) -> KeywordWeights:
-        """Return keyword weights whose TF-IDF is fitted on the training captions.
+        """Return keyword weights whose TF-IDF is fitted on the training captions, an iterable that is read once.
 
-        Args:
-            captions: any iterable of strings, read once. Only TF-IDF needs it.
-            sources: names joined by "+": "tfidf", a spaCy model or "rules" (see `Entities`); or a sequence of names and
-                of sources such as `ChatKeywords`.
-            keyword_weight: as above.
-
-        Raises:
-            SettingError: a source is unknown, the weight is out of range, or a caption is not a string.
-            DataError: the captions hold no word to count.
-            MissingWeightsError: the spaCy model is not on this machine; this is known before a caption is read.
+        `sources` are names joined by "+": "tfidf", a spaCy model or "rules" (see `Entities`); or a sequence of names and
+        of sources such as `ChatKeywords`. Raises `SettingError` for an unknown source, a bad weight or a caption that is
+        not a string, `DataError` if the captions hold no word to count, and `MissingWeightsError`, before it reads a
+        caption, if the spaCy model is not on this machine.
         """
         names = sources.split("+") if isinstance(sources, str) else sources
         others = {name: name if callable(name) else Entities(name) for name in names if name != "tfidf"}
@@ -112,16 +102,9 @@ class KeywordWeights:
     def token_weights(self, captions: str | Iterable[str], tower: TextTower) -> Tensor:
         """Return a weight per position of the tower: that of the word that its token spells, or spells a piece of.
 
-        Args:
-            captions: several captions, or a single string, which counts as one caption.
-            tower: the tower that cuts them into tokens.
-
-        Returns:
-            Weights (B, tower.length), float32, on the CPU: 0 at padding, summing to 1 over each caption's real tokens.
-            Every piece of a word has the whole weight of the word, whether or not truncation cut other pieces off.
-
-        Raises:
-            SettingError: there is no caption, or one is not a string.
+        The weights (B, tower.length), float32, on the CPU, are 0 at padding and sum to 1 over each caption's real tokens.
+        Every piece of a word has the whole weight of the word, whether or not truncation cut other pieces off. A single
+        string counts as one caption. Raises `SettingError` without a caption, or for one that is not a string.
         """
         captions, rows = caption_list(captions), []
         for caption, words in zip(captions, self._words(captions)):
@@ -161,13 +144,9 @@ class KeywordWeights:
     def from_json(cls, text: str, sources: Sequence[Source] = ()) -> KeywordWeights:
         """Return the keyword weights of which `to_json` gave `text`.
 
-        Args:
-            text: what `to_json` gave.
-            sources: those of the saved sources that a text cannot hold, such as a `ChatKeywords` with its answers.
-
-        Raises:
-            CheckpointError: the text is damaged or of another version of this format.
-            SettingError: a source that was saved must be given in `sources` and is not.
+        `sources` are those of the saved sources that a text cannot hold, such as a `ChatKeywords` with its answers.
+        Raises `SettingError` if one of them is not given, and `CheckpointError` if the text is damaged or of another
+        version of this format.
         """
         try:
             saved = json.loads(text)
@@ -185,18 +164,11 @@ class KeywordWeights:
 
 
 def pool(hidden: Tensor, weights: Tensor, mode: str) -> Tensor:
-    """Weigh hidden states by token, each first scaled to Euclidean length 1, as the report does.
+    """Weigh the hidden states (B, T, D) of a text tower, each first scaled to Euclidean length 1, as the report does.
 
-    Args:
-        hidden: (B, T, D), the states of a text tower.
-        weights: (B, T), from `KeywordWeights.token_weights`.
-        mode: "keywords" sums over tokens; "keywords-tokens" keeps one weighted vector per token, 0 at padding.
-
-    Returns:
-        (B, 1, D) or (B, T, D), with the type and device of `hidden`.
-
-    Raises:
-        SettingError: the mode is another, or the shapes do not belong together.
+    `weights` (B, T) come from `KeywordWeights.token_weights`. The mode "keywords" sums over tokens, to (B, 1, D);
+    "keywords-tokens" keeps one weighted vector per token, (B, T, D), 0 at padding. The result has the type and device of
+    `hidden`. Raises `SettingError` for another mode, or shapes that do not belong together.
     """
     if mode not in ("keywords", "keywords-tokens"):
         raise SettingError(f'Weighted pooling is "keywords" or "keywords-tokens", not {mode!r}.')

@@ -39,15 +39,10 @@ BATCH = 32  # windows that go through the tower at once, however long the captio
 def tower_windows(tower: TextTower, captions: str | Iterable[str]) -> tuple[Tensor, Tensor]:
     """Encode the whole of captions of any length, each independently of the others in the batch.
 
-    A caption that fits into one window gets the states that the tower gives it at its real tokens. `tower.length`, at
-    which the tower itself would cut, plays no part: windows are as long as the tower's weights allow.
-
-    Returns:
-        hidden (B, T, dim) float32, zero at padding, and mask (B, T) bool, True at real tokens, for the model's `mask`;
-        both on the tower's device. T is that of the longest caption.
-
-    Raises:
-        SettingError: there is no caption, or one is not a string.
+    Returns hidden (B, T, dim) float32, zero at padding, and mask (B, T) bool, True at real tokens, for the model's `mask`;
+    both on the tower's device. T is that of the longest caption. A caption that fits into one window gets the states that
+    the tower gives it at its real tokens. `tower.length`, at which the tower itself would cut, plays no part: windows are
+    as long as the tower's weights allow. Raises `SettingError` without a caption, or for one that is not a string.
     """
     sot, eot = clip_tokenizer().sot_token_id, clip_tokenizer().eot_token_id
     longest = len(tower.module.positional_embedding)
@@ -69,14 +64,9 @@ def split_windows(text: str, limit: int = CLIP_LENGTH) -> list[list[int]]:
     """Cut a text into windows of CLIP's token ids that, end to end, are the text's own tokens: none is lost.
 
     Windows are filled with whole sentences, as spaCy's `sentencizer` sees them: by punctuation, with a list of English
-    abbreviations. A sentence that fits into no window is cut between words, and a word that fits into none inside it.
-
-    Args:
-        text: of any length; without a word in it, it makes one empty window.
-        limit: positions of a window, 3 or more. They count the start and end tokens, which are not in the lists.
-
-    Raises:
-        SettingError: `limit` is not such a number.
+    abbreviations. A sentence that fits into no window is cut between words, and a word that fits into none inside it. A
+    text without words makes one empty window. `limit` is the number of a window's positions, including the start and end
+    tokens, which are not in the lists. Raises `SettingError` if it is not a whole number of 3 or more.
     """
     _check_positions("limit", limit, least=3)
     ids, clean = clip_tokenizer().encode(text), clean_text(text)
@@ -107,21 +97,15 @@ def surviving(
     length: int,
     entities: Callable[[str], Iterable[tuple[int, int]]] | None = None,
 ) -> pd.DataFrame:
-    """Measure what is left of captions that are cut at `length` positions: 38 in TACO, 77 in the report.
+    """Measure what is left of captions that are cut at `length` positions: 38 in TACO, up to 77 in CLIP.
 
-    Args:
-        captions: several captions, or a single string, which counts as one caption.
-        length: positions, the start and end tokens among them; 2 or more.
-        entities: gives the named entities in a text as (first, one past the last) character. The text is the caption as
-            CLIP's tokenizer cleans it, but with its capitals.
+    Returns a row per caption: `tokens`, the positions that all of it would take; `words`, the number of words between
+    white space; `words_kept`, the share of them all of whose tokens survive; with `entities` also `entities` and
+    `entities_kept`, likewise. A share of nothing is NaN.
 
-    Returns:
-        A row per caption: `tokens`, the positions that all of it would take; `words`, the number of words between white
-        space; `words_kept`, the share of them all of whose tokens survive; with `entities` also `entities` and
-        `entities_kept`, likewise. A share of nothing is NaN.
-
-    Raises:
-        SettingError: `length` is not such a number, there is no caption, or one is not a string.
+    `length` counts the start and end tokens too, so it is 2 or more. `entities` gives the named entities in a text as
+    (first, one past the last) character; the text is the caption as CLIP's tokenizer cleans it, but with its capitals.
+    Raises `SettingError` for another length, without a caption, or for one that is not a string.
     """
     import pandas as pd
 
