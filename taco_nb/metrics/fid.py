@@ -137,7 +137,7 @@ def patches(x: Tensor, size: int = PATCH_SIZE) -> Tensor:
 def check_patch_size(size: int) -> None:
     """Raise `SettingError` unless `size` is an even number of at least 2, which can be halved."""
     if type(size) is not int or size < 2 or size % 2:
-        raise SettingError(f"The side of FID's patches must be an even number of pixels, but is {size!r}.")
+        raise SettingError(f"The side of FID's patches must be an even number of pixels, but it is {size!r}.")
 
 
 def _grid(x: Tensor, rows: int, columns: int, size: int) -> Tensor:
