@@ -177,10 +177,11 @@ def _captions_by_name(source: Path) -> dict[str, tuple[str, ...]]:
             raise DataError(f"{source}: the captions of {name} must be a string or a list of strings.")
         if not captions:
             raise DataError(f'{source}: the list of captions of {name} is empty. For no caption write "".')
-        if by_name.setdefault(nfc(name), captions := tuple(captions)) is not captions:
+        if nfc(name) in by_name:
             raise DataError(
                 f"{source} has the same key more than once, with its accents encoded in two ways: {name}."
             )
+        by_name[nfc(name)] = tuple(captions)
     return by_name
 
 
@@ -217,8 +218,9 @@ def image_files(folder: Path) -> dict[str, Path]:
             # Only links are resolved, since that takes time and MS-COCO has 82,783 files in one folder.
             if item.is_symlink() and not path.resolve().is_relative_to(home):
                 raise DataError(f"{path} is a link that leads out of the folder: put the image itself there.")
-            if images.setdefault(nfc(item.name), path) is not path:
+            if nfc(item.name) in images:
                 raise DataError(f"{folder} has two files that are both called {nfc(item.name)}: rename one.")
+            images[nfc(item.name)] = path
     return images
 
 

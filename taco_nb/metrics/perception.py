@@ -25,8 +25,8 @@ class Lpips:
     values the paper and the report print are another, smaller quantity. Both are kept, under names that differ:
     `lpips` follows the library (`convention="pm1"`), `lpips_01` follows TACO (`convention="01"`).
 
-    `model` is an `lpips.LPIPS` to use in place of the pretrained one. Without it the backbone is torchvision's, fetched
-    where it is not on this machine; raises `MissingWeightsError` where that fails.
+    `model` is an `lpips.LPIPS` to use in place of the pretrained one. Without it the backbone is torchvision's; raises
+    `MissingWeightsError`, with the command that fetches it, if it is not on this machine.
     """
 
     def __init__(self, device: str | torch.device = "cpu", model: nn.Module | None = None):
@@ -72,7 +72,7 @@ def _pretrained() -> nn.Module:
     """The calibrated `lpips.LPIPS(net="alex")`, whose backbone torchvision finds in torch's cache."""
     import lpips
 
-    ALEXNET.fetch()
+    ALEXNET.require()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips 0.1.4 calls torchvision by arguments that are deprecated
         return lpips.LPIPS(net="alex", verbose=False)

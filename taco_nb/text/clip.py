@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from taco_nb.errors import CheckpointError, SettingError
-from taco_nb.pretrained import weights_file
+from taco_nb.pretrained import OpenClip
 
 if TYPE_CHECKING:
     from open_clip import SimpleTokenizer
@@ -165,7 +165,7 @@ def text_tower(name: str, length: int = 38, device: str | torch.device = "cpu") 
 
     Raises:
         SettingError: an unknown name, a model that reads text otherwise than CLIP, a bad `length` or `device`.
-        MissingWeightsError: the weights are neither on this machine nor to be had.
+        MissingWeightsError: the weights are not on this machine; the message has the command that fetches them.
         CheckpointError: the file of weights is damaged or belongs to another model.
     """
     width = _untrained_width(name)
@@ -218,12 +218,7 @@ def _load_clip(name: str) -> nn.Module:
 
     model, pretrained = name.split("/", 1)
     tag = open_clip.get_pretrained_cfg(model, pretrained)
-    command = f"python -c \"from taco_nb.text import text_tower; text_tower('{name}')\""
-    path = (
-        weights_file(tag, f"CLIP model {name}", partial(_megabytes, name), command)
-        if tag
-        else Path(pretrained).expanduser()
-    )
+    path = OpenClip(name).require() if tag else Path(pretrained).expanduser()
     # Some configurations have the other GELU than the weights were trained with: ViT-B-32/openai is one.
     overrides = {"quick_gelu": tag.get("quick_gelu", False)} if tag else {}
     try:
@@ -234,16 +229,6 @@ def _load_clip(name: str) -> nn.Module:
             f"The weights {path} cannot be loaded into {model}: the file is damaged or belongs to another model. "
             "Delete it and fetch it again, or name the model that it was made for."
         ) from error
-
-
-def _megabytes(name: str) -> int:
-    """Size in float32 of a whole CLIP model, as its weights come with the image half, without building it."""
-    import open_clip
-
-    config = open_clip.get_model_config(name.split("/")[0])
-    config.pop("custom_text", None)
-    with torch.device("meta"):
-        return round(sum(weight.numel() for weight in open_clip.CustomTextCLIP(**config).parameters()) * 4e-6)
 
 
 @lru_cache(maxsize=4)
