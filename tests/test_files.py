@@ -284,3 +284,17 @@ def test_paths_are_short_below_the_working_directory(tmp_path, monkeypatch):
 )
 def test_sizes_are_said_as_people_do(size, text):
     assert human_size(size) == text
+
+
+# --- Provenance -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="this system cannot bind a process to a core"
+)
+def test_cores_are_those_that_the_process_may_use():
+    """As of a batch system, which gives a job some of a machine's cores."""
+    program = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+    program += "from taco_nb.provenance import provenance; print(provenance()['hardware']['cores'])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
