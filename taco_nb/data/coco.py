@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from reprlib import repr as shorten
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,16 +99,6 @@ class TrainPairs(Dataset):
         return to_tensor(image.crop((left, top, left + self.crop, top + self.crop))), caption
 
 
-class _Listed(NamedTuple):
-    """An image as an annotations file lists it; whether it is on disk has not been looked at yet."""
-
-    id: int
-    name: str
-    folder: Path
-    captions: tuple[str, ...]
-    short_side: int | None
-
-
 def _annotations(root: Path, split: str) -> list[Entry]:
     source, folder = root / "annotations" / f"captions_{split}2014.json", root / f"{split}2014"
     if not source.exists():
@@ -126,7 +116,7 @@ def _annotations(root: Path, split: str) -> list[Entry]:
     listed = []
     for where, image in _records(content, "images", source):
         key, name = _get(image, "id", int, where), nfc(_get(image, "file_name", str, where))
-        listed.append(_Listed(key, name, folder, tuple(captions.pop(key, ())), _short_side(image)))
+        listed.append((key, Entry(name, folder / name, tuple(captions.pop(key, ())), _short_side(image))))
     entries = _entries(listed, root, source)
     if captions:
         raise DataError(
@@ -150,7 +140,7 @@ def _karpathy(root: Path, split: str) -> list[Entry]:
             )
             if folder not in sides:
                 sides[folder] = _annotated_sides(root / "annotations" / f"captions_{folder}.json")
-            listed.append(_Listed(key, name, root / folder, captions, sides[folder].get(name)))
+            listed.append((key, Entry(name, root / folder / name, captions, sides[folder].get(name))))
     return _entries(listed, root, source)
 
 
@@ -162,26 +152,23 @@ def _annotated_sides(source: Path) -> dict[str, int | None]:
     return {nfc(_get(image, "file_name", str, where)): _short_side(image) for where, image in images}
 
 
-def _entries(listed: list[_Listed], root: Path, source: Path) -> list[Entry]:
+def _entries(listed: list[tuple[int, Entry]], root: Path, source: Path) -> list[Entry]:
+    """Return the entries that an annotations file lists by id, with the paths of the files on disk, once all is well."""
     if not listed:
         raise DataError(f"{source} lists no image of this split.")
-    if twice := _repeated(image.id for image in listed):
+    if twice := _repeated(key for key, _ in listed):
         raise DataError(f"{source} has image ids more than once: {twice}.")
-    if twice := _repeated(image.name for image in listed):
+    if twice := _repeated(entry.name for _, entry in listed):
         raise DataError(f"{source} has file names more than once: {twice}.")
-    check_plain_names((image.name for image in listed), root, source)
-    if bare := [f"{image.name} (id {image.id})" for image in listed if not image.captions]:
+    check_plain_names((entry.name for _, entry in listed), root, source)
+    if bare := [f"{entry.name} (id {key})" for key, entry in listed if not entry.captions]:
         raise DataError(f"Missing captions: {source} has none for {few(bare)}.")
-    on_disk = {folder: image_files(folder) for folder in {image.folder for image in listed}}
-    if missing := [
-        f"{image.name} (id {image.id})" for image in listed if image.name not in on_disk[image.folder]
-    ]:
+    on_disk = {folder: image_files(folder) for folder in {entry.path.parent for _, entry in listed}}
+    paths = [on_disk[entry.path.parent].get(entry.name) for _, entry in listed]
+    if missing := [f"{entry.name} (id {key})" for (key, entry), path in zip(listed, paths) if path is None]:
         folders = " and ".join(sorted(map(str, on_disk)))
         raise DataError(f"{source} lists images that are not in {folders}: {few(missing)}.")
-    return [
-        Entry(image.name, on_disk[image.folder][image.name], image.captions, image.short_side)
-        for image in listed
-    ]
+    return [entry._replace(path=path) for (_, entry), path in zip(listed, paths)]
 
 
 def _records(parent: Any, key: str, where: Any) -> Iterator[tuple[str, Any]]:

@@ -91,8 +91,9 @@ def _fetch_part(folder: Path, part: Part, parts: Sequence[Part]) -> None:
     else:
         for file in files:
             os.replace(file, place / file.name)
-    shutil.rmtree(_unpacked(path), ignore_errors=True)
-    path.unlink(missing_ok=True)
+    if part.members:
+        shutil.rmtree(files[0].parent, ignore_errors=True)
+        path.unlink()
 
 
 def is_there(folder: Path, part: Part, parts: Sequence[Part]) -> bool:
@@ -179,7 +180,7 @@ def unpack(archive: Path, part: Part) -> list[Path]:
     """
     from tqdm.auto import tqdm
 
-    folder = _unpacked(archive)
+    folder = archive.with_name(f"{archive.name}.unpacked")
     shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -197,10 +198,6 @@ def unpack(archive: Path, part: Part) -> list[Path]:
             f"{archive} could not be unpacked: {f'the disk or quota of {archive.parent} is full' if full else error}. "
             "What was unpacked is removed, the archive is kept: the same command goes on."
         ) from error
-
-
-def _unpacked(archive: Path) -> Path:
-    return archive.with_name(f"{archive.name}.unpacked")
 
 
 def _checked_members(opened: zipfile.ZipFile, archive: Path, part: Part) -> list[zipfile.ZipInfo]:
@@ -275,43 +272,45 @@ def _install_spacy_model(name: str) -> None:
 
 # All that is asked for ------------------------------------------------------------------------------------------------
 
+Wanted = tuple[dict[Path, tuple[Part, ...]], list[Pretrained]]
+"""The parts of data sets, by the folders of these, and the pretrained networks."""
+
 
 def fetch_all(names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None = None) -> int:
     """Fetch data sets and networks by name, or all that a profile needs, and print what is there then.
 
     Returns the exit status: 0 if all is there, 1 if something is not, 130 if stopped.
     """
-    return _settle(names, profile, data_dir, fetching=True)
+    try:
+        well = _fetch(*_wanted(names, profile, data_dir))
+        return show_status(names, profile, data_dir) or int(not well)
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on where it was.", file=sys.stderr)
+        return 130
 
 
 def show_status(names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None = None) -> int:
-    """Print what is there and what is missing, without a request; 0 if all is there, else 1."""
-    return _settle(names, profile, data_dir, fetching=False)
-
-
-def _settle(
-    names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None, fetching: bool
-) -> int:
-    if profile == "sample" and not names:
+    """Print what is there and what is missing, without a request. Return 0 if all is there, else 1."""
+    sets, networks = _wanted(names, profile, data_dir)
+    if not sets and not networks:
         print('Profile "sample" needs nothing that is not bundled.')
-        return 0
+    elif missing := _show(sets, networks):
+        where = f" --data-dir {data_dir}" if data_dir else ""
+        print(f"With a network, this fetches what is missing: taco-nb fetch {' '.join(missing)}{where}")
+        return 1
+    return 0
+
+
+def _wanted(names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None) -> Wanted:
+    """Return what has these names and what the profile needs; everything there is, if neither is given."""
     known = [*SOURCES, *PRETRAINED]
-    names = list(dict.fromkeys([*names, *known] if profile == "paper" or not names else names))
+    if profile == "paper" or not (names or profile):
+        names = list(dict.fromkeys([*names, *known]))
     networks = {name: PRETRAINED.get(name) or find_pretrained(name) for name in names if name not in SOURCES}
     unknown = [name for name, network in networks.items() if network is None]
     check_names(unknown, known, "There is no data set or pretrained network")
     root = data_root(data_dir)
-    sets = {root / name: parts for name, parts in SOURCES.items() if name in names}
-    try:
-        well = not fetching or _fetch(sets, list(networks.values()))
-        missing = _show(sets, list(networks.values()))
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on where it was.", file=sys.stderr)
-        return 130
-    if missing:
-        where = f" --data-dir {data_dir}" if data_dir else ""
-        print(f"With a network, this fetches what is missing: taco-nb fetch {' '.join(missing)}{where}")
-    return 0 if well and not missing else 1
+    return {root / name: parts for name, parts in SOURCES.items() if name in names}, list(networks.values())
 
 
 def _fetch(sets: dict[Path, tuple[Part, ...]], networks: list[Pretrained]) -> bool:
