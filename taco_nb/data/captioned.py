@@ -277,9 +277,8 @@ def _check_text(content: dict[str, Any], path: Path) -> None:
                 if isinstance(text, str):
                     text.encode()
             except UnicodeEncodeError as error:
-                record = shorten(
-                    content if len(content) < 5 else key
-                )  # which in MS-COCO's files has the image's id
+                # Of MS-COCO's files the whole record is said, which has the image's id; of a captions file, the image.
+                record = shorten(content if len(content) < 5 else key)
                 raise DataError(
                     f"{path}: the text {shorten(text)} in {record} has half a character, {text[error.start]!r}, which "
                     "cannot be written as UTF-8. Perhaps an emoji was cut in two. Correct it."
