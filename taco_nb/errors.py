@@ -1,4 +1,9 @@
-"""Every error that a user can cause, each a sentence that says what was wrong, where, and what to do."""
+"""The errors that a user can cause. Each message is a sentence that says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class TacoError(Exception):
@@ -43,3 +48,16 @@ class WrongWeightsError(BitstreamError):
 
 class DriftError(BitstreamError):
     """File and weights are right, but this machine's arithmetic gave other latents than the encoder's."""
+
+
+def check_known(given: Iterable[str], known: Sequence[str], complaint: str) -> None:
+    """Raise `SettingError` for the first of the given names that is not known.
+
+    The message is the complaint, such as "There is no data set", then the name, and then the most similar known name, or
+    all of them where none is similar.
+    """
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+            raise SettingError(f"{complaint} {name!r}. {hint}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import time
 import types
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Parameters:
         if self.text_encoder is not None:
             from taco_nb.text.clip import text_width
 
-            exp = exp.replace(sizes=exp.sizes | {"text_dim": text_width(self.text_encoder)})
+            exp = exp.replace(sizes=replace(exp.sizes, text_dim=text_width(self.text_encoder)))
         return exp
 
     def datasets(self, captions: str = "published") -> list:

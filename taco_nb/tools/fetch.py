@@ -19,8 +19,7 @@ from typing import Any
 
 from taco_nb.data import STAGING, datasets, training_pairs
 from taco_nb.data.captioned import few, read_json
-from taco_nb.errors import DownloadError, TacoError
-from taco_nb.experiment import check_names
+from taco_nb.errors import DownloadError, TacoError, check_known
 from taco_nb.files import atomic_write, data_root
 from taco_nb.pretrained import PRETRAINED, Pretrained
 from taco_nb.tools.download import FULL, PROGRAM, check_room, download, shown
@@ -245,7 +244,7 @@ def _settle(
         print('Profile "sample" needs nothing that is not bundled.')
         return 0
     known = [*SOURCES, *PRETRAINED]
-    check_names(names, known, "There is no data set or pretrained network")
+    check_known(names, known, "There is no data set or pretrained network")
     root = data_root(data_dir)
     names = known if profile == "paper" or not names else names
     sets = {root / name: parts for name, parts in SOURCES.items() if name in names}
