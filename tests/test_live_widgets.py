@@ -254,7 +254,7 @@ def test_every_token_has_its_map_over_the_picture(codec, image):
     import json
 
     from taco_nb.widgets import where_the_text_looks
-    from taco_nb.widgets.page import data_url
+    from taco_nb.widgets.html_parts import picture_url
 
     records = attentions(codec, image, "a cat")
     page = where_the_text_looks(image, {"softmax": records}, codec.tower, "a cat")._repr_html_()
@@ -275,7 +275,7 @@ def test_every_token_has_its_map_over_the_picture(codec, image):
     grey = np.asarray(pixels({"src": sprite}))[..., 0].reshape(4, *records[0].grid)
     field = records[0].over_image(2)
     assert np.abs(grey[2] / 255 - ((field - field.min()) / (field.max() - field.min())).numpy()).max() < 0.003
-    assert data_url(image) in page
+    assert picture_url(image) in page
 
 
 def test_tokens_are_shaded_by_their_weights_and_a_pooled_text_has_one_map(codec, image):
@@ -302,7 +302,7 @@ def test_tokens_are_shaded_by_their_weights_and_a_pooled_text_has_one_map(codec,
 
 def test_the_map_over_the_picture_has_the_colours_of_the_scale(codec):
     from taco_nb.widgets import attention_maps
-    from taco_nb.widgets.heat import COLD, HOT, heat
+    from taco_nb.widgets.pictures import COLD, HOT, heat
 
     white = Image.new("RGB", (128, 64), "white")
     record = attentions(codec, white, "a cat")[0]
