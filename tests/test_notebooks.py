@@ -416,7 +416,7 @@ def executed(tmp_path_factory):
         "2",
     ]
     command += ["-p", "eval_limit", "1", "-p", "out_dir", out_dir]
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert {path.name for path in home.iterdir()} == {"out.ipynb", "results"}
     return nbformat.read(home / "out.ipynb", 4), out_dir
