@@ -1,4 +1,4 @@
-"""What the command lines of this package share: an error of ours is one line on stderr, and exit status 1."""
+"""The base of this package's commands. An error of ours becomes one line on stderr and exit status 1."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from taco_nb.errors import TacoError
 
 
 class Command(click.Command):
-    """A click command that turns a `TacoError` into one line that says what to do, in place of a traceback."""
+    """A click command that prints a `TacoError` as one line, which says what to do, in place of a traceback."""
 
     def invoke(self, context: click.Context) -> Any:
         try:

@@ -1,8 +1,13 @@
-"""Every error that a user can cause, each a sentence that says what was wrong, where, and what to do."""
+"""The errors that a user can cause. Each message is a sentence that says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class TacoError(Exception):
-    """The base of all errors below; catch it to catch them all."""
+    """The base of all errors below. Catch it to catch them all."""
 
 
 class SettingError(TacoError, ValueError):
@@ -10,15 +15,15 @@ class SettingError(TacoError, ValueError):
 
 
 class DataError(TacoError, ValueError):
-    """A data set, an image or a captions file is missing, unreadable or inconsistent; the message names the file."""
+    """A data set, an image or a file of captions is missing, unreadable or inconsistent. The message names the file."""
 
 
 class DownloadError(TacoError, RuntimeError):
-    """A file could not be fetched: no network, no room, or not the file that was expected; the message says which."""
+    """A file could not be fetched. The message says why: no network, no room, or another file than expected came."""
 
 
 class MissingWeightsError(TacoError, RuntimeError):
-    """Pretrained weights are not on this machine; the message says where they belong and which command fetches them."""
+    """Pretrained weights are not on this machine. The message names their file, their size and the command that gets them."""
 
 
 class StorageError(TacoError, OSError):
@@ -26,11 +31,11 @@ class StorageError(TacoError, OSError):
 
 
 class CheckpointError(TacoError, ValueError):
-    """A checkpoint is missing, damaged, or does not fit the model; the message names the file and the keys."""
+    """A checkpoint is missing, damaged, or does not fit the model. The message names the file and the keys."""
 
 
 class ProcessError(TacoError, RuntimeError):
-    """One of several processes that work together has died; the message has its last words."""
+    """One of several processes that work together has died. The message holds the last lines that it printed."""
 
 
 class BitstreamError(TacoError, ValueError):
@@ -38,12 +43,25 @@ class BitstreamError(TacoError, ValueError):
 
 
 class DamagedFileError(BitstreamError):
-    """The bytes are not a whole `.taco` file: foreign, truncated, altered or forged."""
+    """The bytes are no whole `.taco` file: they are of another format, cut short, altered or forged."""
 
 
 class WrongWeightsError(BitstreamError):
-    """The file is whole, but was written with other weights than the decoder's."""
+    """The file is whole, but the weights that wrote it are not the decoder's."""
 
 
 class DriftError(BitstreamError):
-    """File and weights are right, but this machine's arithmetic gave other latents than the encoder's."""
+    """File and weights are right, but this machine's arithmetic led to other latents than the encoder's."""
+
+
+def check_known(given: Iterable[str], known: Sequence[str], complaint: str) -> None:
+    """Raise `SettingError` for the first of the given names that is not known.
+
+    The message is the complaint, such as "There is no data set", then the name, and then the most similar known name, or
+    all of them where none is similar.
+    """
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}."
+            raise SettingError(f"{complaint} {name!r}. {hint}")

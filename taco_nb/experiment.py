@@ -7,162 +7,122 @@ exp = exp.replace(captions="context")
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field, StrictInt, StrictStr
+from pydantic.dataclasses import dataclass
 
 from taco_nb.errors import SettingError
 from taco_nb.files import data_root, short_path
+from taco_nb.settings import (
+    STRICT,
+    Attention,
+    Count,
+    LinformerSharing,
+    NotNegative,
+    Positive,
+    Precision,
+    Seed,
+    Sizes,
+    TextLength,
+    TextPooling,
+    plain_errors,
+)
 
 if TYPE_CHECKING:
     from taco_nb.model import ModelConfig
 
-PAPER_SIZES = {
-    "N": 192, "M": 320, "groups": (16, 16, 32, 64, 192), "text_dim": 512, "heads": 8, "context_widths": (224, 128),
-}  # fmt: skip
-DEMO_SIZES = {
-    "N": 48, "M": 96, "groups": (8, 8, 16, 16, 48), "text_dim": 64, "heads": 8, "context_widths": (64, 48),
-}  # fmt: skip
-
-SWITCHES = {
-    "captions": "context",
-    "attention": "linformer",
-    "text_pooling": None,
-}
-"""The settings that name an ablation, each with its value there. None: any but "none", by its own name."""
-CHOICES = {
-    "profile": ("paper", "sample"),
-    "attention": ("softmax", "linformer"),
-    "linformer_sharing": ("none", "key-value", "layerwise"),
-    "captions": ("published", "context"),
-    "text_length": ("truncate", "windows"),
-    "text_pooling": ("none", "keywords", "keywords-tokens"),
-    "precision": ("float32", "bfloat16"),
-    "optimizer": ("adam", "muon"),
-    "schedule": ("steps", "cosine"),
-}
+ABLATIONS = ("captions", "attention", "text_pooling")
+"""The settings that name an ablation. In a baseline they have their defaults."""
+DEMO_SIZES = Sizes(N=48, M=96, groups=(8, 8, 16, 16, 48), text_dim=64, context_widths=(64, 48))
+"""The sizes of the bundled codecs."""
 
 
-@dataclass(frozen=True)
+@plain_errors
+@dataclass(frozen=True, config=STRICT)
 class Experiment:
     """Model, text, data, training and seed of one run; the defaults are the published baseline's.
 
     Raises `SettingError`, naming the field, for a value of the wrong type or out of range.
     """
 
-    profile: str = "paper"
-    """Where the settings come from: "paper" or "sample"."""
-    sizes: dict[str, Any] = dataclasses.field(default_factory=PAPER_SIZES.copy)
-    """The widths in `taco_nb.model.ModelConfig`."""
-    init: str = ""
+    profile: Literal["paper", "sample"] = "paper"
+    """The profile that the settings come from."""
+    sizes: Sizes = Sizes()
+    """The widths of the network."""
+    init: StrictStr = ""
     """Weights to start from: a bundled codec's name, a run's folder or a checkpoint file; "" for random ones. "demo" means,
     of the bundled codecs as wide as this one, that which was trained with the same ablation, if any was, at the nearest
     lambda."""
 
-    attention: str = "softmax"
-    """Of the adapter: "softmax" or "linformer"."""
-    linformer_k: int = 32
-    """To how many positions Linformer projects keys and values."""
-    linformer_sharing: str = "none"
-    """What shares a projection of Linformer: "none", "key-value" or "layerwise"."""
+    attention: Attention = "softmax"
+    """The kind of attention in the adapter."""
+    linformer_k: Count = 32
+    """Linformer projects keys and values to this many positions."""
+    linformer_sharing: LinformerSharing = "none"
+    """Which projections of Linformer are one: none, E = F in each layer ("key-value"), or one for both Injectors
+    ("layerwise")."""
 
-    captions: str = "published"
-    """"published", those that come with a data set, or "context", paragraphs that describe and reason."""
-    text_encoder: str = "ViT-B-32-quickgelu/openai"
+    captions: Literal["published", "context"] = "published"
+    """"published" captions come with a data set; "context" captions are paragraphs that describe and reason."""
+    text_encoder: StrictStr = "ViT-B-32-quickgelu/openai"
     """An open_clip text tower as "model/pretrained", or "untrained-64"."""
-    text_tokens: int = 38
-    """Positions of the text tower that the adapter sees, 2 to 77, padding included."""
-    text_length: str = "truncate"
+    text_tokens: Annotated[StrictInt, Field(ge=2, le=77)] = 38
+    """How many positions of the text tower the adapter sees, padding included; CLIP has 77."""
+    text_length: TextLength = "truncate"
     """"truncate" cuts captions at `text_tokens`; "windows" reads all of them, 77 tokens at a time."""
-    text_pooling: str = "none"
-    """"none"; "keywords", the report's weighted sum over tokens; or "keywords-tokens", a weighted vector per token."""
-    keyword_weight: float = 1.5
-    """Of a word that matters, where other words weigh 1."""
-    keyword_sources: str = "tfidf+en_core_web_sm"
+    text_pooling: TextPooling = "none"
+    """"keywords" is the report's weighted sum over tokens; "keywords-tokens" keeps a weighted vector per token."""
+    keyword_weight: Positive = 1.5
+    """The weight of a word that matters, where other words weigh 1."""
+    keyword_sources: StrictStr = "tfidf+en_core_web_sm"
     """What finds the words that matter: "tfidf", a spaCy model or "rules" for named entities, "llm", joined by "+"."""
 
-    train_data: str = "coco"
+    train_data: StrictStr = "coco"
     """"coco", "sample", or a folder of images with its `captions.json`."""
-    crop: int = 256
-    """Side of the random training crops in pixels, a multiple of 64."""
+    crop: Annotated[StrictInt, Field(gt=0, multiple_of=64)] = 256
+    """Side of the random training crops in pixels."""
 
-    lmbda: float = 0.0004
+    lmbda: Positive = 0.0004
     """Weight of the distortion: loss = lmbda * 255^2 * MSE + bpp + k_P * LPIPS + k_J * J."""
-    k_P: float = 3.5
-    """Weight of LPIPS (AlexNet, fed [0, 1] as the reference does); 0 leaves it out, and needs no weights of it."""
-    k_J: float = 0.0025
-    """Weight of the joint image-text loss J; 0 leaves it out, and needs no CLIP."""
+    k_P: NotNegative = 3.5
+    """Weight of LPIPS (AlexNet, fed [0, 1] as the reference does); 0 leaves it out and needs no AlexNet."""
+    k_J: NotNegative = 0.0025
+    """Weight of the joint image-text loss J; 0 leaves it out and needs no CLIP."""
 
-    epochs: int = 50
-    batch_size: int = 8
-    optimizer: str = "adam"
-    """"adam" as the reference; or "muon", which takes fewer steps to the same loss, each a tenth to a quarter longer."""
-    learning_rate: float = 1e-4
-    """Of the optimizer at its highest; `schedule` says how it falls."""
-    schedule: str = "steps"
-    """"steps", to a tenth at 90 % and 96 % of the run as the reference; or "cosine", a short rise, then down to zero."""
-    aux_learning_rate: float = 1e-3
-    """Of the optimizer of z's quantiles alone."""
-    gradient_clip: float = 1.0
+    epochs: Count = 50
+    batch_size: Count = 8
+    optimizer: Literal["adam", "muon"] = "adam"
+    """"adam" is the reference's; "muon" takes fewer steps to the same loss, each a tenth to a quarter longer."""
+    learning_rate: Positive = 1e-4
+    """The optimizer's highest learning rate; `schedule` says how it falls."""
+    schedule: Literal["steps", "cosine"] = "steps"
+    """"steps" falls to a tenth at 90 % and again at 96 % of the run, as the reference does; "cosine" rises for a short
+    while and then falls to zero."""
+    aux_learning_rate: Positive = 1e-3
+    """The learning rate of the second optimizer, which fits the quantiles of z alone."""
+    gradient_clip: Positive = 1.0
     """Largest allowed norm of the gradient."""
-    precision: str = "float32"
-    """"float32", or "bfloat16" for the transforms under autocast; the entropy model is always float32."""
-    seed: int = 100
+    precision: Precision = "float32"
+    """"bfloat16" runs the transforms under autocast; the entropy model is always float32."""
+    seed: Seed = 100
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value, wanted = getattr(self, field.name), field.type
-            if wanted == "float" and isinstance(value, int) and not isinstance(value, bool):
-                object.__setattr__(self, field.name, float(value))
-            elif not _is(value, wanted):
-                raise SettingError(f"{field.name} must be {_WORDS[wanted]}, but is {value!r}.")
-        self._check_sizes()
-        for name in ("lmbda", "learning_rate", "aux_learning_rate", "gradient_clip", "keyword_weight"):
-            self._check(name, 0 < getattr(self, name) < math.inf, "above 0")
-        for name in ("k_P", "k_J"):
-            self._check(name, 0 <= getattr(self, name) < math.inf, "0 or above")
-        for name in ("epochs", "batch_size", "linformer_k"):
-            self._check(name, getattr(self, name) >= 1, "1 or above")
-        self._check("seed", 0 <= self.seed < 1 << 32, "from 0 to 2^32 - 1")
-        self._check("text_tokens", 2 <= self.text_tokens <= 77, "from 2 to 77, CLIP's limit")
-        self._check("crop", self.crop >= 64 and self.crop % 64 == 0, "a multiple of 64")
         if self.text_length == "windows" and self.text_pooling != "none":
             raise SettingError('Keyword weights weigh one window: text_pooling needs text_length="truncate".')
-        for name, choices in CHOICES.items():
-            self._check(
-                name, getattr(self, name) in choices, " or ".join(f'"{choice}"' for choice in choices)
-            )
-
-    def _check(self, name: str, right: bool, wanted: str) -> None:
-        if not right:
-            raise SettingError(f"{name} must be {wanted}, but is {getattr(self, name)!r}.")
-
-    def _check_sizes(self) -> None:
-        """Make lists tuples, and check names and types; what fits together is `ModelConfig`'s to say."""
-        check_names(self.sizes, list(PAPER_SIZES), "sizes have no")
-        object.__setattr__(
-            self, "sizes", {k: tuple(v) if isinstance(v, list) else v for k, v in self.sizes.items()}
-        )
-        for name, value in self.sizes.items():
-            if type(value) is not type(PAPER_SIZES[name]):
-                raise SettingError(f"sizes: {name} must be like {PAPER_SIZES[name]!r}, but is {value!r}.")
 
     def replace(self, **changes: Any) -> Experiment:
-        """A copy with some fields changed; raises `SettingError` for a field that does not exist."""
-        check_names(
-            changes, [field.name for field in dataclasses.fields(self)], "an Experiment has no setting"
-        )
+        """Return a copy with some settings changed. Raises `SettingError` for one that does not exist or is not allowed."""
         return dataclasses.replace(self, **changes)
 
     def model_config(self) -> ModelConfig:
-        """The network's settings. Raises `SettingError` where sizes do not fit together."""
+        """Return the network's settings."""
         from taco_nb.model import ModelConfig
 
         return ModelConfig(
-            **self.sizes,
+            **vars(self.sizes),
             attention=self.attention,
             linformer_k=self.linformer_k,
             linformer_sharing=self.linformer_sharing,
@@ -171,22 +131,23 @@ class Experiment:
         )
 
     def diff(self, other: Experiment) -> dict[str, tuple[Any, Any]]:
-        """The fields in which the two differ: {name: (here, there)}."""
+        """Return the settings in which the two differ, as {name: (here, there)}."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
         return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
 
     @property
     def ablations(self) -> dict[str, str]:
-        """The settings of `SWITCHES` that differ from the baseline's: {} in a baseline."""
-        return {name: now for name, (_, now) in Experiment().diff(self).items() if name in SWITCHES}
+        """The settings among `ABLATIONS` that differ from the baseline's: {} in a baseline."""
+        changed = Experiment().diff(self)
+        return {name: changed[name][1] for name in ABLATIONS if name in changed}
 
     @property
     def key(self) -> str:
-        """Eight hexadecimal digits that change with any setting: the name of a run's folder."""
+        """Eight hexadecimal digits that change with any setting. A run's folder is named with them."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
 
     def __str__(self) -> str:
-        """A line per setting."""
+        """Return a line per setting."""
         settings = dataclasses.asdict(self)
         width = max(map(len, settings))
         return "\n".join(f"{name:{width}} = {value!r}" for name, value in settings.items())
@@ -196,18 +157,21 @@ class Experiment:
 
     @classmethod
     def from_json(cls, text: str) -> Experiment:
-        """The inverse of `to_json`; raises `SettingError` for text that is no experiment."""
+        """Return the experiment that `to_json` wrote. Settings that the text lacks have their defaults.
+
+        Raises `SettingError` for text that is no experiment.
+        """
         try:
-            fields = json.loads(text)
+            settings = json.loads(text)
         except ValueError as error:
             raise SettingError(f"This is not an experiment's JSON: {error}.") from None
-        if not isinstance(fields, dict):
+        if not isinstance(settings, dict):
             raise SettingError("This is not an experiment's JSON: it holds no object.")
-        return cls().replace(**fields)
+        return cls(**settings)
 
 
 def baseline(profile: str = "auto", *, data_dir: str | None = None, **changes: Any) -> Experiment:
-    """The baseline that all ablations are compared with, in the given profile, with some settings changed.
+    """Return the baseline that all ablations are compared with, in the given profile, with some settings changed.
 
     "paper" is TACO as published: MS-COCO, CLIP ViT-B/32, the paper-size model. "sample" is the same code on the bundled
     pictures: a small model that starts from the bundled codec, an untrained text tower, and a loss without LPIPS and J,
@@ -225,7 +189,7 @@ def baseline(profile: str = "auto", *, data_dir: str | None = None, **changes: A
 
 
 def choose_profile(profile: str = "auto", data_dir: str | None = None) -> tuple[str, str]:
-    """The profile to use, and a sentence that says why and how to get the other.
+    """Return the profile to use, and a sentence that says why, and how to get the other.
 
     "auto" is "paper" where a CUDA device and a prepared `coco` in the data folder are both there, else "sample".
     """
@@ -247,20 +211,3 @@ def choose_profile(profile: str = "auto", data_dir: str | None = None) -> tuple[
         'Profile "paper", because a CUDA device and MS-COCO are both here. '
         'profile="sample" runs in minutes on the bundled pictures.'
     )
-
-
-def check_names(given: Any, known: list[str], complaint: str) -> None:
-    """Raise `SettingError` for the first of the given names that is not known, and name the closest that is."""
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(known)}."
-            raise SettingError(f"{complaint} {name!r}.{hint}")
-
-
-_WORDS = {"str": "text", "int": "a whole number", "float": "a number", "dict[str, Any]": "a dictionary"}
-
-
-def _is(value: Any, wanted: str) -> bool:
-    types = {"str": str, "int": int, "float": float, "dict[str, Any]": dict}
-    return isinstance(value, types[wanted]) and not isinstance(value, bool)

@@ -1,63 +1,74 @@
-"""The first cell of every notebook: parameters checked before anything is computed."""
+"""The first cell of every notebook: parameters are checked before anything is computed."""
 
 from __future__ import annotations
 
-import difflib
+import ast
+import tempfile
 import time
 import types
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from taco_nb.errors import DataError, SettingError
+from pydantic import Field, StrictFloat, StrictInt, StrictStr
+from pydantic.dataclasses import dataclass
+
+from taco_nb.errors import DataError, SettingError, check_known
 from taco_nb.experiment import Experiment, baseline, choose_profile
 from taco_nb.processes import check_device
+from taco_nb.settings import STRICT, CaptionChoice, Count, Device, Positive, Precision, Seed, plain_errors
 
-_IPYTHON = {"In", "Out", "get_ipython", "exit", "quit", "open"}
+if TYPE_CHECKING:
+    from taco_nb.data import CaptionedImages
+
 _PASSED = "_parameters_passed"
+"""The name that marks a notebook whose parameters have passed the check."""
 _OF_SOME = ("checkpoint", "n_pairs")
 """Parameters that a notebook has only if it says so."""
-_TYPES = {
-    "str": (str, "text"),
-    "int": (int, "a whole number"),
-    "float": ((int, float), "a number"),
-}
+_INTERNAL = ("settings", "started_in", "began")
+"""Fields of `Parameters` that are no parameters of a notebook."""
 
 
-@dataclass(frozen=True)
+@plain_errors
+@dataclass(frozen=True, config=STRICT)
 class Parameters:
-    """What a notebook was asked to do. None leaves a setting to the profile."""
+    """What a notebook was asked to do. None leaves a setting to the profile.
 
-    profile: str = "auto"
-    data_dir: str | None = None
-    out_dir: str = "runs"
-    checkpoint: str | None = None
-    lmbda: float | None = None
-    epochs: int | None = None
-    init: str | None = None
-    text_encoder: str | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    seed: int | None = None
-    device: str = "auto"
-    precision: str | None = None
-    eval_limit: int | None = None
-    caption: str = "first"
-    n_pairs: int | None = None
-    max_hours: float | None = None
-    num_processes: int = 1
-    num_workers: int | None = None
-    accumulation: int = 1
+    Raises `SettingError`, with one sentence, for a value of the wrong type or out of range.
+    """
+
+    profile: Literal["auto", "paper", "sample"] = "auto"
+    data_dir: StrictStr | None = None
+    out_dir: StrictStr = "runs"
+    checkpoint: StrictStr | None = None
+    lmbda: Positive | None = None
+    epochs: Count | None = None
+    init: StrictStr | None = None
+    text_encoder: StrictStr | None = None
+    batch_size: Count | None = None
+    learning_rate: Positive | None = None
+    seed: Seed | None = None
+    device: Device = "auto"
+    precision: Precision | None = None
+    eval_limit: Count | None = None
+    caption: CaptionChoice = "first"
+    n_pairs: Count | None = None
+    max_hours: Annotated[StrictFloat, Field(ge=0)] | None = None
+    num_processes: Count = 1
+    num_workers: Annotated[StrictInt, Field(ge=0)] | None = None
+    accumulation: Count = 1
     settings: dict[str, Any] = field(default_factory=dict)
-    """The notebook's own parameters: fields of the `Experiment` that it changes."""
+    """The notebook's own parameters: settings of the `Experiment` that it changes."""
     started_in: Path = field(default_factory=Path.cwd)
-    """What a relative `out_dir` is relative to."""
+    """The folder that a relative `out_dir` is relative to."""
     began: float = field(default_factory=time.monotonic, compare=False)
-    """When `max_hours` began."""
+    """The time at which `max_hours` began."""
 
     @property
     def runs(self) -> Path:
-        """Where runs are kept, absolute, so that no later change of directory moves it."""
+        """The folder of the runs. It is absolute, so that no later change of directory moves it."""
         return (self.started_in / Path(self.out_dir).expanduser()).resolve()
 
     @property
@@ -67,30 +78,27 @@ class Parameters:
 
     @property
     def torch_device(self) -> str:
-        return ("cuda" if _has_cuda() else "cpu") if self.device == "auto" else self.device
+        """ "cuda" or "cpu", where `device` may say "auto"."""
+        import torch
+
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
 
     def experiment(self) -> Experiment:
-        """The profile's baseline with the settings that were given. Raises `SettingError` for one out of range."""
-        names = (
-            "init",
-            "text_encoder",
-            "lmbda",
-            "epochs",
-            "batch_size",
-            "learning_rate",
-            "seed",
-            "precision",
-        )
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        """Return the profile's baseline with the settings that were given."""
+        settings = {setting.name for setting in fields(Experiment)} - {"profile"}
+        given = {name: v for name, v in vars(self).items() if name in settings and v is not None}
         exp = baseline(self.profile, data_dir=self.data_dir, **given)
         if self.text_encoder is not None:
             from taco_nb.text.clip import text_width
 
-            exp = exp.replace(sizes=exp.sizes | {"text_dim": text_width(self.text_encoder)})
+            exp = exp.replace(sizes=replace(exp.sizes, text_dim=text_width(self.text_encoder)))
         return exp
 
-    def datasets(self, captions: str = "published") -> list:
-        """The evaluation sets of the profile that are on this machine; those that are not are named in a line each."""
+    def datasets(self, captions: str = "published") -> list[CaptionedImages]:
+        """Return the profile's evaluation sets that are on this machine, and name the others in a printed line each.
+
+        Raises `DataError` if there is none.
+        """
         from taco_nb.data import datasets
 
         if self.profile == "sample":
@@ -107,65 +115,75 @@ class Parameters:
 
 
 def check_parameters(namespace: dict[str, Any], *own: str) -> Parameters:
-    """The notebook's parameters, from its `globals()`, with the profile chosen and a sentence printed that says why.
+    """Return a notebook's parameters from its `globals()`, and print which profile was chosen, and why.
 
-    `own` names what is a parameter of this notebook alone: fields of an `Experiment`, which come as `settings`, or
+    `own` names what is a parameter of this notebook alone: settings of an `Experiment`, which come back as `settings`, or
     "checkpoint" or "n_pairs".
 
-    Raises `SettingError`, with one sentence, for a name that is not a parameter (papermill would pass it silently), for
-    a value of the wrong type, and for a value out of range. A name that is refused is deleted, so that the corrected cell
-    can be run again. After a check has passed, further names are the notebook's own, and running it again ignores them.
+    Raises `SettingError`, with one sentence, for a name that is no parameter (papermill would pass it silently), for a
+    value of the wrong type or out of range, and for an `out_dir` that cannot be written to. A name that is refused is
+    deleted, so that the corrected cell can be run again. Once a check has passed, further names are the notebook's own,
+    and a second check ignores them.
     """
-    shared = {field.name: field.type for field in fields(Parameters)}
-    known = {
-        name: shared[name] for name in shared if name not in ("settings", "started_in", "began", *_OF_SOME)
-    }
-    known |= {name: shared.get(name) for name in own}
+    shared = [parameter.name for parameter in fields(Parameters)]
+    known = [name for name in shared if name not in (*_INTERNAL, *_OF_SOME)]
+    known += [name for name in own if name not in known]
     given = {
-        name: value
-        for name, value in namespace.items()
-        if not name.startswith("_") and name not in _IPYTHON and not isinstance(value, (types.ModuleType, type))
-        and not callable(value) and (name in known or not namespace.get(_PASSED))
+        name: namespace[name]
+        for name in _names_given(namespace, known)
+        if not name.startswith("_") and not isinstance(namespace[name], (types.ModuleType, type))
+        and not callable(namespace[name]) and (name in known or _PASSED not in namespace)
     }  # fmt: skip
-    for name, value in given.items():
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"The parameters are {', '.join(known)}."
+    for name in given:
+        try:
+            check_known([name], known, "This notebook has no parameter")
+        except SettingError:
             del namespace[name]
-            raise SettingError(f"This notebook has no parameter {name!r}. {hint}")
-        if known[name] is not None:  # the types of an experiment's fields it checks itself
-            _check_type(name, value, known[name])
+            raise
     settings = {name: given.pop(name) for name in own if name in given and name not in shared}
-    given["settings"] = {name: value for name, value in settings.items() if value is not None}
-    parameters = Parameters(**given)
+    settings = {name: value for name, value in settings.items() if value is not None}
+    parameters = Parameters(**given, settings=settings)
     profile, sentence = choose_profile(parameters.profile, parameters.data_dir)
-    least_values = {
-        "eval_limit": 1, "n_pairs": 1, "max_hours": 0, "num_processes": 1, "num_workers": 0, "accumulation": 1,
-    }  # fmt: skip
-    for name, least in least_values.items():
-        value = getattr(parameters, name)
-        if value is not None and not value >= least:  # so that NaN is refused too
-            raise SettingError(f"{name} must be {least} or above, but is {value!r}.")
-    from taco_nb.evaluation import check_caption
-
-    check_caption(parameters.caption)
+    parameters = replace(parameters, profile=profile)
+    parameters.experiment().replace(**settings)
     check_device(parameters.device, parameters.num_processes)
-    if parameters.runs.exists() and not parameters.runs.is_dir():
-        raise SettingError(
-            f"out_dir must be a folder, or the name of one to make, but {parameters.out_dir!r} is a file."
-        )
-    parameters = Parameters(**{**given, "profile": profile})
-    parameters.experiment().replace(**parameters.settings)
+    _check_writable(parameters)
     _embed_plotly()
     namespace[_PASSED] = True
     print(sentence)
     return parameters
 
 
-def _has_cuda() -> bool:
-    import torch
+def _names_given(namespace: dict[str, Any], known: Iterable[str]) -> list[str]:
+    """Return the names to check: those that the cell with the parameters, or papermill's cell below it, has set.
 
-    return torch.cuda.is_available()
+    IPython keeps the cells that have run in `In`. The cell with the parameters is one that sets a known parameter, and
+    papermill's begins with a comment. What a startup file of the user's has set is in neither, and is left alone. A
+    namespace without such a history, as of a program, is checked whole.
+    """
+    names: set[str] = set()
+    for source in namespace.get("In", ()):
+        with suppress(SyntaxError):
+            stored = {
+                node.id
+                for node in ast.walk(ast.parse(source))
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+            }
+            if source.startswith("# Parameters\n") or not stored.isdisjoint(known):
+                names |= stored
+    return [name for name in namespace if not names or name in names]
+
+
+def _check_writable(parameters: Parameters) -> None:
+    """Make the folder of the runs and a file in it, which says more than permissions do. Raises `SettingError`."""
+    try:
+        parameters.runs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parameters.runs):
+            pass
+    except OSError as error:
+        raise SettingError(
+            f"out_dir must be a folder that can be written to, but {parameters.out_dir!r} is not: {error.strerror}."
+        ) from None
 
 
 def _embed_plotly() -> None:
@@ -173,12 +191,3 @@ def _embed_plotly() -> None:
     import plotly.io
 
     plotly.io.renderers.default = "plotly_mimetype+notebook"
-
-
-def _check_type(name: str, value: Any, wanted: str) -> None:
-    kind, _, optional = wanted.partition(" | ")
-    types_, words = _TYPES[kind]
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, types_):
-        raise SettingError(f"{name} must be {words}{' or None' if optional else ''}, but is {value!r}.")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taco_nb.errors import DataError, SettingError
-from taco_nb.experiment import SWITCHES, Experiment, baseline
+from taco_nb.experiment import ABLATIONS, Experiment, baseline
 from taco_nb.files import bundled, sha256, short_path
 from taco_nb.metrics.rate import BD_POINTS, bd_rate
 
@@ -46,7 +46,7 @@ _VARIATIONS = (
     "keyword_weight",
     "keyword_sources",
 )
-ABLATION_FIELDS = (*SWITCHES, *_VARIATIONS)
+ABLATION_FIELDS = (*ABLATIONS, *_VARIATIONS)
 """The settings of an `Experiment` in which an ablation may differ from its baseline."""
 _PROTOCOL = (
     "sizes", "init", "text_encoder", "train_data", "crop", "k_P", "k_J", "batch_size", "learning_rate", "aux_learning_rate",
@@ -350,11 +350,7 @@ def _experiment(folder: Path, about: Mapping[str, Any]) -> Experiment | None:
 
 def ablation_of(exp: Experiment) -> str:
     """What an experiment changes in the model or its text: "baseline", or the names of the changes joined by " + "."""
-    changed = exp.ablations
-    return (
-        " + ".join(name or changed[field] for field, name in SWITCHES.items() if field in changed)
-        or "baseline"
-    )
+    return " + ".join(exp.ablations.values()) or "baseline"
 
 
 def _label(exp: Experiment | None, about: Mapping[str, Any], epochs: float) -> str:
@@ -369,9 +365,11 @@ def _label(exp: Experiment | None, about: Mapping[str, Any], epochs: float) -> s
         return ", ".join([ablation_of(exp), "bundled demo codec", *measured])
     plain = baseline(exp.profile)
     changed = {
-        name: now for name, (_, now) in plain.diff(exp).items() if name not in ("lmbda", "epochs", *SWITCHES)
+        name: now for name, (_, now) in plain.diff(exp).items() if name not in ("lmbda", "epochs", *ABLATIONS)
     }
-    changed |= {name: now for name, now in changed.pop("sizes", {}).items() if now != plain.sizes.get(name)}
+    changed |= {
+        name: now for name, now in changed.pop("sizes", {}).items() if now != getattr(plain.sizes, name)
+    }
     varied = [f"{name}={'none' if now == '' else now}" for name, now in changed.items()]
     profile = [] if exp.profile == "paper" else [exp.profile]
     length = f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}"
@@ -397,7 +395,7 @@ def _unjudged(exp: Experiment | None, about: Mapping[str, Any], epochs: float, d
             reasons.append(f"captions read through {about.get('text_encoder')}")
         if "sizes" not in about:
             reasons.append("its model's size is not recorded")
-        elif json.dumps(about["sizes"]) != json.dumps(paper.sizes):
+        elif json.dumps(about["sizes"]) != json.dumps(vars(paper.sizes)):
             reasons.append("not a model of the paper's size")
     elif exp.profile != "paper":
         reasons.append(f"profile {exp.profile}")

@@ -24,6 +24,7 @@ from taco_nb import datasets, load
 from taco_nb.files import REPOSITORY
 
 NOTEBOOKS = ("01_baseline", "03_linformer")
+PATIENCE = 500  # seconds, less than pytest's own limit: a busy machine is no fault
 QUIET = {  # Lab asks whether it may fetch news, which a test has no answer to
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "@jupyterlab/apputils-extension/themes": {"theme": "JupyterLab Light"},
@@ -84,7 +85,7 @@ def server(tmp_path_factory) -> Iterator[tuple[Path, str]]:
         yield home, f"http://127.0.0.1:{port}/lab/tree/NAME.ipynb?token={token}&reset"
     finally:
         process.terminate()  # Lab shuts its kernels down
-        process.wait(timeout=30)
+        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,7 @@ def lab(server) -> Iterator[Lab]:
             page = browser.new_context(
                 viewport={"width": 1280, "height": 900}, accept_downloads=True
             ).new_page()
+            page.set_default_timeout(PATIENCE * 1000)
             heard = errors[name]
             page.on("pageerror", lambda error, heard=heard: heard.append(str(error)))
             page.on(
@@ -108,17 +110,16 @@ def lab(server) -> Iterator[Lab]:
                 ),
             )
             page.goto(address.replace("NAME", name))
-            page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=90_000)
+            page.wait_for_selector(".jp-Notebook .jp-Cell")
             page.wait_for_function(
                 "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
-                timeout=90_000,
             )
             page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
             pages[name] = page
         yield Lab(folder, address, pages, errors)
 
 
-def expect_soon(page: Any, condition: Callable[[], bool], seconds: float = 20) -> None:
+def expect_soon(page: Any, condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
     """Wait until something is true in the page."""
     end = time.monotonic() + seconds
     while not condition():
@@ -131,7 +132,7 @@ def cells(page: Any) -> list[dict]:
     return page.evaluate("jupyterapp.shell.currentWidget.content.model.toJSON().cells")
 
 
-def wait_until_run(page: Any, timeout: float = 240) -> None:
+def wait_until_run(page: Any, timeout: float = PATIENCE) -> None:
     """Wait for the end of all cells, or for the first error of one."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
@@ -154,7 +155,7 @@ def output_of(page: Any, source: str) -> Any:
     ]
     page.evaluate(f"jupyterapp.shell.currentWidget.content.scrollToItem({found[0]}, 'start')")
     cell = page.locator(f'.jp-Notebook .jp-Cell[data-windowed-list-index="{found[0]}"]')
-    cell.locator(".jp-OutputArea-output").first.wait_for(timeout=30_000)
+    cell.locator(".jp-OutputArea-output").first.wait_for()
     return cell
 
 
@@ -209,14 +210,14 @@ def test_an_edited_caption_changes_the_bits(baseline):
     text.fill("two dogs run over a snowy field")
     text.press("Enter")
     new = cell.locator("tr", has_text="your own, 1")
-    new.wait_for(timeout=60_000)
+    new.wait_for()
     caption = "two dogs run over a snowy field"
     sample = datasets("sample")[0][0]
     file = load("demo").encode(sample.image, caption)
     assert new.locator("td").nth(2).inner_text() == f"{len(file):,}" != before
     assert f"{len(file):,} bytes" in cell.locator(".taco-compare .tc-caption").nth(1).inner_text()
     cell.get_by_role("button", name="empty").click()
-    cell.locator(".tc-foot", has_text="this caption: empty").wait_for(timeout=60_000)
+    cell.locator(".tc-foot", has_text="this caption: empty").wait_for()
 
 
 def test_a_picture_of_ones_own_becomes_a_file(baseline, tmp_path):
@@ -230,7 +231,7 @@ def test_a_picture_of_ones_own_becomes_a_file(baseline, tmp_path):
     cell.locator("input[type=text]").press("Tab")
     cell.get_by_role("button", name="Encode").click()
     link = cell.get_by_role("link", name="Download mine.taco")
-    link.wait_for(timeout=60_000)
+    link.wait_for()
     with baseline.expect_download() as download:
         link.click()
     download.value.save_as(tmp_path / "mine.taco")
@@ -242,14 +243,14 @@ def test_a_picture_of_ones_own_becomes_a_file(baseline, tmp_path):
 def test_a_click_on_a_point_opens_its_image(baseline):
     cell = output_of(baseline, "explorer(")
     point = cell.locator(".js-plotly-plot .scatterlayer .trace .points path").first
-    point.wait_for(timeout=30_000)
+    point.wait_for()
     point.scroll_into_view_if_needed()
     baseline.wait_for_timeout(1000)  # the listener looks for the figure twice a second
     box = point.bounding_box()
     baseline.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     baseline.locator(".hoverlayer .hovertext", has_text="chelsea.png").first.wait_for()
     baseline.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    cell.locator(".taco-compare .tc-stage").wait_for(timeout=60_000)
+    cell.locator(".taco-compare .tc-stage").wait_for()
     assert "chelsea.png" in cell.inner_text()
 
 

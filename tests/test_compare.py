@@ -22,7 +22,7 @@ from taco_nb.inspection import bit_map
 from taco_nb.metrics.distortion import ms_ssim, psnr
 from taco_nb.widgets import compare
 from taco_nb.widgets.compare import SHOWN
-from taco_nb.widgets.page import data_url
+from taco_nb.widgets.html_parts import picture_url
 
 
 class Page(HTMLParser):
@@ -152,7 +152,7 @@ def test_a_very_large_picture_is_measured_whole_and_shown_smaller():
 @pytest.mark.parametrize("size, kind", [((1, 16383), "webp"), ((1, 16384), "png"), ((40000, 2), "png")])
 def test_a_side_may_be_longer_than_webp_has(size, kind):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-    src = data_url(picture)
+    src = picture_url(picture)
     assert src.startswith(f"data:image/{kind};")
     assert pixels({"src": src}).tobytes() == picture.tobytes()
 

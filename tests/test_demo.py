@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,7 +151,7 @@ def family(tmp_path_factory):
     changes = {
         "demo": {}, "demo-high": {"lmbda": 0.04}, "demo-linformer": {"attention": "linformer"},
         "demo-both": {"attention": "linformer", "captions": "context"}, "other": {"lmbda": 0.02},
-        "demo-wide": {"lmbda": 0.1, "sizes": DEMO_SIZES | {"context_widths": (32, 24)}},
+        "demo-wide": {"lmbda": 0.1, "sizes": vars(DEMO_SIZES) | {"context_widths": (32, 24)}},
     }  # fmt: skip
     for name, change in changes.items():
         card = card_of("demo")
@@ -168,9 +169,9 @@ def family(tmp_path_factory):
         ({"captions": "context", "attention": "linformer"}, "demo-both"), ({"text_pooling": "keywords"}, "demo"),
         ({"captions": "context", "lmbda": 0.05}, "demo-high"), ({"init": "other"}, "other"),
         ({"init": "demo-high"}, "demo-high"), ({"lmbda": 0.2}, "demo-high"),
-        ({"lmbda": 0.0018, "sizes": DEMO_SIZES | {"context_widths": (32, 24)}}, "demo-wide"),
-        ({"sizes": DEMO_SIZES | {"context_widths": (16, 16)}}, "demo"),
-        ({"lmbda": 0.04, "sizes": DEMO_SIZES | {"text_dim": 512}}, "demo-high"),
+        ({"lmbda": 0.0018, "sizes": replace(DEMO_SIZES, context_widths=(32, 24))}, "demo-wide"),
+        ({"sizes": replace(DEMO_SIZES, context_widths=(16, 16))}, "demo"),
+        ({"lmbda": 0.04, "sizes": replace(DEMO_SIZES, text_dim=512)}, "demo-high"),
     ],
     ids=str,
 )  # fmt: skip

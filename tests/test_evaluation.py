@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import weakref
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
@@ -204,7 +205,7 @@ def saved(tmp_path_factory, network):
     """(experiment, data set, results, folder) of a codec from a file, in a process with something to hide"""
     home = tmp_path_factory.mktemp("saved")
     experiment = baseline("sample", seed=7).replace(text_encoder="untrained-16", text_tokens=8)
-    about = {"name": "a run", "experiment": experiment.__dict__, "steps": 3}
+    about = {"name": "a run", "experiment": asdict(experiment), "steps": 3}
     save_weights(home / "weights.safetensors", make_net(), about)
     dataset = folder(home / "photos")
     with pytest.MonkeyPatch.context() as patch:

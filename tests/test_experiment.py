@@ -1,6 +1,8 @@
 """Experiments: what they refuse, how they are told apart, and which baseline this machine gets."""
 
 import dataclasses
+import json
+import pickle
 import subprocess
 import sys
 
@@ -8,10 +10,22 @@ import pytest
 import torch
 
 from taco_nb.errors import DataError, SettingError
-from taco_nb.experiment import CHOICES, DEMO_SIZES, PAPER_SIZES, Experiment, baseline, choose_profile
+from taco_nb.experiment import ABLATIONS, Experiment, baseline, choose_profile
 from taco_nb.files import REPOSITORY
 from taco_nb.model import ModelConfig
+from taco_nb.settings import Sizes
 
+CHOICES = {
+    "profile": ["paper", "sample"],
+    "attention": ["softmax", "linformer"],
+    "linformer_sharing": ["none", "key-value", "layerwise"],
+    "captions": ["published", "context"],
+    "text_length": ["truncate", "windows"],
+    "text_pooling": ["none", "keywords", "keywords-tokens"],
+    "optimizer": ["adam", "muon"],
+    "schedule": ["steps", "cosine"],
+    "precision": ["float32", "bfloat16"],
+}
 needs_no_cuda = pytest.mark.skipif(
     torch.cuda.is_available(), reason="on a machine with CUDA the answer is another"
 )
@@ -50,7 +64,20 @@ def test_json_round_trip():
     ):
         again = Experiment.from_json(exp.to_json())
         assert again == exp and not again.diff(exp)
-        assert again.sizes["groups"] == exp.sizes["groups"] and isinstance(again.sizes["groups"], tuple)
+        assert again.sizes.groups == exp.sizes.groups and isinstance(again.sizes.groups, tuple)
+
+
+def test_the_json_of_runs_and_cards_has_not_changed():
+    """Folders are named with a digest of it, so that a change would part runs from their notebooks."""
+    assert (Experiment().key, baseline("sample").key) == ("9c3dd739", "102b855c")
+    cards = sorted((REPOSITORY / "data" / "checkpoints").glob("*.json"))
+    assert cards
+    for card in cards:
+        told = json.loads(card.read_text(encoding="utf-8"))["experiment"]
+        assert json.loads(Experiment.from_json(json.dumps(told)).to_json()) == {
+            **json.loads(Experiment().to_json()),
+            **told,
+        }
 
 
 def test_json_of_an_older_version_gets_the_defaults_of_fields_it_lacks():
@@ -93,19 +120,27 @@ def test_a_setting_like_no_other_is_refused_with_all_of_them():
 
 
 WRONG = {
-    "str": [None, 3, True, ["coco"], b"coco"],
-    "int": [None, "64", 64.0, True, [64]],
-    "float": [None, "0.1", True, False, [0.1], 1j],
-    "dict[str, Any]": [None, "N=192", [("N", 192)], 192],
+    str: ("text", [None, 3, True, ["coco"], b"coco"]),
+    int: ("a whole number", [None, "64", 64.0, True, [64]]),
+    float: ("a number", [None, "0.1", True, False, [0.1], 1j]),
+    Sizes: ("a dictionary", [None, "N=192", [("N", 192)], 192]),
 }
 
 
 @pytest.mark.parametrize(
-    "name, wrong", [(f.name, w) for f in dataclasses.fields(Experiment) for w in WRONG[f.type]]
+    "name, wanted, wrong",
+    [
+        (name, WRONG[type(value)][0], w)
+        for name, value in vars(Experiment()).items()
+        for w in WRONG[type(value)][1]
+    ],
 )
-def test_values_of_the_wrong_type_name_their_field(name, wrong):
-    with pytest.raises(SettingError, match=rf"^{name} must be "):
+def test_values_of_the_wrong_type_name_their_field(name, wanted, wrong):
+    wanted = " or ".join(f'"{choice}"' for choice in CHOICES[name][-2:]) if name in CHOICES else wanted
+    with pytest.raises(SettingError) as caught:
         Experiment().replace(**{name: wrong})
+    assert str(caught.value).startswith(f"{name} must be ")
+    assert str(caught.value).endswith(f"{wanted}, but is {wrong!r}.")
 
 
 NOT_ABOVE_0 = [0, -1, float("nan"), float("inf")]
@@ -133,6 +168,31 @@ def test_values_out_of_range_name_their_field(name, wrong):
         Experiment().replace(**{name: wrong})
 
 
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        ({"lmbda": -1}, "lmbda must be above 0, but is -1."),
+        ({"k_P": float("nan")}, "k_P must be 0 or above, but is nan."),
+        ({"seed": -1}, "seed must be from 0 to 4294967295, but is -1."),
+        ({"crop": 100}, "crop must be a multiple of 64, but is 100."),
+        ({"captions": "own"}, """captions must be "published" or "context", but is 'own'."""),
+        ({"text_pooling": 1}, 'text_pooling must be "none", "keywords" or "keywords-tokens", but is 1.'),
+        ({"epoch": 1}, "An Experiment has no setting 'epoch'. Did you mean 'epochs'?"),
+        ({"sizes": {"grups": (4, 4)}}, "The sizes have no setting 'grups'. Did you mean 'groups'?"),
+        ({"sizes": {"N": 1}}, "sizes: N must be 2 or above, but is 1."),
+        ({"sizes": {"groups": [3.5]}}, "Each of the groups must be a whole number, but one is 3.5."),
+        ({"sizes": {"M": 5}}, "groups=(16, 16, 32, 64, 192) add up to 320, but must add up to M=5."),
+        ({"text_length": "windows", "text_pooling": "keywords"}, "Keyword weights weigh one window: text_pooling needs "
+         'text_length="truncate".'),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_a_sentence(wrong, sentence):
+    for make in (Experiment().replace, lambda **settings: Experiment(**settings)):
+        with pytest.raises(SettingError) as caught:
+            make(**wrong)
+        assert str(caught.value) == sentence
+
+
 def test_the_ends_of_the_ranges_are_allowed():
     Experiment(k_P=0, k_J=0, epochs=1, batch_size=1, seed=0, text_tokens=2, crop=64)
     Experiment(text_tokens=77, seed=(1 << 32) - 1, crop=1024)
@@ -146,9 +206,9 @@ def test_whole_numbers_pass_for_numbers():
 
 
 def test_sizes_take_lists_and_check_names_and_types():
-    exp = Experiment(sizes={**PAPER_SIZES, "groups": [16, 16, 32, 64, 192], "context_widths": [224, 128]})
+    exp = Experiment(sizes={"N": 192, "groups": [16, 16, 32, 64, 192], "context_widths": [224, 128]})
     assert exp == Experiment()
-    with pytest.raises(SettingError, match="^sizes have no 'n'.*N, M, groups"):
+    with pytest.raises(SettingError, match="^The sizes have no setting 'n'.*N, M, groups"):
         exp.replace(sizes={"n": 64})
     for wrong in ({"N": "64"}, {"N": 64.0}, {"N": True}, {"groups": 5}, {"context_widths": None}):
         with pytest.raises(SettingError, match=f"^sizes: {next(iter(wrong))} must be"):
@@ -161,8 +221,10 @@ def test_an_experiment_is_frozen_and_shares_no_state():
         exp.lmbda = 1.0
     changed = exp.replace(lmbda=1.0)
     assert (changed.lmbda, exp.lmbda) == (1.0, baseline("sample").lmbda)
-    exp.sizes["N"] = 8  # a dict stays a dict; but it is nobody else's
-    assert changed.sizes["N"] == baseline("sample").sizes["N"] == DEMO_SIZES["N"] == 48
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        exp.sizes.N = 8
+    assert pickle.loads(pickle.dumps(exp)) == exp != changed
+    assert len({exp, changed, baseline("sample")}) == 2
 
 
 def test_diff_is_what_was_replaced():
@@ -172,9 +234,9 @@ def test_diff_is_what_was_replaced():
         "lmbda": (0.0004, 0.0016),
         "init": ("", "demo"),
     }
-    smaller = exp.replace(sizes={**PAPER_SIZES, "N": 64})
-    assert exp.diff(smaller) == {"sizes": (exp.sizes, smaller.sizes)}
-    assert smaller.diff(exp) == {"sizes": (smaller.sizes, exp.sizes)}
+    smaller = exp.replace(sizes={"N": 64})
+    assert exp.diff(smaller) == {"sizes": (vars(exp.sizes), vars(exp.sizes) | {"N": 64})}
+    assert smaller.diff(exp) == {"sizes": (vars(smaller.sizes), vars(exp.sizes))}
 
 
 def test_every_choice_is_allowed_and_tells_experiments_apart():
@@ -184,6 +246,16 @@ def test_every_choice_is_allowed_and_tells_experiments_apart():
     assert len({other.key for other in others}) == 1 + sum(len(choices) - 1 for choices in CHOICES.values())
     assert Experiment.from_json(others[0].to_json()).key == others[0].key
     assert all(f"{field.name} " in str(exp) for field in dataclasses.fields(exp))
+
+
+def test_ablations_are_named_by_what_they_change_to():
+    exp = Experiment(lmbda=1, linformer_k=8)
+    assert exp.ablations == {}
+    changed = exp.replace(attention="linformer", captions="context", text_pooling="keywords")
+    assert list(changed.ablations.items()) == [
+        ("captions", "context"), ("attention", "linformer"), ("text_pooling", "keywords"),
+    ]  # fmt: skip
+    assert tuple(changed.ablations) == ABLATIONS
 
 
 @pytest.mark.parametrize("profile", ["paper", "sample"])

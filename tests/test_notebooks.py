@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import nbformat
@@ -17,7 +16,9 @@ import papermill
 import pytest
 import torch
 from browser import opens_without_a_network
+from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
+from pydantic import TypeAdapter
 from test_compare import Page, pixels
 from test_widgets import Cells
 
@@ -35,6 +36,12 @@ FOLDER = REPOSITORY / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 BASELINE = FOLDER / "01_baseline.ipynb"
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """The first cell makes the folder of the runs in the working directory, which is not to be the repository."""
+    monkeypatch.chdir(tmp_path)
 
 
 def code_cells(notebook) -> list:
@@ -89,12 +96,15 @@ def test_cells_are_short_and_one_holds_the_parameters(path):
 def test_papermill_explains_every_parameter(path):
     explained = papermill.inspect_notebook(str(path))
     assert explained.keys() == defaults_in(path).keys()
-    types = {field.name: field.type.partition(" | ")[0] for field in fields(Parameters)}
+    names = {"string": "str", "integer": "int", "number": "float"}
+    declared = {
+        name: names.get((schema.get("anyOf") or [schema])[0].get("type"))
+        for settings in (Experiment, Parameters)
+        for name, schema in TypeAdapter(settings).json_schema()["properties"].items()
+    }
     for name, parameter in explained.items():
         assert len(parameter["help"]) > 5, name
-        assert (
-            parameter["inferred_type_name"] == types.get(name, parameter["inferred_type_name"]) != "None"
-        ), name
+        assert parameter["inferred_type_name"] == declared[name] is not None, name
 
 
 @every_notebook
@@ -138,14 +148,14 @@ def test_a_name_that_is_no_parameter_stops_every_notebook(path):
     [
         ({"epoch": 2}, "no parameter 'epoch'. Did you mean 'epochs'"),
         ({"lambda_": 0.1}, "no parameter 'lambda_'"),
-        ({"zzz": None}, "no parameter 'zzz'. The parameters are profile, .*lmbda, epochs"),
+        ({"zzz": None}, "no parameter 'zzz'. Known: profile, .*lmbda, epochs"),
         ({"epochs": "many"}, "epochs must be a whole number or None, but is 'many'"),
         ({"epochs": 2.0}, "epochs must be a whole number"),
         ({"epochs": True}, "epochs must be a whole number"),
         ({"batch_size": [4]}, "batch_size must be a whole number"),
         ({"lmbda": "0.01"}, "lmbda must be a number or None"),
-        ({"profile": 3}, "profile must be text"),
-        ({"profile": None}, "profile must be text, but is None"),
+        ({"profile": 3}, 'profile must be "auto", "paper" or "sample", but is 3'),
+        ({"profile": None}, 'profile must be "auto", "paper" or "sample", but is None'),
         ({"out_dir": None}, "out_dir must be text"),
         ({"checkpoint": 4}, "checkpoint must be text or None"),
         ({"lmbda": -1}, "lmbda must be above 0, but is -1"),
@@ -165,7 +175,7 @@ def test_a_name_that_is_no_parameter_stops_every_notebook(path):
         ({"accumulation": 0}, "accumulation must be 1 or above"),
         ({"device": "tpu"}, "device must be .*'tpu'"),
         ({"precision": "float16"}, "precision must be .*'float16'"),
-        ({"caption": "worst"}, 'caption must be "first" or "last" or "best", but is \'worst\''),
+        ({"caption": "worst"}, 'caption must be "first", "last" or "best", but is \'worst\''),
         ({"profile": "huge"}, "profile must be .*'huge'"),
         ({"text_encoder": "CLIP"}, "'CLIP' is no text tower"),
         ({"settings": {"epochs": 2}}, "no parameter 'settings'"),
@@ -199,10 +209,15 @@ def test_cuda_without_a_device():
         check_parameters({"profile": "sample", "device": "cuda"})
 
 
-def test_out_dir_must_not_be_a_file(tmp_path):
+def test_out_dir_must_be_a_folder_that_can_be_written_to(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(SettingError, match=r"out_dir must be a folder.*notes\.txt"):
-        check_parameters({"profile": "sample", "out_dir": str(tmp_path / "notes.txt")})
+    for wrong in ("notes.txt", "notes.txt/runs", "x" * 300, "/proc/runs"):
+        with pytest.raises(
+            SettingError, match=r"out_dir must be a folder that can be written to, but .*is not: "
+        ):
+            check_parameters({"profile": "sample", "out_dir": str(tmp_path / wrong)})
+    assert check_parameters({"profile": "sample", "out_dir": str(tmp_path / "new" / "runs")}).runs.is_dir()
+    assert [path.name for path in (tmp_path / "new").rglob("*")] == ["runs"]
 
 
 def test_what_is_given_changes_the_experiment_and_none_leaves_it():
@@ -217,18 +232,58 @@ def test_the_profile_is_chosen_and_explained(capsys, tmp_path):
     assert "no MS-COCO" in capsys.readouterr().out
 
 
-def test_what_ipython_puts_into_a_namespace_is_no_parameter():
-    session = {
-        "In": [""],
-        "Out": {},
-        "exit": 1,
-        "quit": 1,
-        "get_ipython": print,
-        "open": open,
-        "_": 3,
-        "os": os,
-    }
-    assert check_parameters({**session, "profile": "sample"}) == Parameters(profile="sample")
+CHECK = "from taco_nb.notebook import check_parameters; p = check_parameters(globals())"
+
+
+@pytest.fixture
+def session():
+    """A shell as a notebook's kernel has one, in which a startup file has set names, one that of a parameter."""
+    shell = InteractiveShell(history_manager=None)
+    shell.user_ns |= {"project": "thesis", "seed": "lucky", "exp": 3}
+    yield shell
+    shell.history_manager.end_session()
+
+
+def run(shell: InteractiveShell, cell: str) -> None:
+    shell.run_cell(cell, store_history=True).raise_error()
+
+
+def test_only_what_the_cell_with_the_parameters_sets_is_a_parameter(session):
+    run(session, "import os\nlines = 3")  # a cell of the reader's own
+    run(session, 'profile: str = "sample"\nepochs: int = None')
+    run(session, CHECK)
+    assert session.user_ns["p"] == Parameters(profile="sample")
+    assert (session.user_ns["project"], session.user_ns["seed"], session.user_ns["lines"]) == (
+        "thesis",
+        "lucky",
+        3,
+    )
+
+
+def test_what_papermill_injects_is_checked(session):
+    run(session, 'profile: str = "sample"\nepochs: int = None')
+    run(session, "# Parameters\nepoch = 2")
+    with pytest.raises(SettingError, match="'epoch'. Did you mean 'epochs'"):
+        run(session, CHECK)
+    run(session, "# Parameters\nseed = 2")
+    run(session, CHECK)
+    assert session.user_ns["p"] == Parameters(profile="sample", seed=2)
+
+
+def test_a_misspelling_in_the_cell_with_the_parameters_can_be_corrected(session):
+    run(session, 'profile: str = "sample"\nepoch: int = 2')
+    with pytest.raises(SettingError, match="'epoch'. Did you mean 'epochs'"):
+        run(session, CHECK)
+    run(session, 'profile: str = "sample"\nepochs: int = 2')
+    run(session, CHECK)
+    assert session.user_ns["p"].epochs == 2 and session.user_ns["project"] == "thesis"
+
+
+def test_a_cell_of_another_language_is_no_obstacle(session):
+    run(session, "%time 1 + 1")
+    session.run_cell("not Python", store_history=True)
+    run(session, 'profile = "sample"')
+    run(session, CHECK)
 
 
 def test_the_cells_can_be_run_again_in_a_session():
@@ -306,21 +361,37 @@ def test_the_other_codecs_are_matched_on_a_hundred_pictures(tmp_path):
 # --- Run by papermill -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given", [{"epoch": 2}, {"epochs": "many"}, {"lmbda": -1}], ids=str)
+@pytest.mark.parametrize("given", [{"epoch": 2}, {"epochs": "many"}, {"out_dir": "/proc/runs"}], ids=str)
 def test_a_bad_parameter_stops_the_notebook_at_its_first_cell(given, tmp_path, monkeypatch):
+    """The user has a startup file, whose variables are no parameters and stay."""
+    startup = tmp_path / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "00.py").write_text('project = "thesis"')
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(papermill.PapermillExecutionError) as caught:
-        papermill.execute_notebook(
-            str(BASELINE),
-            str(tmp_path / "out.ipynb"),
-            {"profile": "sample", "out_dir": str(tmp_path / "runs"), **given},
-            cwd=tmp_path,
-            progress_bar=False,
-        )
+        papermill.execute_notebook(BASELINE, tmp_path / "out.ipynb", given, cwd=tmp_path, progress_bar=False)
     assert caught.value.ename == "SettingError"
     assert caught.value.source == first_cells(BASELINE)[1]
     assert re.search(rf"\b{next(iter(given))}\b", caught.value.evalue)
-    assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out.ipynb", "ipython"}
+
+
+def test_a_startup_file_of_the_users_does_not_stop_a_notebook(tmp_path, monkeypatch):
+    startup = tmp_path / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "00.py").write_text('project = "thesis"\ndevice = "abacus"')
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    notebook = nbformat.read(FOLDER / "06_report.ipynb", 4)
+    at = [is_tagged(cell) for cell in notebook.cells].index(True)
+    shown = nbformat.v4.new_code_cell("print(project, device, p.device, p.seed)")
+    notebook.cells = [*notebook.cells[at : at + 2], shown]
+    nbformat.write(notebook, tmp_path / "in.ipynb")
+    given = {"out_dir": str(tmp_path / "runs"), "seed": 7}
+    done = papermill.execute_notebook(tmp_path / "in.ipynb", None, given, cwd=tmp_path, progress_bar=False)
+    assert done.cells[-1].outputs[0].text == "thesis abacus auto 7\n"
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +416,7 @@ def executed(tmp_path_factory):
         "2",
     ]
     command += ["-p", "eval_limit", "1", "-p", "out_dir", out_dir]
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert {path.name for path in home.iterdir()} == {"out.ipynb", "results"}
     return nbformat.read(home / "out.ipynb", 4), out_dir

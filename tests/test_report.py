@@ -251,7 +251,7 @@ def test_the_authors_weights_count_at_paper_size_and_through_clip(home, tmp_path
     assert set(collect(run)["unjudged"]) == {"; ".join(amiss)}
     edit(run, text_encoder="ViT-B-32-quickgelu/openai")
     assert set(collect(run)["unjudged"]) == {"; ".join(amiss[1:])}
-    edit(run, sizes=PAPER.sizes)
+    edit(run, sizes=vars(PAPER.sizes))
     assert set(collect(run)["unjudged"]) == {amiss[2]}
     data = json.loads((run / "evaluation.json").read_text())["data"]
     edit(run, data={"sample": data["sample"] | {"captions": "context"}})
@@ -285,7 +285,7 @@ def test_ablations_have_names():
     [
         {"learning_rate": 1e-3}, {"batch_size": 4}, {"k_P": 1.0}, {"init": "demo"}, {"precision": "bfloat16"},
         {"optimizer": "muon"}, {"schedule": "cosine"}, {"seed": 3}, {"epochs": 10}, {"text_tokens": 77},
-        {"attention": "linformer"}, {"sizes": PAPER.sizes | {"N": 128}},
+        {"attention": "linformer"}, {"sizes": vars(PAPER.sizes) | {"N": 128}},
     ],
     ids=str,
 )  # fmt: skip

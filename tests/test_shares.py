@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pandas as pd
 import pytest
@@ -54,7 +55,7 @@ def paper_data(tmp_path_factory, shared):
     (home / "data" / "coco").symlink_to(shared / "minicoco")
     experiment = baseline("sample", text_encoder="untrained-16", text_tokens=8)
     save_weights(
-        home / "run" / "weights.safetensors", make_net(), {"name": "run", "experiment": experiment.__dict__}
+        home / "run" / "weights.safetensors", make_net(), {"name": "run", "experiment": asdict(experiment)}
     )
     return home
 
@@ -98,7 +99,7 @@ def test_the_command_line_on_two_processes_of_accelerate_and_on_one(
 
 def test_the_command_lines_mode_is_that_of_the_transforms(tmp_path):
     experiment = baseline("sample", text_encoder="untrained-16", text_tokens=8)
-    save_weights(tmp_path / "weights.safetensors", make_net(), {"experiment": experiment.__dict__})
+    save_weights(tmp_path / "weights.safetensors", make_net(), {"experiment": asdict(experiment)})
     assert command("evaluate", tmp_path, "sample", "--limit", 1, "--device", "cpu", "--mode", "fast") == 0
     assert kept(tmp_path)["mode"] == kept(tmp_path)["subject"]["mode"] == "fast"
 

@@ -6,7 +6,6 @@ import html
 import json
 import math
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -15,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from browser import CHROMIUM
 from conftest import make_net
 from PIL import Image
 
@@ -22,10 +22,6 @@ from taco_nb.errors import SettingError
 from taco_nb.evaluation import means
 from taco_nb.widgets import encoder_diagram, rate_distortion, side_by_side, sortable, training_curves
 from taco_nb.widgets.figures import IMAGES
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
-)
 
 # --- Pictures beside each other ---------------------------------------------------------------------------------------
 
@@ -189,7 +185,7 @@ document.title = JSON.stringify(tables.map(table => [...table.tBodies[0].rows].m
     page.write_text(f"<meta charset=utf-8>{tables}<script>{clicking}</script>", encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={home / 'profile'}"]
     done = subprocess.run(
-        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=180
+        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=600
     )
     title = re.search(r"<title>(.*)</title>", done.stdout)
     assert title, done.stderr

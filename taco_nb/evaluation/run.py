@@ -28,7 +28,6 @@ from taco_nb.errors import MissingWeightsError, SettingError, TacoError
 from taco_nb.evaluation.measure import CAPTIONS, measure, rate
 from taco_nb.evaluation.peers import PeerResult, available_peers, match_bpp, peer_curve
 from taco_nb.evaluation.unfinished import Part, Unfinished
-from taco_nb.experiment import PAPER_SIZES
 from taco_nb.files import atomic_write, sha256
 from taco_nb.metrics.distortion import distortion
 from taco_nb.metrics.fid import PATCH_SIZE, check_patch_size, frechet_distance
@@ -43,6 +42,7 @@ from taco_nb.metrics.networks import (
 )
 from taco_nb.processes import check_device
 from taco_nb.provenance import code_digest, provenance
+from taco_nb.settings import Sizes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -420,7 +420,7 @@ def _finish(
         "weights": codec.about,
         "mode": codec.mode,
         "text_encoder": codec.text_encoder,
-        "sizes": {name: getattr(codec.net.config, name) for name in PAPER_SIZES},
+        "sizes": {name: getattr(codec.net.config, name) for name in vars(Sizes())},
         "data": {
             dataset.name: {
                 "images": n,

@@ -3,62 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from taco_nb.errors import CheckpointError, SettingError
-
-ATTENTIONS = ("softmax", "linformer")
-SHARINGS = ("none", "key-value", "layerwise")
+from taco_nb.settings import STRICT, Attention, Count, LinformerSharing, Sizes, plain_errors
 
 
-@dataclass(frozen=True)
-class ModelConfig:
+@plain_errors
+@dataclass(frozen=True, config=STRICT)
+class ModelConfig(Sizes):
     """The sizes and the attention of a TACO, by default the paper's. Raises `SettingError` for what does not fit together."""
 
-    N: int = 192
-    M: int = 320
-    groups: tuple[int, ...] = (16, 16, 32, 64, 192)
-    text_dim: int = 512
-    heads: int = 8
-    context_widths: tuple[int, int] = (224, 128)
-    attention: str = "softmax"
-    """"softmax" or "linformer", in all three attentions of the adapter."""
-    linformer_k: int = 32
-    """To how many positions Linformer projects keys and values."""
-    linformer_sharing: str = "none"
-    """What shares a projection: "none", "key-value" (E = F in each layer), or "layerwise" (one for both Injectors)."""
-    text_tokens: int = 38
-    """Tokens on which Linformer's projections over text are learned; any number can be encoded."""
-    image_grid: int = 32
-    """Side, in positions, of the square grid on which Linformer's projections over the image are learned."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", tuple(self.groups))
-        object.__setattr__(self, "context_widths", tuple(self.context_widths))
-        sizes = (self.N, self.M, self.text_dim, self.heads, *self.groups, *self.context_widths)
-        sizes += (self.linformer_k, self.text_tokens, self.image_grid)
-        if not all(isinstance(size, int) and size > 0 for size in sizes) or self.N < 2:
-            raise SettingError(
-                f"Every size of a model is a positive whole number, N 2 at least, but this is {self}."
-            )
-        if sum(self.groups) != self.M:
-            raise SettingError(
-                f"groups={self.groups} add up to {sum(self.groups)}, but must add up to M={self.M}."
-            )
-        if len(self.context_widths) != 2:
-            raise SettingError(f"context_widths are two numbers, not {self.context_widths}.")
-        for name, known in (("attention", ATTENTIONS), ("linformer_sharing", SHARINGS)):
-            if getattr(self, name) not in known:
-                raise SettingError(f"{name} is one of {known}, not {getattr(self, name)!r}.")
-        for name in ("N", "text_dim"):
-            if getattr(self, name) % self.heads:
-                raise SettingError(f"{name}={getattr(self, name)} is not a multiple of heads={self.heads}.")
+    attention: Attention = "softmax"
+    """The kind of all three attentions in the adapter."""
+    linformer_k: Count = 32
+    """Linformer projects keys and values to this many positions."""
+    linformer_sharing: LinformerSharing = "none"
+    """Which projections of Linformer are one: "key-value" (E = F in each layer), or "layerwise" (one for both Injectors)."""
+    text_tokens: Count = 38
+    """Linformer learns its projections over text on this many tokens; any number can be encoded."""
+    image_grid: Count = 32
+    """Linformer learns its projections over the image on a square grid with this many positions on a side."""
 
     @classmethod
     def of_state_dict(cls, state_dict: Mapping[str, Tensor], heads: int = 8) -> ModelConfig:
-        """The sizes that the shapes of a reference's state dict imply; heads leave no trace in them.
+        """Return the sizes that the shapes in a reference's state dict imply; heads leave no trace in them.
 
         Raises `CheckpointError` for a state dict that is not TACO's.
         """
@@ -79,5 +50,5 @@ class ModelConfig:
             raise CheckpointError(f"This state dict is not TACO's: it has no {missing}.") from None
         except (IndexError, SettingError) as error:
             raise CheckpointError(
-                f"This state dict is not TACO's, its shapes do not fit together: {error}"
+                f"This state dict is not TACO's, because its shapes do not fit together: {error}"
             ) from None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 from torch import Tensor
 
 from taco_nb.errors import SettingError
-from taco_nb.experiment import CHOICES
+from taco_nb.settings import TextLength, TextPooling
 from taco_nb.text.clip import TextTower
 from taco_nb.text.keywords import KeywordWeights, pool
 from taco_nb.text.long import tower_windows
@@ -31,9 +32,12 @@ class Conditioning:
         pooling: str = "none",
         keywords: KeywordWeights | None = None,
     ):
-        for name, value in (("text_length", length), ("text_pooling", pooling)):
-            if value not in CHOICES[name]:
-                raise SettingError(f"{name} is one of {CHOICES[name]}, not {value!r}.")
+        for name, value, allowed in (
+            ("text_length", length, TextLength),
+            ("text_pooling", pooling, TextPooling),
+        ):
+            if value not in get_args(allowed):
+                raise SettingError(f"{name} is one of {get_args(allowed)}, not {value!r}.")
         if pooling != "none" and length != "truncate":
             raise SettingError(
                 'Keyword weights need text_length="truncate": they weigh the positions of one window.'

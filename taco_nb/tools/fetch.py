@@ -23,8 +23,7 @@ from typing import Any
 
 from taco_nb.data import STAGING, datasets, training_pairs
 from taco_nb.data.captioned import few, read_json
-from taco_nb.errors import DownloadError, TacoError
-from taco_nb.experiment import check_names
+from taco_nb.errors import DownloadError, TacoError, check_known
 from taco_nb.files import atomic_write, data_root, human_size, storage_errors
 from taco_nb.pretrained import PRETRAINED, Checkpoint, OpenClip, Pretrained, find_pretrained
 from taco_nb.tools.download import FULL, Remote, check_room, download
@@ -308,7 +307,7 @@ def _wanted(names: Sequence[str], profile: str | None, data_dir: str | os.PathLi
         names = list(dict.fromkeys([*names, *known]))
     networks = {name: PRETRAINED.get(name) or find_pretrained(name) for name in names if name not in SOURCES}
     unknown = [name for name, network in networks.items() if network is None]
-    check_names(unknown, known, "There is no data set or pretrained network")
+    check_known(unknown, known, "There is no data set or pretrained network")
     root = data_root(data_dir)
     return {root / name: parts for name, parts in SOURCES.items() if name in names}, list(networks.values())
 

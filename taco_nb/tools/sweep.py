@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from taco_nb.errors import CheckpointError, SettingError
-from taco_nb.experiment import check_names
+from taco_nb.errors import CheckpointError, SettingError, check_known
 
 LMBDAS = (0.0004, 0.0008, 0.0016, 0.004, 0.009, 0.015)
 _HOW = (
@@ -85,7 +84,7 @@ def members(
         if not path.is_file():
             raise SettingError(f"There is no notebook {path}.")
         known = list(papermill.inspect_notebook(str(path)))
-        check_names([*parameters, "lmbda", "out_dir"], known, f"{path.name} has no parameter")
+        check_known([*parameters, "lmbda", "out_dir"], known, f"{path.name} has no parameter")
     if taken := {"lmbda", "out_dir"} & parameters.keys():
         raise SettingError(f"{', '.join(sorted(taken))} is the sweep's to set: use --lmbda and --out.")
     if len(set(lmbdas)) < len(lmbdas) or len({path.name for path in paths}) < len(paths):

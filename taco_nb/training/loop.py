@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -480,7 +480,7 @@ class Trainer:
     def _export(self) -> None:
         about = {
             "name": self.folder.name,
-            "experiment": self.exp.__dict__,
+            "experiment": asdict(self.exp),
             "steps": self.step,
             "total_steps": self.total,
             "hours": self.seconds / 3600,

@@ -1,15 +1,14 @@
-"""What the notebooks show; each also draws itself as a plain picture or plain HTML, without a kernel or a network."""
+"""The notebooks' displays. Each also draws itself as a plain picture or plain HTML, without a kernel or a network."""
 
 from taco_nb.widgets.attention import attention_maps, shaded_caption, spectrum, where_the_text_looks
 from taco_nb.widgets.captions import caption_lab, caption_presets
 from taco_nb.widgets.compare import compare
 from taco_nb.widgets.diagram import encoder_diagram
 from taco_nb.widgets.explorer import explorer
-from taco_nb.widgets.figures import rate_distortion, training_curves
+from taco_nb.widgets.figures import difference_plot, rate_distortion, rate_panels, training_curves
+from taco_nb.widgets.html_parts import sortable
 from taco_nb.widgets.monitor import training_monitor
-from taco_nb.widgets.panels import difference_plot, rate_panels
 from taco_nb.widgets.pictures import side_by_side
-from taco_nb.widgets.table import sortable
 from taco_nb.widgets.upload import upload_box
 
 __all__ = [

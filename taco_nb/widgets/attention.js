@@ -1,8 +1,8 @@
-// A caption's tokens as buttons, and over the picture how much each of its positions and the chosen token attend to each
+// Shows a caption's tokens as buttons. Over the picture it draws how much each position and the chosen token attend to each
 // other, for one codec beside another.
 //
-// The maps come as grey pictures, the tokens' one below the other, and are coloured here. Without this script the page
-// shows the static sheet of a few words.
+// The maps come as one grey picture per layer, with the tokens' maps one below the other, and are coloured here. Without
+// this script the page shows a static sheet of a few words.
 
 const make = (tag, properties = {}, ...children) => {
   const node = Object.assign(document.createElement(tag), properties);

@@ -15,9 +15,8 @@ from torch import Tensor
 from taco_nb.codec import MULTIPLE
 from taco_nb.data.images import to_rgb
 from taco_nb.inspection import Attention, energy
-from taco_nb.widgets.heat import COLD, HOT, heat
-from taco_nb.widgets.page import img, self_contained
-from taco_nb.widgets.pictures import side_by_side
+from taco_nb.widgets.html_parts import picture_tag, self_contained
+from taco_nb.widgets.pictures import COLD, HOT, heat, side_by_side, stretched
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -30,86 +29,93 @@ if TYPE_CHECKING:
 def attention_maps(
     image: Image.Image, attention: Attention, tokens: Mapping[str, int], width: int = 240, columns: int = 4
 ) -> Image.Image:
-    """The picture once per token, bright where its positions and the token attend to each other.
+    """Return the picture once per token, bright where its positions and the token attend to each other.
 
-    `tokens` maps labels to positions in the caption. Each map is scaled from its own least to its own greatest value,
-    which the label says: a map whose two are nearly equal looks lively and means nothing.
+    `tokens` maps labels to positions in the caption. Each map is scaled from its own least to its own greatest value, and
+    the label names the two: a map whose two are nearly equal looks lively and means nothing.
     """
     image = to_rgb(image)
     height = max(1, round(width * image.height / image.width))
     grey = np.asarray(image.convert("L").resize((width, height)), dtype=np.float32)[..., None] / 255
+    # The map covers the padded picture: enlarge it to that size, and cut the padding off.
+    padded = tuple(-(-side // MULTIPLE) * MULTIPLE for side in image.size)
     pictures = {}
     for label, token in tokens.items():
-        field = _field(attention, token)
-        low, high = float(field.min()), float(field.max())
-        pictures[f"{label}\n{low:.4f} to {high:.4f}"] = _overlay(
-            grey, (field - low) / max(high - low, 1e-12), image.size
+        field, low, high = stretched(_field(attention, token))
+        large = Image.fromarray((field.numpy() * 255).astype(np.uint8)).resize(
+            padded, Image.Resampling.BICUBIC
         )
+        seen = np.asarray(large.crop((0, 0, *image.size)).resize((width, height)), dtype=np.float32) / 255
+        colour = np.asarray(heat(torch.from_numpy(seen)))
+        overlaid = Image.fromarray((colour * (0.35 + 0.65 * grey)).round().astype(np.uint8))
+        pictures[f"{label}\n{low:.4f} to {high:.4f}"] = overlaid
     return side_by_side(pictures, columns=columns)
 
 
 def _field(attention: Attention, token: int) -> Tensor:
-    """A token's map; of a text that was pooled to one vector, every token has that one's."""
+    """Return a token's map. Where the text was pooled to one vector, every token has that vector's map."""
     texts = attention.weights.shape[1 if attention.name.startswith("Extractor") else 2]
     return attention.over_image(0 if texts == 1 else token)
 
 
-def _overlay(grey: np.ndarray, field: Tensor, size: tuple[int, int]) -> Image.Image:
-    """A field (h, w) in [0, 1] over the padded picture, laid in colour over the grey picture without padding."""
-    padded = tuple(-(-side // MULTIPLE) * MULTIPLE for side in size)
-    scaled = Image.fromarray((field.numpy() * 255).astype(np.uint8)).resize(padded, Image.Resampling.BICUBIC)
-    seen = np.asarray(scaled.crop((0, 0, *size)).resize(grey.shape[1::-1]), dtype=np.float32) / 255
-    colour = np.asarray(heat(torch.from_numpy(seen)))
-    return Image.fromarray((colour * (0.35 + 0.65 * grey)).round().astype(np.uint8))
-
-
 class Look:
-    """What `where_the_text_looks` gives: HTML in which a token is picked without a kernel, and a plain sheet of pictures."""
+    """The result of `where_the_text_looks`: HTML in which tokens are picked without a kernel, and a plain sheet."""
 
     def __init__(
-        self, image: Image.Image, looks: Mapping[str, Sequence[Attention]], tokens: list[str], weights: Any
+        self,
+        image: Image.Image,
+        looks: Mapping[str, Sequence[Attention]],
+        tokens: list[str],
+        weights: list[float] | None,
     ):
         self._image, self._looks, self._tokens, self._weights = image, looks, tokens, weights
-        self._words = [i for i, token in enumerate(tokens) if len(token) > 3 and i] or [0]
+        # Long tokens are likely to be words that one can see. The first position is no word.
+        long = [i for i, token in enumerate(tokens) if i and len(token) > 3] or [0]
+        self._words = {tokens[i]: i for i in long[:4]}
 
     def picture(self) -> Image.Image:
-        """The last attention of each codec over the picture, for the first four words."""
-        words = {self._tokens[i]: i for i in self._words[:4]}
-        return side_by_side(
-            {
-                label: attention_maps(self._image, records[-1], words)
-                for label, records in self._looks.items()
-            },
-            columns=1,
-        )
+        """Return the last attention of each codec over the picture, for up to four words."""
+        sheets = {
+            label: attention_maps(self._image, records[-1], self._words)
+            for label, records in self._looks.items()
+        }
+        return side_by_side(sheets, columns=1)
 
     def _repr_html_(self) -> str:
-        settings = {"tokens": self._tokens, "weights": self._weights, "start": self._words[0]}
-        settings |= {"cold": COLD.tolist(), "hot": HOT.tolist()}
-        maps = "".join(
-            self._map(label, record) for label, records in self._looks.items() for record in records
-        )
-        words = ", ".join(self._tokens[i] for i in self._words[:4])
-        sheet = img(self.picture(), f"Attention over the picture for {words}").replace(
-            "<img", '<img class="ta-sheet"'
-        )
+        settings = {
+            "tokens": self._tokens,
+            "weights": self._weights,
+            "start": next(iter(self._words.values())),
+            "cold": COLD.tolist(),
+            "hot": HOT.tolist(),
+        }
+        maps = [self._map(label, record) for label, records in self._looks.items() for record in records]
+        sheet = picture_tag(self.picture(), f"Attention over the picture for {', '.join(self._words)}")
         return self_contained(
             "attention",
-            f"<div {_json('tokens', settings)}></div><div data-picture>{img(self._image, '')}</div>{maps}{sheet}",
+            f"<div {_json('tokens', settings)}></div><div data-picture>{picture_tag(self._image, '')}</div>"
+            + "".join(maps)
+            + sheet.replace("<img", '<img class="ta-sheet"'),
         )
 
     def _map(self, label: str, record: Attention) -> str:
-        """The maps of all tokens, each from black at its least to white at its greatest, one below the other."""
+        """Return the maps of all tokens in one picture, one below the other, each from black at its least value to white."""
         width, height = self._image.size
         step = -(-width // MULTIPLE) * MULTIPLE // record.grid[1]  # pixels to a position
-        rows, columns = -(-height // step), -(-width // step)  # the rest is padding
-        fields = [_field(record, i)[:rows, :columns] for i in range(len(self._tokens))]
-        ranges = [(float(field.min()), float(field.max())) for field in fields]
-        greys = [(field - low) / max(high - low, 1e-12) for field, (low, high) in zip(fields, ranges)]
-        sprite = Image.fromarray((np.concatenate(greys) * 255).round().astype(np.uint8)).convert("RGB")
-        about = {"codec": label, "layer": record.name, "ranges": ranges, "rows": rows, "columns": columns}
-        about |= {"width": 100 * columns * step / width, "height": 100 * rows * step / height}
-        return f"<div {_json('map', about)}>{img(sprite, '')}</div>"
+        rows, columns = -(-height // step), -(-width // step)  # the rest of the grid is padding
+        fields = [stretched(_field(record, i)[:rows, :columns]) for i in range(len(self._tokens))]
+        greys = np.concatenate([field for field, _, _ in fields])
+        sprite = Image.fromarray((greys * 255).round().astype(np.uint8)).convert("RGB")
+        about = {
+            "codec": label,
+            "layer": record.name,
+            "ranges": [(low, high) for _, low, high in fields],
+            "rows": rows,
+            "columns": columns,
+            "width": 100 * columns * step / width,  # per cent of the picture that the map covers
+            "height": 100 * rows * step / height,
+        }
+        return f"<div {_json('map', about)}>{picture_tag(sprite, '')}</div>"
 
 
 def where_the_text_looks(
@@ -119,7 +125,7 @@ def where_the_text_looks(
     caption: str,
     weights: KeywordWeights | None = None,
 ) -> Look:
-    """The caption's tokens to pick from, and over the picture where each attends, for one or several codecs.
+    """Show a caption's tokens to pick from, and over the picture where the picked token attends, for one or several codecs.
 
     `looks` maps a codec's label to its attentions on this image and caption (`taco_nb.inspection.attentions`). Each map is
     scaled from its own least to its own greatest value, which stand below it. With `weights`, tokens are shaded by theirs.
@@ -131,11 +137,12 @@ def where_the_text_looks(
 
 
 def _json(name: str, content: dict[str, Any]) -> str:
+    """Return an HTML attribute that holds JSON."""
     return f'data-{name}="{html.escape(json.dumps(content), quote=True)}"'
 
 
 def spectrum(groups: Mapping[str, Sequence[Attention]]) -> Figure:
-    """How much of each attention matrix its first singular values hold, for several codecs side by side.
+    """Draw how much of each attention matrix its first singular values hold, for several codecs side by side.
 
     `groups` maps a codec's label to its three attentions (see `taco_nb.inspection.attentions`).
     """
@@ -144,10 +151,8 @@ def spectrum(groups: Mapping[str, Sequence[Attention]]) -> Figure:
     figure = go.Figure()
     for label, records in groups.items():
         for record in records:
-            shares = energy(record.weights)
-            figure.add_scatter(
-                x=list(range(1, len(shares) + 1)), y=shares.tolist(), name=f"{label}, {record.name}"
-            )
+            held = energy(record.weights).tolist()
+            figure.add_scatter(x=list(range(1, len(held) + 1)), y=held, name=f"{label}, {record.name}")
     figure.update_layout(
         template="plotly_white",
         height=420,
@@ -158,19 +163,17 @@ def spectrum(groups: Mapping[str, Sequence[Attention]]) -> Figure:
 
 
 def shaded_caption(words: Sequence[Word], caption: str) -> HTML:
-    """The caption with the words that matter shaded; the reason is in brackets behind them, and on hovering."""
+    """Return the caption with the words that matter shaded, and the reason in small letters behind each."""
     from IPython.display import HTML
 
     parts, at = [], 0
     for word in words:
-        parts.append(html.escape(caption[at : word.start]))
-        at = word.end
         text = html.escape(word.text)
         if word.why:
-            text = (
-                f'<mark style="background:#ffd65a;color:#000;padding:0 2px" title="weight {word.weight:g}">{text}</mark>'
-                f"<sub>{html.escape(word.why)}</sub>"
-            )
-        parts.append(text)
+            style = "background:#ffd65a;color:#000;padding:0 2px"
+            text = f'<mark style="{style}" title="weight {word.weight:g}">{text}</mark>'
+            text += f"<sub>{html.escape(word.why)}</sub>"
+        parts += [html.escape(caption[at : word.start]), text]
+        at = word.end
     parts.append(html.escape(caption[at:]))
     return HTML(f'<p style="line-height:2">{"".join(parts)}</p>')

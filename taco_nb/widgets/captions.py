@@ -17,10 +17,11 @@ from taco_nb.data.images import to_rgb, to_tensor
 from taco_nb.errors import DataError, SettingError, TacoError
 from taco_nb.metrics.distortion import psnr
 from taco_nb.metrics.rate import bpp
-from taco_nb.widgets.compare import CompareView, badges_of, compare_measured
+from taco_nb.widgets.compare import Compare, CompareView, badges_of
 
 NONSENSE = "qwzx vbnk plmt"
 _CELL = 'style="text-align:right;font-variant-numeric:tabular-nums;padding:1px 8px"'
+_HEADINGS = ("bytes", "bits per pixel", "PSNR in dB", "bytes more", "dB more")
 
 
 class _Try(NamedTuple):
@@ -37,10 +38,10 @@ class _Try(NamedTuple):
 def caption_presets(
     dataset: CaptionedImages, i: int, data_dir: str | os.PathLike | None = None
 ) -> dict[str, str]:
-    """Captions to try on image i of a data set that has a name, by what they are: those that there are for it, in order.
+    """Return captions to try on image i of a data set that has a name, each under a word for what it is.
 
-    Two published ones ("human", or "OFA" for the data sets that TACO captioned itself), the paragraph with context, none,
-    one of another image, and letters without a meaning.
+    They are one or two published ones ("human", or "OFA" for the data sets that TACO captioned itself), the paragraph with
+    context where there is one, none at all, one of another image, and letters without a meaning.
     """
     kind = "OFA" if dataset.name in ("kodak", "clic") else "human"
     published = dataset.captions(i)
@@ -55,7 +56,7 @@ def caption_presets(
 
 
 class CaptionLab(ipywidgets.VBox):
-    """What `caption_lab` gives; without a kernel the presets, measured, and their pictures."""
+    """The widget of `caption_lab`. Without a kernel it is a table of the presets, and their pictures to swipe over."""
 
     def __init__(self, codec: Codec, image: Any, presets: Mapping[str, str]):
         if not presets:
@@ -63,23 +64,20 @@ class CaptionLab(ipywidgets.VBox):
                 'A caption lab begins with at least one caption, such as {"human": "a red barn"}.'
             )
         self._codec, self._image = codec, to_rgb(image)
-        self._tries = self._encode(presets)
+        self._tries = [self._encode(name, caption) for name, caption in presets.items()]
         self._first = self._tries[0]
-        shown = {t.name: (t.picture, t.badges) for t in self._tries}
-        self._static = self._table() + compare_measured(self._image, shown, self._first.caption)._repr_html_()
+        pictures = {made.name: (made.picture, made.badges) for made in self._tries}
+        self._static = self._table() + Compare(self._image, pictures, self._first.caption)._repr_html_()
 
         self.text = ipywidgets.Text(self._first.caption, description="caption", continuous_update=False)
         self.text.layout = {"width": "auto", "max_width": "900px"}
-        self.buttons = [
-            ipywidgets.Button(description=name, tooltip=text or "(empty)") for name, text in presets.items()
-        ]
-        for button, caption in zip(self.buttons, presets.values()):
+        self.buttons = []
+        for name, caption in presets.items():
+            button = ipywidgets.Button(description=name, tooltip=caption or "(empty)")
             button.on_click(lambda _, caption=caption: setattr(self.text, "value", caption))
-        self.table, self.said, self.view = (
-            ipywidgets.HTML(),
-            ipywidgets.HTML(),
-            CompareView(start={"left": 1, "right": 2}),
-        )
+            self.buttons.append(button)
+        self.table, self.said = ipywidgets.HTML(), ipywidgets.HTML()
+        self.view = CompareView(start={"left": 1, "right": 2})
         self.text.observe(self._edited, "value")
         self._show(self._first)
         row = ipywidgets.HBox(self.buttons, layout={"flex_flow": "row wrap"})
@@ -88,32 +86,25 @@ class CaptionLab(ipywidgets.VBox):
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, str]:
         return {**super()._repr_mimebundle_(**kwargs), "text/html": self._static}
 
-    def _encode(self, captions: Mapping[str, str]) -> list[_Try]:
-        x = to_tensor(self._image)
-        made = []
-        for (
-            name,
-            caption,
-        ) in captions.items():  # one by one, so that nothing but the caption differs between them
-            file = self._codec.encode(self._image, caption)
-            picture = self._codec.decode(file)
-            badges = badges_of(self._image, picture, file)
-            made.append(_Try(name, caption, file, picture, psnr(x, to_tensor(picture)), badges))
-        return made
+    def _encode(self, name: str, caption: str) -> _Try:
+        """Encode the picture with one caption. It is never in a batch, so that only the caption differs between tries."""
+        file = self._codec.encode(self._image, caption)
+        picture = self._codec.decode(file)
+        badges = badges_of(self._image, picture, file)
+        return _Try(name, caption, file, picture, psnr(to_tensor(self._image), to_tensor(picture)), badges)
 
     def _edited(self, change: dict[str, Any]) -> None:
         caption = change["new"]
-        known = next((t for t in self._tries if t.caption == caption), None)
-        self.said.value = "" if known else "Encoding …"
-        try:
-            if known is None:
-                (known,) = self._encode(
-                    {f"your own, {sum(t.name.startswith('your own') for t in self._tries) + 1}": caption}
-                )
-                self._tries.append(known)
-        except TacoError as error:
-            self.said.value = html.escape(str(error))
-            return
+        known = next((made for made in self._tries if made.caption == caption), None)
+        if known is None:
+            self.said.value = "Encoding …"
+            own = sum(made.name.startswith("your own") for made in self._tries)
+            try:
+                known = self._encode(f"your own, {own + 1}", caption)
+            except TacoError as error:
+                self.said.value = html.escape(str(error))
+                return
+            self._tries.append(known)
         self.said.value = ""
         self._show(known)
 
@@ -123,23 +114,21 @@ class CaptionLab(ipywidgets.VBox):
             f"first caption: {self._first.name}": (self._first.picture, self._first.badges),
             f"this caption: {current.name}": (current.picture, current.badges),
         }
-        self.view.figures = compare_measured(self._image, pictures, current.caption).figures()
+        self.view.figures = Compare(self._image, pictures, current.caption).figures()
 
     def _table(self, current: _Try | None = None) -> str:
-        heads = ("bytes", "bits per pixel", "PSNR in dB", "bytes more", "dB more")
-        rows = [
-            "<tr><th style='text-align:left'>caption</th><th></th>"
-            + "".join(f"<th {_CELL}>{h}</th>" for h in heads)
-            + "</tr>"
-        ]
-        for t in self._tries:
-            rate = bpp(len(t.file), *self._image.size)
-            cells = [f"{len(t.file):,}", f"{rate:.4f}", f"{t.psnr:.3f}"]
-            cells += [f"{len(t.file) - len(self._first.file):+d}", f"{t.psnr - self._first.psnr:+.3f}"]
-            mark = ' style="font-weight:bold"' if t is current else ""
-            caption = t.caption if len(t.caption) <= 90 else f"{t.caption[:90]} …"
+        """Return a row per caption that was tried, with the differences to the first."""
+        headings = "".join(f"<th {_CELL}>{heading}</th>" for heading in _HEADINGS)
+        rows = [f"<tr><th style='text-align:left'>caption</th><th></th>{headings}</tr>"]
+        first = self._tries[0]
+        for made in self._tries:
+            rate = bpp(len(made.file), *self._image.size)
+            cells = [f"{len(made.file):,}", f"{rate:.4f}", f"{made.psnr:.3f}"]
+            cells += [f"{len(made.file) - len(first.file):+d}", f"{made.psnr - first.psnr:+.3f}"]
+            caption = made.caption if len(made.caption) <= 90 else f"{made.caption[:90]} …"
+            mark = ' style="font-weight:bold"' if made is current else ""
             rows.append(
-                f'<tr{mark}><td style="text-align:left;white-space:nowrap">{html.escape(t.name)}</td>'
+                f'<tr{mark}><td style="text-align:left;white-space:nowrap">{html.escape(made.name)}</td>'
                 f'<td style="text-align:left">{html.escape(caption) or "(empty)"}</td>'
                 + "".join(f"<td {_CELL}>{cell}</td>" for cell in cells)
                 + "</tr>"
@@ -148,10 +137,10 @@ class CaptionLab(ipywidgets.VBox):
 
 
 def caption_lab(codec: Codec, image: Any, presets: Mapping[str, str]) -> CaptionLab:
-    """An image whose caption may be edited: the codec encodes again, and all is set beside the first caption.
+    """Show an image whose caption may be edited: the codec encodes it again, and the result stands beside the first's.
 
-    `presets` maps names to captions, the first of which is what all others are compared with (see `caption_presets`).
-    Enter in the text box encodes; every number is that of a real file. Raises `SettingError` without any preset, and what
+    `presets` maps names to captions (see `caption_presets`). All others are compared with the first of them. Enter in the
+    text box encodes; every number is that of a real file. Raises `SettingError` without any preset, and what
     `Codec.encode` raises.
     """
     return CaptionLab(codec, image, presets)

@@ -1,5 +1,5 @@
-// Tells the kernel which point of a plotly figure was clicked. The figure is drawn by the notebook like any other, and found
-// by the key in its layout: a FigureWidget would do as well, but brings 5 MB of script into every notebook that is kept.
+// Tells the kernel which point of a plotly figure was clicked. The notebook draws the figure like any other, and the key in
+// its layout tells which one is meant. A FigureWidget would do this too, but would put 5 MB of script into every notebook.
 
 export default {
   render({ model }) {

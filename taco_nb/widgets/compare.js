@@ -1,7 +1,7 @@
-// Pictures of one size under a swipe handle, side by side, or as their difference; zoom and pan move all of them together.
+// Shows pictures of one size under a swipe handle, side by side, or as their difference. All zoom and pan together.
 //
 // Without this script the page shows the figures in a grid, each with its caption. With it, `enhance` builds the controls
-// around those very figures, so the static page and the live widget are one thing.
+// around those very figures, so that the static page and the live widget are one thing.
 
 const MODES = { swipe: "Swipe", side: "Side by side", difference: "Difference" };
 const LARGEST = 24; // times enlarged

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import anywidget
 import traitlets
@@ -17,67 +17,81 @@ from taco_nb.errors import SettingError
 from taco_nb.metrics.distortion import distortion
 from taco_nb.metrics.networks import find_lpips
 from taco_nb.metrics.rate import bpp
-from taco_nb.widgets.heat import heat
-from taco_nb.widgets.page import img, self_contained, source
-from taco_nb.widgets.pictures import side_by_side
+from taco_nb.widgets.html_parts import FOLDER, picture_tag, self_contained
+from taco_nb.widgets.pictures import heat, side_by_side, stretched
 
 if TYPE_CHECKING:
     from taco_nb.metrics.perception import Lpips
 
 BLOCK = 16  # pixels to a position of y, across and down
 SHOWN = 2048
-"""Pixels on the longer side up to which a picture is shown as it is: of a camera's, a page would be tens of megabytes."""
-
-
-class _Layer(NamedTuple):
-    label: str
-    picture: Image.Image
-    badges: tuple[str, ...]
-    alt: str
+"""A picture with a longer side than so many pixels is shown smaller; with a camera's, a page would have tens of megabytes."""
 
 
 class Compare:
-    """What `compare` gives: HTML that swipes without a kernel, and a plain sheet of pictures."""
+    """Several pictures of one size. In a notebook it is HTML that swipes without a kernel; `picture` draws a plain sheet.
 
-    def __init__(self, layers: list[_Layer], bits: Tensor | None):
-        self._size = layers[0].picture.size
-        self._layers, self._bits = [_fitted(layer) for layer in layers], bits
+    `reconstructions` maps a label to the picture and its badges, short texts that say what was measured of it. `caption`
+    and `bits` are those of `compare`.
+    """
+
+    def __init__(
+        self,
+        original: Image.Image,
+        reconstructions: Mapping[str, tuple[Image.Image, tuple[str, ...]]],
+        caption: str = "",
+        bits: Tensor | None = None,
+    ):
+        self._size, self._bits, self._caption = original.size, bits, caption
+        size = (f"{original.width} x {original.height} pixels",)
+        self._layers = [("original", *_small_enough(original, size))]
+        for label, (picture, badges) in reconstructions.items():
+            self._layers.append((label, *_small_enough(picture.convert("RGB"), badges)))
 
     def _repr_html_(self) -> str:
         return self_contained("compare", self.figures())
 
     def picture(self) -> Image.Image:
-        """The pictures beside each other, with their figures below them."""
-        return side_by_side(
-            {"\n".join([layer.label, *layer.badges]): layer.picture for layer in self._layers}, columns=3
-        )
+        """Return the pictures beside each other, with their badges below them."""
+        sheet = {"\n".join([label, *badges]): picture for label, picture, badges in self._layers}
+        return side_by_side(sheet, columns=3)
 
     def figures(self) -> str:
-        """The pictures as HTML figures, the map of the bits last: what is seen where no script runs."""
+        """Return the pictures as HTML figures, the map of the bits last. This is what a page without scripts shows."""
+        about = f": {self._caption}" if self._caption else ""
         parts = []
-        for label, picture, badges, alt in self._layers:
+        for i, (label, picture, badges) in enumerate(self._layers):
+            alt = ", ".join([label, *badges]) if i else "The original"
             shown = " ".join(f'<span class="tc-badge">{html.escape(badge)}</span>' for badge in badges)
             parts.append(
-                f'<figure data-label="{html.escape(label, quote=True)}">{img(picture, alt)}'
+                f'<figure data-label="{html.escape(label, quote=True)}">{picture_tag(picture, alt + about)}'
                 f"<figcaption><b>{html.escape(label)}</b> {shown}</figcaption></figure>"
             )
-        if self._bits is not None:
-            parts.append(self._map(self._bits))
-        return "".join(parts)
+        return "".join(parts) + ("" if self._bits is None else self._map(self._bits))
 
     def _map(self, bits: Tensor) -> str:
-        """The map, stretched over the picture: the shares of its width and height that the blocks cover, in per cent."""
+        """Return the map's figure, with the shares of the picture's width and height that its blocks cover, in per cent.
+
+        The shares are above 100 where the last blocks reach beyond the picture; blocks of padding alone are left out.
+        """
         width, height = self._size
         rows, columns = -(-height // BLOCK), -(-width // BLOCK)
-        seen = bits[:rows, :columns]  # the rest is padding
-        low, high = float(seen.min()), float(seen.max())
+        field, low, high = stretched(bits[:rows, :columns])
         label, spread = "where the bits went", f"{low:.0f} to {high:.0f} bits per {BLOCK} x {BLOCK} pixels"
-        blocks = img(heat((seen - low) / max(high - low, 1e-12)), f"{label}: {spread}")
         covers = f'data-width="{100 * columns * BLOCK / width:.4f}" data-height="{100 * rows * BLOCK / height:.4f}"'
-        says = f'data-label="{label}" data-range="{spread}"'
         return (
-            f"<figure data-bits {covers} {says}>{blocks}<figcaption>{label}: {spread}</figcaption></figure>"
+            f'<figure data-bits {covers} data-label="{label}" data-range="{spread}">'
+            f"{picture_tag(heat(field), f'{label}: {spread}')}<figcaption>{label}: {spread}</figcaption></figure>"
         )
+
+
+def _small_enough(picture: Image.Image, badges: tuple[str, ...]) -> tuple[Image.Image, tuple[str, ...]]:
+    """Return a picture that a page can hold, and its badges with one more if it is smaller now."""
+    if max(picture.size) <= SHOWN:
+        return picture, badges
+    small = picture.copy()
+    small.thumbnail((SHOWN, SHOWN))
+    return small, (*badges, f"shown at {small.width} x {small.height}")
 
 
 def compare(
@@ -88,13 +102,19 @@ def compare(
     bits: Tensor | None = None,
     lpips: Lpips | None = None,
 ) -> Compare:
-    """The original and any number of reconstructions, each measured here, to be swiped over by mouse, touch and keys.
+    """Show the original and any number of reconstructions, to be swiped over by mouse, touch and keys.
 
-    `reconstructions` maps a label to the decoded picture and the file it was decoded from, whose length is the rate. The
-    badges give bits per pixel, PSNR, MS-SSIM (of pictures large enough) and LPIPS (where its weights are on the machine).
-    They are those of the whole picture; one with a side of more than `SHOWN` pixels is shown smaller, and a badge says so.
-    `original` is whatever `Codec.encode` takes. `caption` goes into the alternative texts. `bits` is a map from
-    `taco_nb.inspection.bit_map`. Raises `SettingError` for a reconstruction of another size than the original's.
+    Each is measured here, whole, also where it is shown smaller (`SHOWN`): the badges give bits per pixel, PSNR, MS-SSIM
+    (of pictures large enough) and LPIPS (where its weights are on the machine).
+
+    Args:
+        original: whatever `Codec.encode` takes.
+        reconstructions: labels, each with the decoded picture and the file it was decoded from, whose length is the rate.
+        caption: goes into the alternative texts.
+        bits: a map from `taco_nb.inspection.bit_map`.
+        lpips: the network to measure LPIPS with, in place of the one on this machine.
+
+    Raises `SettingError` for a reconstruction of another size than the original's.
     """
     original = to_rgb(original)
     measured = {}
@@ -102,13 +122,13 @@ def compare(
         if picture.size != original.size:
             raise SettingError(f"{label!r} is {picture.size} large, but the original is {original.size}.")
         measured[label] = (picture, badges_of(original, picture, file, lpips))
-    return compare_measured(original, measured, caption, bits)
+    return Compare(original, measured, caption, bits)
 
 
 def badges_of(
     original: Image.Image, picture: Image.Image, file: bytes, lpips: Lpips | None = None
 ) -> tuple[str, ...]:
-    """The badges of a reconstruction: its file's size, and how far it is from the original."""
+    """Return the badges of a reconstruction: its file's size, and how far it is from the original."""
     x, x_hat = to_tensor(original), to_tensor(picture.convert("RGB"))
     measured = distortion(x, x_hat)
     badges = [
@@ -124,39 +144,12 @@ def badges_of(
     return tuple(badges)
 
 
-def compare_measured(
-    original: Image.Image,
-    measured: Mapping[str, tuple[Image.Image, tuple[str, ...]]],
-    caption: str = "",
-    bits: Tensor | None = None,
-) -> Compare:
-    """As `compare`, of an RGB original and reconstructions whose badges are known already."""
-    about = f": {caption}" if caption else ""
-    layers = [
-        _Layer(
-            "original", original, (f"{original.width} x {original.height} pixels",), f"The original{about}"
-        )
-    ]
-    for label, (picture, badges) in measured.items():
-        layers.append(_Layer(label, picture.convert("RGB"), badges, f"{label}, {', '.join(badges)}{about}"))
-    return Compare(layers, bits)
-
-
-def _fitted(layer: _Layer) -> _Layer:
-    """The layer with a picture that a page can hold."""
-    if max(layer.picture.size) <= SHOWN:
-        return layer
-    small = layer.picture.copy()
-    small.thumbnail((SHOWN, SHOWN))
-    return layer._replace(picture=small, badges=(*layer.badges, f"shown at {small.width} x {small.height}"))
-
-
 class CompareView(anywidget.AnyWidget):
-    """A `Compare` inside other widgets, whose pictures change while handle, zoom and choices stay where they were."""
+    """A `Compare` inside other widgets. Its pictures may change, while handle, zoom and choices stay where they were."""
 
-    _esm = source("compare.js")
-    _css = source("compare.css")
+    _esm = FOLDER / "compare.js"
+    _css = FOLDER / "compare.css"
     figures = traitlets.Unicode().tag(sync=True)
-    """What `Compare.figures` gives."""
+    """The HTML that `Compare.figures` returns, or ""."""
     start = traitlets.Dict().tag(sync=True)
-    """What is chosen at first, such as {"left": 1, "right": 2}: the figures to the left and right of the handle."""
+    """The first choices, such as {"left": 1, "right": 2}: the pictures to the left and right of the handle."""

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
     from taco_nb.model import TACO
 
-_WIDTH, _HEIGHT, _STEP, _COLUMNS = 118, 46, 146, 7
+_WIDTH, _HEIGHT, _STEP, _ROW, _COLUMNS = (
+    118,
+    60,
+    146,
+    130,
+    7,
+)  # a box, the distances between boxes, boxes in a row
 _COLOURS = {
     "conv": "#cfe3f5",
     "residual": "#e9eef3",
@@ -25,14 +31,15 @@ _COLOURS = {
     "Injector": "#fbd9b5",
     "Extractor": "#c9ead8",
 }
+_TEXT_COLOUR = "#b04a00"
 
 
 def encoder_diagram(net: TACO, side: int = 256, tokens: int = 38) -> SVG:
-    """g_a as an SVG, left to right and row by row, text arrows into the adapter's layers.
+    """Draw g_a as an SVG, left to right and row by row, with arrows of text into the adapter's layers.
 
-    The network is run once on an empty image of `side` x `side` pixels, and the boxes say what came out: channels,
-    height and width, and the number of parameters. The attention's sizes are those of that run. Raises `SettingError` for
-    a side or a number of tokens under 1.
+    The network is run once on an empty image of `side` x `side` pixels and a caption of `tokens` tokens. The boxes say what
+    came out (channels, height and width), the number of parameters, and how many positions attended to how many. Raises
+    `SettingError` for a side or a number of tokens under 1.
     """
     from IPython.display import SVG
 
@@ -43,7 +50,7 @@ def encoder_diagram(net: TACO, side: int = 256, tokens: int = 38) -> SVG:
 
 @torch.inference_mode()
 def _layers(net: TACO, side: int, tokens: int) -> list[dict[str, Any]]:
-    """Name, output and parameters of each of g_a's layers, runs of residual blocks taken together."""
+    """Run g_a, and return the kind, output and parameters of each of its layers. Residual blocks in a row count as one."""
     layers: list[dict[str, Any]] = []
 
     def note(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
@@ -68,11 +75,10 @@ def _layers(net: TACO, side: int, tokens: int) -> list[dict[str, Any]]:
 
     hooks = [layer.register_forward_hook(note) for layer in net.g_a.analysis_transform]
     device = net.medians().device
+    image = torch.zeros(1, 3, side, side, device=device)
+    text = torch.zeros(1, tokens, net.config.text_dim, device=device)
     try:
-        net.g_a(
-            torch.zeros(1, 3, side, side, device=device),
-            torch.zeros(1, tokens, net.config.text_dim, device=device),
-        )
+        net.g_a(image, text)
     finally:
         for hook in hooks:
             hook.remove()
@@ -88,35 +94,34 @@ def _kind(module: torch.nn.Module) -> str:
 
 
 def _svg(layers: list[dict[str, Any]]) -> str:
-    rows = -(-len(layers) // _COLUMNS)
-    parts, refreshed = [], False
+    parts, renewed = [], False
     for i, layer in enumerate(layers):
-        x, y = 20 + i % _COLUMNS * _STEP, 60 + i // _COLUMNS * 130
-        adapter = layer["kind"] in ("Injector", "Extractor")
+        x, y, kind = 20 + i % _COLUMNS * _STEP, 60 + i // _COLUMNS * _ROW, layer["kind"]
+        middle = x + _WIDTH / 2
         count = f"{layer['count']} x " if layer["count"] > 1 else ""
-        lines = [count + layer["kind"], " x ".join(map(str, layer["shape"]))]
+        lines = [count + kind, " x ".join(map(str, layer["shape"]))]
         if layer["parameters"]:
             lines.append(f"{layer['parameters']:,} parameters")
-        colour = _COLOURS.get(layer["kind"], "#ffffff")
+        colour = _COLOURS.get(kind, "#ffffff")
         parts.append(
-            f'<rect x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT + 14}" rx="6" fill="{colour}" stroke="#456"/>'
+            f'<rect x="{x}" y="{y}" width="{_WIDTH}" height="{_HEIGHT}" rx="6" fill="{colour}" stroke="#456"/>'
         )
         for j, line in enumerate(lines):
             weight = ' font-weight="bold"' if j == 0 else ""
-            parts.append(
-                f'<text x="{x + _WIDTH / 2}" y="{y + 18 + 16 * j}"{weight}>{html.escape(line)}</text>'
-            )
+            parts.append(f'<text x="{middle}" y="{y + 18 + 16 * j}"{weight}>{html.escape(line)}</text>')
         if i % _COLUMNS < _COLUMNS - 1 and i + 1 < len(layers):
             parts.append(_arrow(x + _WIDTH, y + 30, x + _STEP - 3, y + 30))
-        if adapter:
-            up = layer["kind"] == "Extractor"
-            ends = (y - 4, y - 30) if up else (y - 30, y - 4)
-            parts.append(_arrow(x + _WIDTH / 2, ends[0], x + _WIDTH / 2, ends[1], "#b04a00"))
-            refreshed = refreshed or up
-            what = "new text" if refreshed else "text"
-            parts.append(f'<text x="{x + _WIDTH / 2}" y="{y - 35}" fill="#b04a00">{what}</text>')
-            parts.append(f'<text x="{x + _WIDTH / 2}" y="{y + 76}" fill="#555">{layer["attention"]}</text>')
-    size = f"0 0 {_COLUMNS * _STEP + 10} {rows * 130 + 30}"
+        if "attention" in layer:
+            # Injectors read the text, and the Extractor gives a new one, which those behind it read.
+            outwards = kind == "Extractor"
+            start, end = (y - 4, y - 30) if outwards else (y - 30, y - 4)
+            renewed = renewed or outwards
+            parts += [
+                _arrow(middle, start, middle, end, _TEXT_COLOUR),
+                f'<text x="{middle}" y="{y - 35}" fill="{_TEXT_COLOUR}">{"new text" if renewed else "text"}</text>',
+                f'<text x="{middle}" y="{y + 76}" fill="#555">{layer["attention"]}</text>',
+            ]
+    size = f"0 0 {_COLUMNS * _STEP + 10} {-(-len(layers) // _COLUMNS) * _ROW + 30}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" width="100%" font-family="sans-serif" font-size="11" '
         'text-anchor="middle" role="img" aria-label="The layers of the encoder g_a, with the text adapter">'

@@ -1,4 +1,4 @@
-"""Rate and distortion of every image: point at one and read its name, click and see what the codecs made of it."""
+"""Rate and distortion of every image: point at one to read its name, click to see what the codecs made of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from taco_nb.errors import TacoError
 from taco_nb.evaluation.peers import encode_peer
 from taco_nb.widgets.compare import Compare, CompareView, compare
 from taco_nb.widgets.figures import rate_distortion
-from taco_nb.widgets.page import source
+from taco_nb.widgets.html_parts import FOLDER
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,16 +27,16 @@ _HINT = "Small points are single images. Click on one to see what the codecs mad
 
 
 class _Clicks(anywidget.AnyWidget):
-    """Shows nothing, and hears the clicks on the figure whose layout has its key."""
+    """An invisible widget that hears the clicks on the figure whose layout has its key."""
 
-    _esm = source("clicks.js")
+    _esm = FOLDER / "clicks.js"
     key = traitlets.Unicode().tag(sync=True)
     point = traitlets.List().tag(sync=True)
-    """What the clicked point's customdata are, and when it was clicked."""
+    """The customdata of the clicked point, and the time of the click."""
 
 
 class Explorer:
-    """What `explorer` gives: a figure, and below it, where there is a kernel, the image that was clicked."""
+    """The result of `explorer`: a figure, and below it, where there is a kernel, the image that was clicked."""
 
     def __init__(
         self,
@@ -47,8 +47,9 @@ class Explorer:
     ):
         self._results, self._codecs = results, codecs
         self._sets = {dataset.name: dataset for dataset in sets}
-        self.figure = figure.update_layout(meta={"key": uuid.uuid4().hex})
-        self.clicks = _Clicks(key=figure.layout.meta["key"])
+        key = uuid.uuid4().hex
+        self.figure = figure.update_layout(meta={"key": key})
+        self.clicks = _Clicks(key=key)
         self.said, self.view = ipywidgets.HTML(_HINT), CompareView()
         self.clicks.observe(self._clicked, "point")
 
@@ -68,10 +69,10 @@ class Explorer:
             self.said.value = html.escape(str(error))
 
     def compare_at(self, codec: str, dataset: str, name: str, quality: float | None = None) -> Compare:
-        """The image of a point under the handle, as the codec of the point and the codecs that were given make it.
+        """Return the image of a point as the point's codec and all codecs that `explorer` was given make it.
 
-        They encode it once more, which gives the files that were measured, but for the rounding of a larger batch where
-        crops were evaluated in batches; `quality` is that of a peer.
+        They encode it once more. The files are those that were measured, except that rounding may differ where crops were
+        evaluated in batches. `quality` is the setting of a conventional codec such as JPEG.
         """
         images = self._sets[dataset]
         sample = images[images.names.index(name)]
@@ -81,9 +82,8 @@ class Explorer:
         if codec not in self._codecs:
             peer = encode_peer(sample.image, codec, int(quality))
             shown[f"{codec}, quality {peer.quality}"] = (peer.image, peer.data)
-        for label in sorted(
-            self._codecs.keys() & set(captions.index), key=lambda label: label != codec
-        ):  # the point's own first
+        measured = self._codecs.keys() & set(captions.index)
+        for label in sorted(measured, key=lambda label: label != codec):  # the point's own codec comes first
             file = self._codecs[label].encode(sample.image, captions[label])
             shown[label] = (self._codecs[label].decode(file), file)
         return compare(sample.image, shown, caption=sample.captions[0])
@@ -96,10 +96,10 @@ def explorer(
     published: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
     title: str = "",
 ) -> Explorer:
-    """`rate_distortion`, in which a click on an image's point opens it in a `compare` below.
+    """Show the figure of `rate_distortion`, in which a click on an image's point opens it in a `compare` below.
 
-    `sets` are the data sets that `results` were measured on, `codecs` the codecs by the names that they have there; JPEG
-    and its like need not be given.
+    `sets` are the data sets that `results` were measured on, and `codecs` maps the codecs' names in `results` to the
+    codecs; JPEG and its like need not be given.
     """
     import pandas as pd
 

@@ -22,27 +22,33 @@ METRICS = {
     "fid": "FID (lower is better)",
     "cmmd": "CMMD (lower is better)",
 }
-IMAGES = 100
-"""So many images of a data set have points of their own; thirty thousand would be a cloud and a page of 50 MB."""
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
-_LAYOUT: dict[str, Any] = {
-    "template": "plotly_white",
-    "height": 460,
-    "margin": {"l": 60, "r": 20, "t": 50, "b": 50},
+PANELS = {"lpips_01": "LPIPS (as TACO feeds it)", "psnr": "PSNR in dB", "fid": "FID", "cmmd": "CMMD"}
+DIFFERENCES = {
+    "bpp": "bits per pixel",
+    "psnr": "PSNR in dB",
+    "ms_ssim": "MS-SSIM",
+    "lpips_01": "LPIPS",
+    "clip_score": "CLIP score",
 }
+IMAGES = 100
+"""So many images of a data set have points of their own; thirty thousand would be a cloud, and a page of 50 MB."""
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
+_MARGIN = {"l": 60, "r": 20, "t": 50, "b": 50}
+_LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 460, "margin": _MARGIN}
+
+Curves = Mapping[str, Mapping[str, Sequence[float]]]
+"""Curves from the literature, {name: {"bpp": [...], "psnr": [...]}}."""
 
 
-def rate_distortion(
-    *results: pd.DataFrame,
-    published: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
-    title: str = "",
-) -> Figure:
-    """Quality over bits per pixel, a curve per codec through its means and a small point per image; menus choose.
+# All codecs on all data sets, with a menu -----------------------------------------------------------------------------
 
-    `results` come from `taco_nb.evaluation`; one menu chooses the metric, another, where there are several, the data set.
-    An image's point says its name (of large sets, the first `IMAGES` have one). `published` gives curves from the
-    literature on Kodak as {name: {"bpp": [...], "psnr": [...]}}, drawn thin and dashed. A curve through fewer than four
-    points says so in the legend.
+
+def rate_distortion(*results: pd.DataFrame, published: Curves | None = None, title: str = "") -> Figure:
+    """Draw quality over bits per pixel: a curve per codec through its means, and a small point per image.
+
+    `results` come from `taco_nb.evaluation`. A menu chooses the metric, and another the data set where there are several.
+    An image's point says its name (only the first `IMAGES` of a set have one). `published` curves, measured on Kodak, are
+    thin and dotted. A curve through fewer than four points says so in the legend.
     """
     import pandas as pd
     import plotly.graph_objects as go
@@ -52,26 +58,22 @@ def rate_distortion(
     metrics = [metric for metric in METRICS if metric in table and table[metric].notna().any()]
     sets = list(dict.fromkeys(table["dataset"]))
     figure = go.Figure()
-    owners: list[str] = []  # each trace's data set
-    heights: list[dict[str, list]] = []  # each trace's y by metric, empty where nobody measured it
-    legend: list[bool] = []
+    # A menu's entry gives every trace its new y, visibility and place in the legend, so each trace is noted here: its data
+    # set, its y by metric (without those that nobody measured), and whether it may stand in the legend.
+    traces: list[tuple[str, dict[str, list], bool]] = []
 
     def add(dataset: str, y: dict[str, list], named: bool, **trace: Any) -> None:
-        present = bool(y.get(metrics[0]))
-        figure.add_scatter(
-            y=y.get(metrics[0], []), visible=dataset == sets[0], showlegend=named and present, **trace
-        )
-        owners.append(dataset)
-        heights.append(y)
-        legend.append(named)
+        first = y.get(metrics[0], [])
+        figure.add_scatter(y=first, visible=dataset == sets[0], showlegend=named and bool(first), **trace)
+        traces.append((dataset, y, named))
 
     for i, ((codec, dataset), curve) in enumerate(table.groupby(["codec", "dataset"], sort=False)):
         curve = curve.sort_values("bpp")
-        single = len(curve) == 1
+        single = len(curve) == 1  # a codec of one quality is a star
         group, colour = f"{codec}, {dataset}", _COLOURS[i % len(_COLOURS)]
         add(
             dataset,
-            _heights(curve, metrics),
+            _by_metric(curve, metrics),
             True,
             x=curve["bpp"],
             name=curve_name(group, len(curve)),
@@ -79,16 +81,16 @@ def rate_distortion(
             mode="markers" if single else "lines+markers",
             marker={"size": 13 if single else 6, "symbol": "star" if single else "circle"},
             line={"color": colour},
-            text=_points(curve),
+            text=_said_of_means(curve),
             hovertemplate="%{text}<br>%{x:.3f} bpp, %{y:.4g}<extra>%{fullData.name}</extra>",
         )
         images = rows[(rows["codec"] == codec) & (rows["dataset"] == dataset)]
         images = images[images["name"].isin(images["name"].unique()[:IMAGES])]
         quality = images["quality"] if "quality" in images else pd.Series(math.nan, images.index)
-        # above the curves, so that of a mean over one image it is the image that answers
+        # The images come after the means, and so above them: where a mean is of one image, a click is to find the image.
         add(
             dataset,
-            _heights(images, metrics),
+            _by_metric(images, metrics),
             False,
             x=images["bpp"],
             name=group,
@@ -115,14 +117,14 @@ def rate_distortion(
         _button(
             METRICS[metric],
             {
-                "y": [y.get(metric, []) for y in heights],
-                "showlegend": [named and bool(y.get(metric)) for named, y in zip(legend, heights)],
+                "y": [y.get(metric, []) for _, y, _ in traces],
+                "showlegend": [named and bool(y.get(metric)) for _, y, named in traces],
             },
             {"yaxis.title.text": METRICS[metric]},
         )
         for metric in metrics
     ]
-    by_set = [_button(name, {"visible": [owner == name for owner in owners]}, {}) for name in sets]
+    by_set = [_button(name, {"visible": [of == name for of, _, _ in traces]}, {}) for name in sets]
     menus = [by_metric, by_set] if len(sets) > 1 else [by_metric]
     figure.update_layout(
         **_LAYOUT,
@@ -140,28 +142,39 @@ def rate_distortion(
 def curve_name(name: str, points: int) -> str:
     """Return the name of a curve as the legend shows it: with the number of its points if they are few."""
     few = few_points(points)
-    return (
-        f"{name}, {few}" if few and points > 1 else name
-    )  # a single point is no curve, and is not drawn as one
+    # a single point is no curve, and is not drawn as one
+    return f"{name}, {few}" if few and points > 1 else name
 
 
-def _heights(rows: pd.DataFrame, metrics: Sequence[str]) -> dict[str, list]:
-    """The rows' values of each metric that any of them has; None for NaN, which JSON does not know."""
+def _by_metric(rows: pd.DataFrame, metrics: Sequence[str]) -> dict[str, list]:
+    """Return the rows' values of each metric that any of them has, with None for NaN, which JSON does not know."""
     known = [metric for metric in metrics if rows[metric].notna().any()]
     return {metric: [None if math.isnan(value) else value for value in rows[metric]] for metric in known}
 
 
+def _said_of_means(curve: pd.DataFrame) -> list[str]:
+    """Say of each point of a curve how many images are behind its mean, and its quality setting where it has one."""
+    qualities = curve["quality"] if "quality" in curve else [math.nan] * len(curve)
+    return [
+        f"mean of {count} image{'' if count == 1 else 's'}"
+        + ("" if math.isnan(quality) else f", quality {quality:.0f}")
+        for quality, count in zip(qualities, curve["images"])
+    ]
+
+
 def _button(label: str, traces: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
-    """An entry of a menu that changes the traces and the layout."""
+    """Return an entry of a menu that changes the traces and the layout."""
     return {"label": label, "method": "update", "args": [traces, layout]}
 
 
+# Training -------------------------------------------------------------------------------------------------------------
+
+
 def training_curves(log: pd.DataFrame, title: str = "") -> Figure:
-    """The terms of the loss over steps, each in its own panel, from a run's `log`; of a long one, 1000 rows or fewer."""
+    """Draw the terms of the loss over steps, each in its own panel, from at most 1000 rows of a run's `log`."""
     from plotly.subplots import make_subplots
 
     log = log.iloc[:: max(1, -(-len(log) // 1000))]
-
     terms = [name for name in ("loss", "bpp", "mse", "lpips", "joint", "lr") if name in log]
     figure = make_subplots(rows=1, cols=len(terms), subplot_titles=terms)
     for column, name in enumerate(terms, start=1):
@@ -170,15 +183,119 @@ def training_curves(log: pd.DataFrame, title: str = "") -> Figure:
             line={"color": _COLOURS[0]},
         )  # fmt: skip
     figure.update_xaxes(title_text="step")
-    figure.update_layout(**{**_LAYOUT, "height": 320, "margin": _LAYOUT["margin"] | {"t": 80}}, title=title)
+    figure.update_layout(**{**_LAYOUT, "height": 320, "margin": _MARGIN | {"t": 80}}, title=title)
     return figure
 
 
-def _points(curve: pd.DataFrame) -> list[str]:
-    """What each point of a curve is: its quality setting, where it has one, and the images behind the mean."""
-    qualities = curve["quality"] if "quality" in curve else [None] * len(curve)
-    return [
-        f"mean of {count} image{'s' * (count != 1)}"
-        + (f", quality {quality:.0f}" if quality == quality and quality is not None else "")
-        for quality, count in zip(qualities, curve["images"])
+# The report's figures: one data set, several metrics, a panel each ----------------------------------------------------
+
+
+def rate_panels(
+    points: pd.DataFrame,
+    *,
+    published: Curves | None = None,
+    stated: Mapping[str, Mapping[str, float]] | None = None,
+    title: str = "",
+) -> Figure:
+    """Draw LPIPS, PSNR, FID and CMMD over bits per pixel, a curve per label of `points` (from `taco_nb.report.points`).
+
+    Points that may be held against published figures are filled, others hollow. `published` curves are dotted. `stated` are
+    single values of known quality and unknown rate, {name: {metric: value}}, drawn as level lines. The title names the
+    metrics of which there is nothing to show, and the legend says so of a curve through fewer than four points.
+    """
+    from plotly.subplots import make_subplots
+
+    published, stated = published or {}, stated or {}
+    plain = {metric: metric.removesuffix("_01") for metric in PANELS}  # the names in `stated`
+    held = [
+        metric
+        for metric in PANELS
+        if points[metric].notna().any()
+        or any(curve.get(metric) for curve in published.values())
+        or any(plain[metric] in values for values in stated.values())
     ]
+    panels = held or ["psnr"]  # empty axes are clearer than no figure
+    rows = -(-len(panels) // 2)
+    figure = make_subplots(
+        rows, min(2, len(panels)), subplot_titles=[PANELS[metric] for metric in panels], vertical_spacing=0.2
+    )
+    # A curve has one entry in the legend for all panels, so the panel with the fewest of its points decides.
+    legend = {
+        label: curve_name(label, min((n for n in curve[panels].count() if n), default=0))
+        for label, curve in points.groupby("label", sort=False)
+    }
+    rates = [*points["bpp"], *(rate for curve in published.values() for rate in curve["bpp"])]
+    for i, metric in enumerate(panels):
+        place = {"row": i // 2 + 1, "col": i % 2 + 1}
+        measured = points.dropna(subset=[metric]).sort_values("bpp")
+        for label, curve in measured.groupby("label", sort=False):
+            figure.add_scatter(
+                x=curve["bpp"], y=curve[metric], name=legend[label], mode="lines+markers", text=_said_of_runs(curve),
+                marker={"size": 9, "symbol": ["circle-open" if reason else "circle" for reason in curve["unjudged"]]},
+                hovertemplate="%{text}<br>%{x:.3f} bpp, %{y:.4g}<extra>%{fullData.name}</extra>", **place,
+            )  # fmt: skip
+        for name, curve in published.items():
+            if curve.get(metric):
+                figure.add_scatter(
+                    x=list(curve["bpp"]), y=list(curve[metric]), mode="lines",
+                    name=curve_name(f"{name}, published", len(curve["bpp"])), line={"width": 1, "dash": "dot"}, **place,
+                )  # fmt: skip
+        for name, values in stated.items():
+            if plain[metric] in values:
+                figure.add_scatter(
+                    x=[0, max(rates, default=1)], y=[values[plain[metric]]] * 2, name=f"the report, {name}", mode="lines",
+                    line={"width": 1.5, "dash": "dash", "color": "#333" if name == "baseline" else "#999"}, **place,
+                )  # fmt: skip
+    missing = ", ".join(plain[metric] for metric in PANELS if metric not in held)
+    note = f"<br><sub>nothing to show of {missing}</sub>" if missing else ""
+    figure.update_xaxes(title_text="bits per pixel, from file sizes", rangemode="tozero")
+    figure.update_layout(
+        **{**_LAYOUT, "height": 150 + 330 * rows, "margin": _MARGIN | {"t": 105}},
+        title={"text": title + note, "x": 0.5, "yref": "container", "y": 0.97, "yanchor": "top"},
+        legend={"orientation": "h", "y": -0.3 / rows, "yanchor": "top"},
+    )
+    # What is in several panels has one entry in the legend, and one colour.
+    names = list(dict.fromkeys(trace.name for trace in figure.data))
+    for i, trace in enumerate(figure.data):
+        colour = trace.line.color or _COLOURS[names.index(trace.name) % len(_COLOURS)]
+        seen = trace.name in {earlier.name for earlier in figure.data[:i]}
+        trace.update(line_color=colour, legendgroup=trace.name, showlegend=not seen)
+    return figure
+
+
+def _said_of_runs(curve: pd.DataFrame) -> list[str]:
+    """Say of each point which run it is, and why it is not judged, if it is not."""
+    columns = curve[["run", "lmbda", "images", "unjudged"]]
+    return [
+        f"{run}<br>lambda {lmbda:g}, mean of {images} images"
+        + (f"<br>not judged: {reason}" if reason else "")
+        for run, lmbda, images, reason in columns.itertuples(index=False)
+    ]
+
+
+def difference_plot(pairs: pd.DataFrame, title: str = "") -> Figure:
+    """Draw mean differences to the baseline with their 95 % intervals, a panel per metric.
+
+    `pairs` comes from `taco_nb.verdicts.paired`.
+    """
+    from plotly.subplots import make_subplots
+
+    known = pairs[pairs["metric"].isin(DIFFERENCES) & pairs["low"].notna()]
+    metrics = [metric for metric in DIFFERENCES if (known["metric"] == metric).any()]
+    titles = [DIFFERENCES[metric] for metric in metrics]
+    figure = make_subplots(1, max(1, len(metrics)), shared_yaxes=True, subplot_titles=titles)
+    for column, metric in enumerate(metrics, start=1):
+        rows = known[known["metric"] == metric]
+        figure.add_scatter(
+            x=rows["difference"], y=rows["ablation"] + "<br>" + rows["dataset"] + rows["lmbda"].map(", lambda {:g}".format),
+            error_x={"array": rows["high"] - rows["difference"], "arrayminus": rows["difference"] - rows["low"]},
+            mode="markers", marker={"color": _COLOURS[0], "size": 9}, showlegend=False, row=1, col=column,
+        )  # fmt: skip
+        figure.add_vline(0, line={"width": 1, "color": "#777"}, row=1, col=column)
+    lines = len(known[["ablation", "dataset", "lmbda"]].drop_duplicates())
+    figure.update_layout(
+        **{**_LAYOUT, "height": 170 + 45 * lines, "margin": _MARGIN | {"l": 130, "t": 80}},
+        title={"text": title, "x": 0.5},
+    )
+    figure.update_xaxes(nticks=4, tickangle=0)
+    return figure

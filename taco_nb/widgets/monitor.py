@@ -20,44 +20,43 @@ if TYPE_CHECKING:
     from taco_nb.training import Run
 
 SHARE = 1 / 40
-"""Of the time since training began that each of the two displays may take; the last state is shown whatever it takes."""
+"""Each of the two displays may take this share of the time since training began; the last state is always shown."""
 SIDE = 256
-"""Pixels of the central crop that stands for the picture."""
+"""The central crop of the picture that is encoded has at most this many pixels on a side."""
 
 
 class TrainingMonitor:
-    """Give it to `fit` as `on_log`: below the cell appear the curves and the picture, and change as the run goes on.
+    """A function for `fit`'s `on_log`: curves and a picture appear below the cell, and change as the run goes on.
 
-    Both are displays that are replaced, so a notebook run headless keeps the last of each. What was slow to draw is drawn
-    less often: each display takes a 40th of the time at most.
+    Each is a display that is replaced, so that a notebook run headless keeps the last of each. What was slow to draw is
+    drawn less often, for each display takes at most a 40th of the time.
     """
 
     def __init__(self, image: Any, caption: str):
         image = to_rgb(image)
         left, top = max(0, image.width - SIDE) // 2, max(0, image.height - SIDE) // 2
-        self.image, self.caption = (
-            image.crop((left, top, min(left + SIDE, image.width), min(top + SIDE, image.height))),
-            caption,
-        )
+        right, bottom = min(left + SIDE, image.width), min(top + SIDE, image.height)
+        self.image, self.caption = image.crop((left, top, right, bottom)), caption
         self._run: Path | None = None
-        self._curves_of([], "")  # plotly loads its parts when first used, which is no time of the run's
+        self._draw_curves(
+            [], ""
+        )  # plotly loads its parts on first use, which should not count as the run's time
 
     def __call__(self, run: Run, log: list[dict[str, float]], codec: Callable[[], Codec]) -> None:
-        """Show the state of a run: its log so far, and a function that gives the codec as it stands."""
-        last = run.finished
+        """Show the state of a run: its log so far, and what the codec that `codec` returns makes of the picture."""
         if run.dir != self._run:
             self._run, self._first = run.dir, None
             self._curves, self._picture = _Display(), _Display()
         title = f"{run.dir.name}, step {run.steps} of {run.total_steps}"
-        self._curves.show(lambda: self._curves_of(log, title), last)
-        self._picture.show(lambda: self._draw_picture(run, codec), last)
+        self._curves.show(lambda: self._draw_curves(log, title), always=run.finished)
+        self._picture.show(lambda: self._draw_picture(run, codec), always=run.finished)
 
-    def _curves_of(self, log: list[dict[str, float]], title: str) -> dict[str, Any]:
+    def _draw_curves(self, log: list[dict[str, float]], title: str) -> dict[str, Any]:
         import pandas as pd
         import plotly.io
 
         figure = training_curves(pd.DataFrame(log, columns=None if log else ["step", "loss"]), title=title)
-        # the bare figure: with all that the notebook's renderers add, each change would carry plotly's script along
+        # Only the bare figure: the notebook's own renderers would send plotly's script along with each change.
         return plotly.io.renderers["plotly_mimetype"].to_mimebundle(figure.to_dict())
 
     def _draw_picture(self, run: Run, codec: Callable[[], Codec]) -> dict[str, Any]:
@@ -80,11 +79,12 @@ class _Display:
     def __init__(self) -> None:
         self._handle, self._due = None, 0.0
 
-    def show(self, draw: Callable[[], dict[str, Any]], whatever_it_takes: bool) -> None:
+    def show(self, draw: Callable[[], dict[str, Any]], always: bool) -> None:
+        """Draw and show the next state if it is due, or `always`."""
         from IPython.display import display
 
         started = time.monotonic()
-        if started < self._due and not whatever_it_takes:
+        if started < self._due and not always:
             return
         bundle = draw()
         if self._handle is None:
@@ -96,7 +96,7 @@ class _Display:
 
 
 def training_monitor(image: Image.Image, caption: str) -> TrainingMonitor:
-    """Losses, bits and a picture, live while `fit(..., on_log=training_monitor(image, caption))` runs.
+    """Show losses, bits and a picture, live, while `fit(..., on_log=training_monitor(image, caption))` runs.
 
     The central crop of the picture is encoded to a real file and decoded, at first and now; size and PSNR are the file's.
     """

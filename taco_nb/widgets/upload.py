@@ -24,7 +24,7 @@ _LIMIT = (
 
 
 class UploadBox(ipywidgets.VBox):
-    """What `upload_box` gives; without a kernel a sentence that says what it needs."""
+    """The widget of `upload_box`. Without a kernel it is a sentence that says what it needs."""
 
     def __init__(self, codec: Codec):
         self._codec = codec
@@ -50,7 +50,9 @@ class UploadBox(ipywidgets.VBox):
         (chosen,) = self.upload.value
         name = Path(chosen["name"]).name or "picture"
         self.said.value = f"Encoding {html.escape(name)} …"
-        said = "This failed, for a reason that is in Jupyter's log."
+        said = (
+            "This failed, for a reason that is in Jupyter's log."  # unless one of the lines below replaces it
+        )
         try:
             image = _picture(chosen["content"], name)
             file = self._codec.encode(image, self.caption.value)
@@ -67,16 +69,16 @@ class UploadBox(ipywidgets.VBox):
 
 
 def _link(file: bytes, name: str) -> str:
-    """An <a> that holds a file to keep under a name."""
+    """Return an <a> that holds a file, to be saved under a name."""
     kept = html.escape(name, quote=True)
     data = base64.b64encode(file).decode()
     return f'<a download="{kept}" href="data:application/octet-stream;base64,{data}">Download {kept}</a>'
 
 
 def _picture(content: memoryview, name: str) -> Image.Image:
-    """The picture in an uploaded file. Raises `DataError`, which calls the file by its name at the reader's."""
+    """Return the picture in an uploaded file. Raises `DataError`, which calls the file by the reader's name for it."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "picture")  # not its own name, which may be longer than a file's can be here
+        path = Path(folder, "picture")  # the reader's name may be longer than a file's can be here
         path.write_bytes(content)
         try:
             return to_rgb(path)
@@ -85,8 +87,9 @@ def _picture(content: memoryview, name: str) -> Image.Image:
 
 
 def upload_box(codec: Codec) -> UploadBox:
-    """A box for a picture and a caption: encoded, decoded, measured, shown beside the original, with the `.taco` file.
+    """Show a box for a picture and a caption, which are encoded, decoded and measured.
 
-    What is wrong with a picture is said in words. The picture goes to the notebook's kernel and nowhere else.
+    The result stands beside the original, with the `.taco` file to download. What is wrong with a picture is said in
+    words. The picture goes to the notebook's kernel and nowhere else.
     """
     return UploadBox(codec)
