@@ -22,13 +22,15 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import command
 from openai import OpenAI
 from openai_server import KEY, Fault, OpenAIServer
 from PIL import Image
 
-from taco_nb.data import CaptionedFolder
+from taco_nb.data import CaptionedFolder, datasets
 from taco_nb.errors import CheckpointError, DataError, MissingWeightsError, SettingError
 from taco_nb.text.answers import OPEN, Answer, Question, answer_key
+from taco_nb.text.chat_keywords import chat_keywords
 from taco_nb.tools.captions import (
     CoCaCaptioner,
     OpenAIBatchCaptioner,
@@ -689,7 +691,7 @@ def test_without_waiting_each_call_takes_what_is_there(
     describe = partial(batches(wait=False).describe, dataset, out)
     assert "confirm=True" in str(describe()) and server.requests == []
     report = describe(confirm=True)
-    assert list(itertools.chain(*report.missing.values())) == ["in batch_1"] * 3 and "collect()" in str(
+    assert list(itertools.chain(*report.missing.values())) == ["in batch_1"] * 3 and "called again" in str(
         report
     )
     said()
@@ -983,3 +985,55 @@ def test_missing_weights_are_said_with_size_and_command(tmp_path, pictures, out,
     ) as caught:
         CoCaCaptioner(tmp_path / "coca.sqlite").describe(pictures(1), out)
     assert 2000 < int(re.search(r"([\d,]+) MB", str(caught.value))[1].replace(",", "")) < 3000
+
+
+# --- From a shell -----------------------------------------------------------------------------------------------------
+
+
+def test_a_command_captions_a_folder(server, tmp_path, pictures, out, said, monkeypatch):
+    pictures(3)
+    (tmp_path / "images" / "none.json").unlink()
+    words = ["caption", tmp_path / "images", "--out", out, "--base-url", server.url, "--count", "2"]
+    assert command(*words) == 0 and server.requests == []
+    printed = said()
+    assert "6 to be paid for" in printed and "(--confirm) sends it" in printed and not out.exists()
+
+    server.chat_faults += [Fault(change={"content": ""})]
+    assert command(*words, "--confirm", "--workers", "1") == 1
+    assert "1 are missing (1 empty)" in said() and (tmp_path / "captions.sqlite").is_file()
+    assert command(*words, "--confirm", "--retry-failed") == 0
+    assert "All 6 captions of images" in said() and server.paid.total() == 7
+    assert {len(captions) for captions in captions_of(out).values()} == {2}
+    assert server.bodies[0]["model"] == "gpt-4o-2024-11-20" and server.bodies[0]["temperature"] == 1.0
+
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert command(*words, "--confirm", "--prompt", "Another.", "--cache", tmp_path / "other.sqlite") == 1
+    assert "OPENAI_API_KEY is not set" in said()
+
+
+def test_a_command_captions_a_data_set_in_batches_and_with_coca(server, tmp_path, out, said, coca):
+    server.polls = 0
+    words = ["caption", "sample", "--out", out, "--limit", "2"]
+    batch = [*words, "--captioner", "batch", "--no-wait", "--base-url", server.url, "--confirm"]
+    assert command(*batch) == 1 and "2 are missing (2 in batch_1)" in said()
+    assert command(*batch) == 0 and len(captions_of(out)) == 2 and server.count("POST /v1/batches") == 1
+    said()
+    arguments = [*words, "--captioner", "coca", "--model", coca, "--temperature", "0"]
+    command(*arguments, "--device", "cpu", "--cache", tmp_path / "coca.sqlite")
+    assert "2 to be written here" in said()
+    assert command(*arguments, "--no-wait", "--structured") == 2
+    assert "--captioner coca takes no structured, wait" in said()
+    assert command("caption", "samplle", "--out", out) == 1 and "Is 'sample' meant?" in said()
+    (tmp_path / "empty").mkdir()
+    assert command("caption", tmp_path / "empty", "--out", out) == 1 and "holds no image" in said()
+
+
+def test_a_command_asks_for_keywords(server, tmp_path, said):
+    (sample,) = datasets("sample")
+    captions = [caption for row in range(2) for caption in sample.captions(row)]
+    server.replies = {caption: caption.split()[-1].strip(".") for caption in captions}
+    words = ["keywords", "sample", "--limit", "2", "--data-dir", tmp_path, "--base-url", server.url]
+    assert command(*words) == 0 and server.requests == [] and "(--confirm)" in said()
+    assert command(*words, "--confirm", "--workers", "2") == 0
+    assert server.paid.total() == len(set(captions)) and "0 of them without words" in said()
+    assert all(chat_keywords(tmp_path)(captions))

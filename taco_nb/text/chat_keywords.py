@@ -1,7 +1,7 @@
 """Keywords chosen by a language model, read from a file of answers.
 
-This module only reads. `taco_nb.tools.captions.ask_keywords` and `taco-nb caption --keywords` ask the model, which costs
-money, once per caption.
+This module only reads. `taco_nb.tools.captions.ask_keywords` and the command `taco-nb keywords` ask the model, once per
+caption, which costs money.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class ChatKeywords:
         if unknown := [caption for caption, key in keys.items() if key not in found]:
             raise DataError(
                 f"{self.path} has no keywords by {self.question.model} for {len(unknown):,} of {len(captions):,} "
-                f"captions, such as {unknown[0]!r}. Have them chosen first: taco-nb caption --keywords, or "
+                f"captions, such as {unknown[0]!r}. Have them chosen first: `taco-nb keywords --help`, or "
                 "ask_keywords(…, confirm=True) of taco_nb.tools.captions."
             )
         chosen = []

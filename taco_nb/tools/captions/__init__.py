@@ -9,11 +9,12 @@
 `OpenAIBatchCaptioner` sends the same requests through the Batch API, for large sets; `CoCaCaptioner` runs open_clip's
 CoCa on this machine. All keep every answer in a file, ask only for what it lacks, and write a captions file for
 `taco_nb.data.CaptionedFolder` once it is complete, so the same call starts, resumes and finishes the work.
-`ask_keywords` has a language model choose the keywords of captions. `taco-nb caption` does all of this from a shell.
+`ask_keywords` has a language model choose the keywords of captions. `taco-nb caption` and `taco-nb keywords` do all of this
+from a shell.
 """
 
 from taco_nb.tools.captions.batch import OpenAIBatchCaptioner
-from taco_nb.tools.captions.captioner import Captioner, Estimate, Report, ServiceError
+from taco_nb.tools.captions.captioner import Captioner, Estimate, Report, ServiceError, open_pictures
 from taco_nb.tools.captions.coca import CoCaCaptioner
 from taco_nb.tools.captions.keywords import ask_keywords
 from taco_nb.tools.captions.openai_captioner import OpenAICaptioner
@@ -29,4 +30,5 @@ __all__ = [
     "Report",
     "ServiceError",
     "ask_keywords",
+    "open_pictures",
 ]

@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm.auto import tqdm
 
-from taco_nb.data.captioned import check_count, few
-from taco_nb.errors import SettingError, TacoError
+from taco_nb.data import CaptionedFolder, CaptionedImages, datasets, training_pairs
+from taco_nb.data.captioned import Entry, check_count, few, image_files
+from taco_nb.errors import DataError, SettingError, TacoError
 from taco_nb.files import atomic_write
 from taco_nb.text.answers import OPEN, Answer, Question, answer_key
 from taco_nb.tools.captions.cache import CaptionCache
 
 if TYPE_CHECKING:
     from PIL import Image
-
-    from taco_nb.data import CaptionedImages
 
 _OFF_THE_PICTURE = re.compile(
     r"""\b(
@@ -119,15 +118,15 @@ class Report:
             texts = few(f'{name} ("{captions[0][:80]}")' for name, captions in self.flagged.items())
             text += (
                 f" {flagged:,} speak of the asker or the task, so they may be no captions; look at them: {texts}. "
-                "retry_flagged=True asks for all of these again."
+                "retry_flagged=True (--retry-flagged) asks for all of these again."
             )
         return text
 
 
 _ADVICE = {
     "unanswered": "Calling again asks for what has no answer yet.",
-    "submitted": "What is in a batch comes with OpenAIBatchCaptioner's describe() or collect(), once it is finished.",
-    "failed": "retry_failed=True asks again for what was answered with something else than a caption.",
+    "submitted": "What is in a batch comes once that is finished, when a batch captioner is called again.",
+    "failed": "retry_failed=True (--retry-failed) asks again for what was answered with something else than a caption.",
 }
 
 
@@ -245,8 +244,36 @@ class Captioner(ABC):
             dollars=self._dollars(*tokens),
             estimate=estimate,
             path=written,
-            advice=advice if agreed else "Nothing was sent: confirm=True sends it, and pays for it.",
+            advice=advice
+            if agreed
+            else "Nothing was sent: confirm=True (--confirm) sends it, and pays for it.",
         )
+
+
+def open_pictures(
+    name: str, data_dir: str | os.PathLike | None = None, limit: int | None = None
+) -> CaptionedImages:
+    """Return a data set by its name, "coco-train" included, or the pictures of a folder, captioned or not.
+
+    A folder's captions are those of its captions.json, if there is one. `limit` keeps the first pictures.
+    """
+    folder = Path(name)
+    try:
+        if name == "coco-train":
+            found = training_pairs("coco", 256, data_dir).dataset
+        else:
+            (found,) = datasets(name, data_dir=data_dir)
+    except SettingError:
+        if not folder.is_dir():
+            raise
+        if (folder / "captions.json").is_file():
+            found = CaptionedFolder(folder, folder / "captions.json")
+        else:
+            files = image_files(folder)
+            found = CaptionedImages(folder.resolve().name, (Entry(*file, ()) for file in files.items()))
+    if not len(found):
+        raise DataError(f"The folder {folder} holds no image.")
+    return found if limit is None else found.head(limit)
 
 
 def look_at(dataset: CaptionedImages, question: Question, count: int) -> list[Picture]:

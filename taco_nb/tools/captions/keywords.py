@@ -46,7 +46,7 @@ def ask_keywords(
             f"{len(by_key):,} captions, {len(by_key) - len(new):,} of them answered in {chat.path}; {cost}."
         )
         if new and not confirm:
-            print("Nothing was sent: confirm=True sends the requests, and pays.")
+            print("Nothing was sent: confirm=True (--confirm) sends the requests, and pays.")
             return
         reasons: dict[str, str] = {}
         if new:
