@@ -65,7 +65,7 @@ def test_keywords_by_a_language_model(server, chat, capfd):
     ask_keywords(chat, [*captions, *captions, "", " "], base_url=server.url)
     printed = capfd.readouterr().out
     assert f"{len(captions)} captions, 0 of them answered" in printed and "Nothing was sent" in printed
-    assert not server.requests
+    assert not server.requests and not chat.path.exists()
 
     ask_keywords(chat, captions, confirm=True, base_url=server.url)
     printed = capfd.readouterr().out

@@ -37,7 +37,8 @@ def ask_keywords(
         model=model, temperature=temperature, **{"max_tokens": 256, "expected_tokens": 20} | settings
     )
     by_key = {chat.key(caption): caption for caption in captions if caption.strip()}
-    with CaptionCache(chat.path) as cache:
+    # To say the price, nothing need be written: a shared data folder may be read-only.
+    with CaptionCache(chat.path if confirm or chat.path.exists() else ":memory:") as cache:
         new = by_key.keys() - cache.get(by_key).keys()
         # A token is about four characters, and the messages around the text about ten tokens.
         tokens = sum(10 + math.ceil((len(prompt) + len(by_key[key])) / 4) for key in new)
