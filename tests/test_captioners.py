@@ -137,7 +137,7 @@ def test_every_image_gets_its_captions_in_the_form_of_a_captioned_folder(server,
     captions = [caption for captions in captions_of(out).values() for caption in captions]
     assert server.paid.total() == len(set(captions)) == 6 and set(server.paid.values()) == {2}
     assert CaptionedFolder(dataset._entries[0].path.parent, out).names == dataset.names
-    assert report.complete and report.new == 6 and (report.input_tokens, report.output_tokens) == (600, 120)
+    assert report.complete and report.new == 6 and "600 + 120 tokens" in str(report)
     assert report.dollars == pytest.approx((600 * 2.5 + 120 * 10) / 1e6)
     assert str(out) in str(report) and "All 6 captions" in str(report)
 
@@ -687,21 +687,18 @@ def test_without_waiting_each_call_takes_what_is_there(
     server, pictures, batches, captioner, out, said, monkeypatch, pauses
 ):
     dataset = pictures(3)
-    server.polls = 3
+    server.polls = 2
     describe = partial(batches(wait=False).describe, dataset, out)
     assert "confirm=True" in str(describe()) and server.requests == []
     report = describe(confirm=True)
-    assert list(itertools.chain(*report.missing.values())) == ["in batch_1"] * 3 and "called again" in str(
-        report
-    )
+    assert list(itertools.chain(*report.missing.values())) == ["in batch_1"] * 3
+    assert "called again" in str(report)
     said()
     describe(confirm=True)
-    assert len(server.batches) == 1 and "3 submitted before" in said()
-    assert batches().poll() == {"batch_1": "in_progress"} and server.paid.total() == 0
-    assert batches().collect() == 0 and pauses == []
+    printed = said()
+    assert len(server.batches) == 1 and "3 submitted before" in printed and "1 in_progress" in printed
     assert "in batch_1" in str(captioner().describe(dataset, out, confirm=True)) and server.paid.total() == 0
-    assert batches().poll() == {"batch_1": "completed"}
-    assert batches().collect() == 3 and batches().collect() == 0 and batches().poll() == {}
+    assert not describe(confirm=True).complete and describe(confirm=True).complete and pauses == []
     monkeypatch.delenv("OPENAI_API_KEY")
     assert batches().describe(dataset, out).complete and set(server.paid.values()) == {1}
 
@@ -729,7 +726,6 @@ def test_a_batch_that_its_owner_cancels(server, pictures, batches, out):
     batches(wait=False).describe(dataset, out, confirm=True)
     with OpenAI(base_url=server.url) as client:
         assert client.batches.cancel("batch_1").status == "cancelled"
-    assert batches().collect() == 2
     assert batches().describe(dataset, out, confirm=True).complete
     assert set(server.paid.values()) == {1} and server.paid.total() == 4
 
@@ -999,7 +995,7 @@ def test_a_command_captions_a_folder(server, tmp_path, pictures, out, said, monk
     assert "6 to be paid for" in printed and "(--confirm) sends it" in printed and not out.exists()
 
     server.chat_faults += [Fault(change={"content": ""})]
-    assert command(*words, "--confirm", "--workers", "1") == 1
+    assert command(*words, "--confirm") == 1
     assert "1 are missing (1 empty)" in said() and (tmp_path / "captions.sqlite").is_file()
     assert command(*words, "--confirm", "--retry-failed") == 0
     assert "All 6 captions of images" in said() and server.paid.total() == 7
@@ -1007,7 +1003,7 @@ def test_a_command_captions_a_folder(server, tmp_path, pictures, out, said, monk
     assert server.bodies[0]["model"] == "gpt-4o-2024-11-20" and server.bodies[0]["temperature"] == 1.0
 
     monkeypatch.delenv("OPENAI_API_KEY")
-    assert command(*words, "--confirm", "--prompt", "Another.", "--cache", tmp_path / "other.sqlite") == 1
+    assert command(*words, "--confirm", "--cache", tmp_path / "other.sqlite") == 1
     assert "OPENAI_API_KEY is not set" in said()
 
 
@@ -1018,11 +1014,10 @@ def test_a_command_captions_a_data_set_in_batches_and_with_coca(server, tmp_path
     assert command(*batch) == 1 and "2 are missing (2 in batch_1)" in said()
     assert command(*batch) == 0 and len(captions_of(out)) == 2 and server.count("POST /v1/batches") == 1
     said()
-    arguments = [*words, "--captioner", "coca", "--model", coca, "--temperature", "0"]
-    command(*arguments, "--device", "cpu", "--cache", tmp_path / "coca.sqlite")
+    arguments = [*words, "--captioner", "coca", "--model", coca, "--cache", tmp_path / "coca.sqlite"]
+    command(*arguments)
     assert "2 to be written here" in said()
-    assert command(*arguments, "--no-wait", "--structured") == 2
-    assert "--captioner coca takes no structured, wait" in said()
+    assert command(*arguments, "--no-wait") == 2 and "--no-wait for batch" in said()
     assert command("caption", "samplle", "--out", out) == 1 and "Is 'sample' meant?" in said()
     (tmp_path / "empty").mkdir()
     assert command("caption", tmp_path / "empty", "--out", out) == 1 and "holds no image" in said()
@@ -1034,6 +1029,6 @@ def test_a_command_asks_for_keywords(server, tmp_path, said):
     server.replies = {caption: caption.split()[-1].strip(".") for caption in captions}
     words = ["keywords", "sample", "--limit", "2", "--data-dir", tmp_path, "--base-url", server.url]
     assert command(*words) == 0 and server.requests == [] and "(--confirm)" in said()
-    assert command(*words, "--confirm", "--workers", "2") == 0
+    assert command(*words, "--confirm") == 0
     assert server.paid.total() == len(set(captions)) and "0 of them without words" in said()
     assert all(chat_keywords(tmp_path)(captions))

@@ -138,20 +138,12 @@ def bundle(runs: tuple[str, ...], data: str | None, data_dir: str | None) -> Non
 
 def _asking_options(function: Any) -> Any:
     """Add the options of both commands that ask a model about a data set."""
-    for option in (
-        data_dir_option,
-        click.option(
-            "--confirm", is_flag=True, help="Send the requests, and pay. Without it, only say the price."
-        ),
-        click.option("--workers", type=int, metavar="N", help="Requests at a time; default: 8."),
-        click.option(
-            "--base-url", metavar="URL", help="A server that speaks OpenAI's API; default: OpenAI's own."
-        ),
-        click.option("--limit", type=int, metavar="N", help="Only the first pictures."),
-        click.argument("dataset"),
-    ):
-        function = option(function)
-    return function
+    url = "A server that speaks OpenAI's API; default: OpenAI's own."
+    confirm = "Send the requests, and pay. Without it, only say the price."
+    function = click.option("--confirm", is_flag=True, help=confirm)(data_dir_option(function))
+    function = click.option("--base-url", metavar="URL", help=url)(function)
+    function = click.option("--limit", type=int, metavar="N", help="Only the first pictures.")(function)
+    return click.argument("dataset")(function)
 
 
 @main.command(cls=Command)
@@ -164,50 +156,31 @@ def _asking_options(function: Any) -> Any:
 @click.option("--count", default=1, show_default=True, metavar="N", help="Captions of each picture.")
 @click.option("--cache", type=Path, help="The file of answers; default: captions.sqlite beside --out.")
 @click.option("--model", help="Default: the report's gpt-4o-2024-11-20, or CoCa fine-tuned on MS-COCO.")
-@click.option("--prompt", help="Default: the report's.")
-@click.option("--temperature", type=float, help="Default: 1, as in the report.")
-@click.option("--structured", is_flag=True, default=None, help="Ask for JSON, where the server takes that.")
-@click.option(
-    "--wait/--no-wait", default=None, help="Wait for batches (the default), or come back another time."
-)
-@click.option("--device", help="Where CoCa runs: auto (the default), cpu or cuda.")
+@click.option("--no-wait", is_flag=True, help="Come back another time for the batches that are not finished.")
 @click.option("--retry-failed", is_flag=True, help="Ask again for answers that are no captions.")
 @click.option(
     "--retry-flagged", is_flag=True, help="Ask again for captions that speak of the asker or the task."
 )
 @click.pass_context
 def caption(
-    context,
-    dataset,
-    out,
-    captioner,
-    count,
-    limit,
-    cache,
-    confirm,
-    retry_failed,
-    retry_flagged,
-    data_dir,
-    **given,
-) -> None:
+    context, dataset, out, captioner, count, cache, model, base_url, no_wait, confirm, retry_failed, retry_flagged,
+    limit, data_dir,
+) -> None:  # fmt: skip
     """Write captions for the pictures of DATASET, a name such as coco-train or a folder.
 
     Every answer is kept, so the same command goes on where it was stopped, and nothing is paid for twice. The key of a
     paid service is read from the environment variable OPENAI_API_KEY. The exit status is 1 if captions are missing
     although --confirm was given.
     """
-    from dataclasses import fields
-
     from taco_nb.tools import captions as tool
 
+    if (base_url and captioner == "coca") or (no_wait and captioner != "batch"):
+        raise click.UsageError("--base-url is for the captioners openai and batch, and --no-wait for batch.")
     kinds = {"openai": tool.OpenAICaptioner, "batch": tool.OpenAIBatchCaptioner, "coca": tool.CoCaCaptioner}
-    kind, settings = kinds[captioner], {name: value for name, value in given.items() if value is not None}
-    if strange := settings.keys() - {field.name for field in fields(kind)}:
-        raise click.UsageError(
-            f"--captioner {captioner} takes no {', '.join(sorted(strange)).replace('_', '-')}."
-        )
+    settings = {"model": model, "base_url": base_url, "wait": False if no_wait else None}
+    given = {name: value for name, value in settings.items() if value is not None}
     pictures = tool.open_pictures(dataset, data_dir, limit)
-    chosen = kind(cache or out.parent / "captions.sqlite", **settings)
+    chosen = kinds[captioner](cache or out.parent / "captions.sqlite", **given)
     report = chosen.describe(pictures, out, count, confirm, retry_failed, retry_flagged)
     click.echo(report)
     context.exit(1 if confirm and not report.complete else 0)
@@ -215,7 +188,7 @@ def caption(
 
 @main.command(cls=Command)
 @_asking_options
-def keywords(dataset, limit, base_url, workers, confirm, data_dir) -> None:
+def keywords(dataset, limit, base_url, confirm, data_dir) -> None:
     """Have a language model choose the keywords of DATASET's captions, for keyword_sources="tfidf+llm".
 
     The answers go to chat_keywords.sqlite in the data folder; no caption is asked about, and paid for, twice. The key is
@@ -226,8 +199,7 @@ def keywords(dataset, limit, base_url, workers, confirm, data_dir) -> None:
 
     pictures = tool.open_pictures(dataset, data_dir, limit)
     captions = [caption for row in range(len(pictures)) for caption in pictures.captions(row)]
-    settings = {} if workers is None else {"workers": workers}
-    tool.ask_keywords(chat_keywords(data_dir), captions, confirm, base_url=base_url, **settings)
+    tool.ask_keywords(chat_keywords(data_dir), captions, confirm, base_url=base_url)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import json
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,16 +84,6 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
         dollars = super()._dollars(input_tokens, output_tokens)
         return dollars and dollars / 2
 
-    def poll(self) -> dict[str, str]:
-        """Return the status of each batch under way, by its number: "in_progress", "completed", and so on."""
-        with CaptionCache(self.cache) as cache, self.client() as client:
-            return {batch.id: batch.status for _, batch in self._look(client, cache)}
-
-    def collect(self) -> int:
-        """Bring the answers of finished batches into the cache, and return how many there were. This never pays."""
-        with CaptionCache(self.cache) as cache, self.client() as client:
-            return sum([self._collect(client, *one, cache, {}) for one in self._finished(client, cache)])
-
     def give_up(self, batch: str) -> None:
         """Forget a batch that the service has lost. What it would have answered is asked, and paid for, again."""
         with CaptionCache(self.cache) as cache:
@@ -106,18 +97,16 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
         total = sum(len(cache.submitted(picture.keys)) for picture in pictures)
         total += count_keys(unanswered(pictures, cache))
         with self.client() as client, tqdm(total=total, desc=f"Captions of {dataset.name}") as bar:
-            answered = True  # by the batches that finished last; where none was, submitting more is in vain
-            finished = self._finished(client, cache)
+            finished, answered = self._finished(client, cache, bar), 1
             while True:
                 if finished:
                     answered = sum([self._collect(client, *one, cache, reasons) for one in finished])
                     bar.update(answered)
-                if answered:
+                if answered:  # else submitting more is in vain, for now or for good
                     self._submit(client, dataset, pictures, cache)
-                bar.set_postfix_str(f"{len(cache.jobs())} batches under way")
                 if not self.wait or not cache.jobs():
                     return reasons
-                finished = self._wait(client, cache)
+                finished = self._wait(client, cache, bar)
 
     # --- Submitting ---------------------------------------------------------------------------------------------------
 
@@ -196,11 +185,13 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
 
     # --- Collecting ---------------------------------------------------------------------------------------------------
 
-    def _look(self, client: OpenAI, cache: CaptionCache) -> list[tuple[Job, Batch]]:
-        """Return the batches under way as the service sees them."""
+    def _finished(self, client: OpenAI, cache: CaptionCache, bar: tqdm) -> list[tuple[Job, Batch]]:
+        """Look at the batches under way, say in the bar how they stand, and return those that are finished."""
         self._recover(client, cache)
         batches = []
         for job in cache.jobs():
+            if job.batch is None:  # another process is submitting it
+                continue
             try:
                 batches.append((job, self._call(client.batches.retrieve, job.batch)))
             except UnknownToService:
@@ -209,17 +200,16 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
                     "was submitted with. If the service has lost it, forget it: "
                     f"OpenAIBatchCaptioner({str(self.cache)!r}).give_up({job.batch!r})."
                 ) from None
-        return batches
+        counts = Counter(batch.status for _, batch in batches)
+        bar.set_postfix_str(", ".join(f"{count} {status}" for status, count in counts.items()))
+        return [(job, batch) for job, batch in batches if batch.status in FINISHED]
 
-    def _finished(self, client: OpenAI, cache: CaptionCache) -> list[tuple[Job, Batch]]:
-        return [(job, batch) for job, batch in self._look(client, cache) if batch.status in FINISHED]
-
-    def _wait(self, client: OpenAI, cache: CaptionCache) -> list[tuple[Job, Batch]]:
-        """Look at the batches at growing intervals until at least one is finished; return those that are."""
+    def _wait(self, client: OpenAI, cache: CaptionCache, bar: tqdm) -> list[tuple[Job, Batch]]:
+        """Look at growing intervals until at least one batch is finished; return those that are."""
         pause, failures = 30.0, 0
-        while cache.jobs():  # another process may collect them
+        while cache.jobs():  # another process may have collected them
             try:
-                if finished := self._finished(client, cache):
+                if finished := self._finished(client, cache, bar):
                     return finished
                 failures = 0
             except NoReply:
@@ -233,11 +223,14 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
     def _collect(
         self, client: OpenAI, job: Job, batch: Batch, cache: CaptionCache, reasons: dict[str, str]
     ) -> int:
-        """Save the answers of a finished batch and close its job; return how many requests were answered.
+        """Save the answers of a finished batch and close its job; return how many requests it has answered.
 
         `reasons` gets why the others were not. A request that must have been paid for, but whose answer cannot be read or
         is gone, counts as answered with a failure, so that it is not paid for again unasked.
         """
+        keys = cache.keys_of(job)
+        if not keys:
+            return 1  # another process has collected it
         answers: dict[str, Answer] = {}
         unfinished: dict[str, str] = {}
         lines, readable = self._download(client, batch)
@@ -250,7 +243,6 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
             (answers if isinstance(outcome, Answer) else unfinished)[key] = outcome
         problems = [error.message for error in (batch.errors and batch.errors.data) or [] if error.message]
         why = f"{batch.id} {batch.status}" + "".join(f": {said_by({'message': m})}" for m in problems[:1])
-        keys = cache.keys_of(job)
         for key in keys:
             if key in unfinished:
                 reasons[key] = unfinished[key]

@@ -73,54 +73,26 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Report:
-    """What a call to a captioner came to; `str` says it in sentences, with the way to go on."""
+    """What a call to a captioner came to; `text` says it in sentences, with the way to go on."""
 
-    dataset: str
-    wanted: int
-    """How many captions there are to be: images times count."""
-    missing: dict[str, list[str]] = field(repr=False)
+    text: str
+    missing: dict[str, list[str]]
     """For each image that lacks captions, the reason for each of them."""
-    flagged: dict[str, list[str]] = field(repr=False)
+    flagged: dict[str, list[str]]
     """For each image that has them, the captions that speak of the asker or the task, for a person to look at."""
     new: int
     """Answers in this call, captions or not."""
-    input_tokens: int
-    """Of these answers, as the service counted them."""
-    output_tokens: int
     dollars: float | None
-    """Their price; None where no price is known, or nothing is paid."""
+    """Their price, by the service's count of tokens; None where no price is known, or nothing is paid."""
     estimate: Estimate | None
     """What was still to be paid for when the call began; None for nothing."""
-    path: Path | None
-    """The captions file, if it is complete and was written."""
-    advice: str
 
     @property
     def complete(self) -> bool:
         return not self.missing
 
     def __str__(self) -> str:
-        lacking, flagged = (sum(map(len, names.values())) for names in (self.missing, self.flagged))
-        if self.path:
-            text = f"All {self.wanted:,} captions of {self.dataset} are in {self.path}"
-        else:
-            text = f"{self.wanted - lacking:,} of {self.wanted:,} captions of {self.dataset} are there"
-        text += f" ({self.new:,} new answers"
-        if self.dollars is not None:
-            text += f", about ${self.dollars:,.2f} by the service's own count of tokens"
-        text += ")."
-        if lacking:
-            kinds = Counter(why.partition(":")[0] for reasons in self.missing.values() for why in reasons)
-            counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
-            names = few(f"{name} ({'; '.join(sorted(set(why)))})" for name, why in self.missing.items())
-            text += f" {lacking:,} are missing ({counts}), so no captions file was written: {names}. {self.advice}"
-        if flagged:
-            texts = few(f'{name} ("{captions[0][:80]}")' for name, captions in self.flagged.items())
-            text += (
-                f" {flagged:,} speak of the asker or the task, so they may be no captions; look at them: {texts}. "
-                "retry_flagged=True (--retry-flagged) asks for all of these again."
-            )
-        return text
+        return self.text
 
 
 _ADVICE = {
@@ -228,26 +200,35 @@ class Captioner(ABC):
                     kind, why = "unanswered", reasons.get(key, "not asked yet")
                 kinds.add(kind)
                 missing.setdefault(picture.name, []).append(why)
-        written = None if missing else Path(path)
-        if written:
-            write_captions_file(written, pictures, cache)
         tokens = [sum(counts) for counts in zip(*cache.added)] or [0, 0]
-        advice = " ".join(sentence for kind, sentence in _ADVICE.items() if kind in kinds)
-        return Report(
-            dataset=name,
-            wanted=count_keys(pictures),
-            missing=missing,
-            flagged=flagged,
-            new=len(cache.added),
-            input_tokens=tokens[0],
-            output_tokens=tokens[1],
-            dollars=self._dollars(*tokens),
-            estimate=estimate,
-            path=written,
-            advice=advice
-            if agreed
-            else "Nothing was sent: confirm=True (--confirm) sends it, and pays for it.",
-        )
+        dollars = self._dollars(*tokens)
+        new = f"{len(cache.added):,} new answers"
+        if dollars is not None:
+            new += (
+                f", about ${dollars:,.2f} by the service's own count of {tokens[0]:,} + {tokens[1]:,} tokens"
+            )
+        wanted = count_keys(pictures)
+        if missing:
+            advice = " ".join(sentence for kind, sentence in _ADVICE.items() if kind in kinds)
+            if not agreed:
+                advice = "Nothing was sent: confirm=True (--confirm) sends it, and pays for it."
+            whys = Counter(why.partition(":")[0] for reasons in missing.values() for why in reasons)
+            counts = ", ".join(f"{count:,} {why}" for why, count in whys.most_common())
+            names = few(f"{image} ({'; '.join(sorted(set(why)))})" for image, why in missing.items())
+            text = (
+                f"{wanted - whys.total():,} of {wanted:,} captions of {name} are there ({new}). {whys.total():,} are missing "
+                f"({counts}), so no captions file was written: {names}. {advice}"
+            )
+        else:
+            write_captions_file(Path(path), pictures, cache)
+            text = f"All {wanted:,} captions of {name} are in {path} ({new})."
+        if flagged:
+            names = few(f'{image} ("{captions[0][:80]}")' for image, captions in flagged.items())
+            text += (
+                f" {sum(map(len, flagged.values())):,} speak of the asker or the task, so they may be no captions; look at "
+                f"them: {names}. retry_flagged=True (--retry-flagged) asks for all of these again."
+            )
+        return Report(text, missing, flagged, len(cache.added), dollars, estimate)
 
 
 def open_pictures(
@@ -314,7 +295,7 @@ def unanswered(
     for picture in pictures:
         done = {key for key, answer in cache.get(picture.keys).items() if not is_open(answer)}
         done |= cache.submitted(picture.keys).keys()
-        keys = tuple(key for key in picture.keys if key not in seen | done)
+        keys = tuple(key for key in picture.keys if key not in seen and key not in done)
         seen.update(keys)
         if keys:
             left.append(picture._replace(keys=keys))
