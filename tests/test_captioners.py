@@ -399,7 +399,7 @@ def test_flagged_captions_are_written_counted_and_asked_again_only_when_told(
     server.chat_faults += [None, Fault(change={"content": refusal})]
     report = captioner(workers=1).describe(dataset, out, confirm=True)
     assert report.complete and captions_of(out)["01.png"] == [refusal]
-    assert report.flagged == {"01.png": [refusal]} and "1 speak of the asker or the task" in str(report)
+    assert report.flagged == {"01.png": [refusal]} and "the asker or the task: 1, of 01.png" in str(report)
     again = captioner().describe(dataset, out, confirm=True, retry_failed=True)
     assert again.flagged == report.flagged and server.paid.total() == 3
     assert "1 to be paid for" in str(captioner().describe(dataset, out, retry_flagged=True).estimate)
@@ -433,7 +433,7 @@ def test_the_report_counts_what_is_missing_by_its_reason(server, pictures, capti
         Fault(change={"content": None, "refusal": "Never."}),
     ]
     report = captioner(workers=1).describe(pictures(4), out, confirm=True)
-    assert "3 are missing (2 refused, 1 empty)" in str(report)
+    assert "Missing: 3 (2 refused, 1 empty)" in str(report)
 
 
 def test_what_got_no_answer_is_reported_and_asked_again(server, pictures, captioner, out):
@@ -996,7 +996,7 @@ def test_a_command_captions_a_folder(server, tmp_path, pictures, out, said, monk
 
     server.chat_faults += [Fault(change={"content": ""})]
     assert command(*words, "--confirm") == 1
-    assert "1 are missing (1 empty)" in said() and (tmp_path / "captions.sqlite").is_file()
+    assert "Missing: 1 (1 empty)" in said() and (tmp_path / "captions.sqlite").is_file()
     assert command(*words, "--confirm", "--retry-failed") == 0
     assert "All 6 captions of images" in said() and server.paid.total() == 7
     assert {len(captions) for captions in captions_of(out).values()} == {2}
@@ -1011,7 +1011,7 @@ def test_a_command_captions_a_data_set_in_batches_and_with_coca(server, tmp_path
     server.polls = 0
     words = ["caption", "sample", "--out", out, "--limit", "2"]
     batch = [*words, "--captioner", "batch", "--no-wait", "--base-url", server.url, "--confirm"]
-    assert command(*batch) == 1 and "2 are missing (2 in batch_1)" in said()
+    assert command(*batch) == 1 and "Missing: 2 (2 in batch_1)" in said()
     assert command(*batch) == 0 and len(captions_of(out)) == 2 and server.count("POST /v1/batches") == 1
     said()
     arguments = [*words, "--captioner", "coca", "--model", coca, "--cache", tmp_path / "coca.sqlite"]

@@ -203,11 +203,10 @@ class Captioner(ABC):
         tokens = [sum(counts) for counts in zip(*cache.added)] or [0, 0]
         dollars = self._dollars(*tokens)
         new = f"{len(cache.added):,} new answers"
-        if dollars is not None:
-            new += (
-                f", about ${dollars:,.2f} by the service's own count of {tokens[0]:,} + {tokens[1]:,} tokens"
-            )
-        wanted = count_keys(pictures)
+        if cache.added and dollars is not None:
+            counted = f"{tokens[0]:,} + {tokens[1]:,}"
+            new += f", about ${dollars:,.2f} by the service's own count of {counted} tokens"
+        wanted, lacking = count_keys(pictures), sum(map(len, missing.values()))
         if missing:
             advice = " ".join(sentence for kind, sentence in _ADVICE.items() if kind in kinds)
             if not agreed:
@@ -216,8 +215,8 @@ class Captioner(ABC):
             counts = ", ".join(f"{count:,} {why}" for why, count in whys.most_common())
             names = few(f"{image} ({'; '.join(sorted(set(why)))})" for image, why in missing.items())
             text = (
-                f"{wanted - whys.total():,} of {wanted:,} captions of {name} are there ({new}). {whys.total():,} are missing "
-                f"({counts}), so no captions file was written: {names}. {advice}"
+                f"{wanted - lacking:,} of {wanted:,} captions of {name} are there ({new}), so no captions file was written. "
+                f"Missing: {lacking:,} ({counts}), of {names}. {advice}"
             )
         else:
             write_captions_file(Path(path), pictures, cache)
@@ -225,8 +224,8 @@ class Captioner(ABC):
         if flagged:
             names = few(f'{image} ("{captions[0][:80]}")' for image, captions in flagged.items())
             text += (
-                f" {sum(map(len, flagged.values())):,} speak of the asker or the task, so they may be no captions; look at "
-                f"them: {names}. retry_flagged=True (--retry-flagged) asks for all of these again."
+                f" To look at, since they may be words about the asker or the task: {sum(map(len, flagged.values())):,}, of "
+                f"{names}. retry_flagged=True (--retry-flagged) asks for all of these again."
             )
         return Report(text, missing, flagged, len(cache.added), dollars, estimate)
 
