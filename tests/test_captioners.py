@@ -1032,3 +1032,4 @@ def test_a_command_asks_for_keywords(server, tmp_path, said):
     assert command(*words, "--confirm") == 0
     assert server.paid.total() == len(set(captions)) and "0 of them without words" in said()
     assert all(chat_keywords(tmp_path)(captions))
+    assert command(*words, "--captions", "context") == 0 and "2 captions, 0 of them answered" in said()

@@ -188,7 +188,10 @@ def caption(
 
 @main.command(cls=Command)
 @_asking_options
-def keywords(dataset, limit, base_url, confirm, data_dir) -> None:
+@click.option(
+    "--captions", type=click.Choice(["published", "context"]), default="published", show_default=True
+)
+def keywords(dataset, captions, limit, base_url, confirm, data_dir) -> None:
     """Have a language model choose the keywords of DATASET's captions, for keyword_sources="tfidf+llm".
 
     The answers go to chat_keywords.sqlite in the data folder; no caption is asked about, and paid for, twice. The key is
@@ -197,9 +200,9 @@ def keywords(dataset, limit, base_url, confirm, data_dir) -> None:
     from taco_nb.text.chat_keywords import chat_keywords
     from taco_nb.tools import captions as tool
 
-    pictures = tool.open_pictures(dataset, data_dir, limit)
-    captions = [caption for row in range(len(pictures)) for caption in pictures.captions(row)]
-    tool.ask_keywords(chat_keywords(data_dir), captions, confirm, base_url=base_url)
+    pictures = tool.open_pictures(dataset, data_dir, limit, captions)
+    texts = [text for row in range(len(pictures)) for text in pictures.captions(row)]
+    tool.ask_keywords(chat_keywords(data_dir), texts, confirm, base_url=base_url)
 
 
 if __name__ == "__main__":

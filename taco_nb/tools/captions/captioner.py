@@ -231,19 +231,23 @@ class Captioner(ABC):
 
 
 def open_pictures(
-    name: str, data_dir: str | os.PathLike | None = None, limit: int | None = None
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    limit: int | None = None,
+    captions: str = "published",
 ) -> CaptionedImages:
     """Return a data set by its name, "coco-train" included, or the pictures of a folder, captioned or not.
 
-    A folder's captions are those of its captions.json, if there is one. `limit` keeps the first pictures.
+    A folder's captions are those of its captions.json, if there is one. `limit` keeps the first pictures. `captions`
+    and the errors are those of `datasets`.
     """
-    folder = Path(name)
     try:
         if name == "coco-train":
-            found = training_pairs("coco", 256, data_dir).dataset
+            found = training_pairs("coco", 256, data_dir, captions=captions).dataset
         else:
-            (found,) = datasets(name, data_dir=data_dir)
+            (found,) = datasets(name, data_dir=data_dir, captions=captions)
     except SettingError:
+        folder = Path(name)
         if not folder.is_dir():
             raise
         if (folder / "captions.json").is_file():
@@ -252,7 +256,7 @@ def open_pictures(
             files = image_files(folder)
             found = CaptionedImages(folder.resolve().name, (Entry(*file, ()) for file in files.items()))
     if not len(found):
-        raise DataError(f"The folder {folder} holds no image.")
+        raise DataError(f"The folder {name} holds no image.")
     return found if limit is None else found.head(limit)
 
 

@@ -64,7 +64,7 @@ class CoCaCaptioner(Captioner):
             raise SettingError("At temperature 0 all captions of an image would be the same: raise it.")
         check_device(self.device)
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        model, preprocess = _load(self.model, device)
+        model, preprocess = load_coca(self.model, device)
         with cache.asking(), torch.inference_mode():
             left = unanswered(pictures, cache)
             with tqdm(total=count_keys(left), desc=f"Captions of {dataset.name}", unit="caption") as bar:
@@ -88,7 +88,7 @@ def write_captions(
     """
     import torch
 
-    tokenizer, pad = _tokenizer(), model.pad_id
+    tokenizer, pad = coca_tokenizer(), model.pad_id
     # Seven bytes, since a seed must fit 64 bits with a sign.
     digests = [hashlib.sha256(key.encode()).digest()[:7] for key in keys]
     generators = [torch.Generator().manual_seed(int.from_bytes(digest, "big")) for digest in digests]
@@ -120,14 +120,15 @@ def draw(logits: torch.Tensor, temperature: float, chance: torch.Tensor) -> torc
 
 
 @lru_cache(maxsize=1)
-def _tokenizer() -> Any:
+def coca_tokenizer() -> Any:
+    """Return the tokenizer of all CoCa models, which is made once per process."""
     import open_clip
 
     return open_clip.SimpleTokenizer()
 
 
 @lru_cache(maxsize=1)
-def _load(name: str, device: str) -> tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor]]:
+def load_coca(name: str, device: str) -> tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor]]:
     """Return a frozen CoCa and what makes its input of an image; it is loaded once per process."""
     import open_clip
     import torch
