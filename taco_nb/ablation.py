@@ -77,7 +77,7 @@ def measure_start(p: Parameters, experiments: Mapping[str, Experiment]) -> pd.Da
     for weights in dict.fromkeys(
         initial_weights(e, p.data_dir) for e in experiments.values() if e.init == FAMILY
     ):
-        codec = load(weights, device=p.torch_device)
+        codec = load(weights, device=p.torch_device, data_dir=p.data_dir)
         folder = p.runs / f"evaluation-{codec.name}"
         sets = p.datasets(codec.about["experiment"]["captions"])
         tables.append(evaluate(codec, sets, folder, caption=p.caption, num_processes=p.num_processes))
@@ -86,7 +86,7 @@ def measure_start(p: Parameters, experiments: Mapping[str, Experiment]) -> pd.Da
 
 def codecs(p: Parameters, runs: Mapping[str, Run]) -> dict[str, Codec]:
     """The codec of every run, named by its label, on the device that was asked for."""
-    loaded = {label: load(run.dir, device=p.torch_device) for label, run in runs.items()}
+    loaded = {label: load(run.dir, device=p.torch_device, data_dir=p.data_dir) for label, run in runs.items()}
     for label, codec in loaded.items():
         codec.name = label
     return loaded

@@ -67,7 +67,7 @@ class Codec:
 
     The text settings are an `Experiment`'s, `keywords` the JSON of the run's fitted `KeywordWeights`. The tower is loaded
     when a caption is first encoded, since a decoder never needs it. `about` is what is known of the weights, for labels
-    beside results.
+    beside results. Keywords that a language model chose are read from the data folder `data_dir`.
 
     `mode="fast"` computes g_a and g_s in bfloat16 where the device is quicker at it (`has_fast_bfloat16`), else as "exact"
     does. All that a decoder repeats stays in float32, so the files of either mode decode in either; pictures and sizes
@@ -86,6 +86,7 @@ class Codec:
         mode: str = "exact",
         name: str = "",
         about: dict[str, Any] | None = None,
+        data_dir: str | os.PathLike | None = None,
     ):
         if mode not in MODES:
             raise SettingError(f"mode is one of {MODES}, not {mode!r}.")
@@ -93,7 +94,7 @@ class Codec:
         self.net = net.eval().to(memory_format=torch.channels_last)
         self.text_encoder, self.text_tokens = text_encoder, text_tokens
         self.text_length, self.text_pooling, self.keywords = text_length, text_pooling, keywords
-        self.name, self.about = name, about or {}
+        self.name, self.about, self.data_dir = name, about or {}, data_dir
 
     @property
     def device(self) -> torch.device:
@@ -118,9 +119,9 @@ class Codec:
         from taco_nb.text import Conditioning, KeywordWeights
         from taco_nb.text.chat_keywords import chat_keywords
 
-        keywords = (
-            None if self.keywords is None else KeywordWeights.from_json(self.keywords, [chat_keywords()])
-        )
+        keywords = None
+        if self.keywords is not None:
+            keywords = KeywordWeights.from_json(self.keywords, [chat_keywords(self.data_dir)])
         return Conditioning(self.tower, self.text_length, self.text_pooling, keywords)
 
     @cached_property
@@ -311,6 +312,7 @@ def load(
         mode=mode,
         name=about.get("name", Path(source).name),
         about={key: value for key, value in about.items() if key != "keywords"},
+        data_dir=data_dir,
     )
 
 

@@ -6,7 +6,7 @@
         assert server.paid.total() == 3
 
 An answer is paid for when it is written, whether or not it arrives. Direct answers are counted under the digest of the
-picture in the request, answers of batches under their custom_id.
+picture in the request, or under the text where there is no picture, answers of batches under their custom_id.
 """
 
 import hashlib
@@ -48,6 +48,12 @@ class OpenAIServer:
     def __init__(self):
         self.chat_faults: deque[Fault | None] = deque()
         """For the next chat requests; None for a good answer."""
+        self.faults_of: dict[str, list[Fault]] = {}
+        """For the next chat requests about a text, by the text."""
+        self.replies: dict[str, str] = {}
+        """What is answered to a text, by the text."""
+        self.takes_structure = True
+        """Whether a `response_format` is taken, or rejected as by a server that knows none."""
         self.create_faults: deque[Fault] = deque()
         """For the next attempts at creating a batch; a `cut` one does create it."""
         self.outcomes: deque[str] = deque()
@@ -102,17 +108,19 @@ class OpenAIServer:
 
     def complete(self, body, fault=None, name=None):
         """Answer a chat request; every answer is another one."""
-        content = body["messages"][0]["content"]
-        picture = hashlib.sha256(content[1]["image_url"]["url"].encode()).hexdigest()[:8]
+        content = body["messages"][-1]["content"]
+        is_text = isinstance(content, str)
+        subject = (
+            content if is_text else hashlib.sha256(content[1]["image_url"]["url"].encode()).hexdigest()[:8]
+        )
         with self._lock:
             self.bodies.append(body)
-            self.paid[name or picture] += 1
+            self.paid[name or subject] += 1
             number = next(self._numbers)
-        message = {
-            "role": "assistant",
-            "content": f"A picture {picture}, seen for the {number}. time.",
-            "refusal": None,
-        }
+        reply = self.replies[subject] if is_text else f"A picture {subject}, seen for the {number}. time."
+        if "response_format" in body:
+            reply = json.dumps({"caption": reply})
+        message = {"role": "assistant", "content": reply, "refusal": None}
         change = dict(fault.change) if fault else {}
         finish = change.pop("finish_reason", "stop")
         return {
@@ -231,6 +239,11 @@ class _Handler(BaseHTTPRequestHandler):
         api = self.api
         with api._lock:
             fault = api.chat_faults.popleft() if api.chat_faults else None
+            content = body["messages"][-1]["content"]
+            if isinstance(content, str) and api.faults_of.get(content):
+                fault = api.faults_of[content].pop(0)
+            if "response_format" in body and not api.takes_structure:
+                fault = Fault(400, {"message": "Unknown parameter: response_format"})
             api._at_once += 1
             api.most_at_once = max(api.most_at_once, api._at_once)
         try:

@@ -25,8 +25,6 @@ from taco_nb.inspection import attentions, cost_table, text_contribution
 from taco_nb.model import TACO, ModelConfig
 from taco_nb.notebook import Parameters
 from taco_nb.text import Conditioning, KeywordWeights, text_tower
-from taco_nb.text.chat_keywords import chat_keywords
-from taco_nb.tools.captions.cache import Answer, CaptionCache
 from taco_nb.tools.export import export_html
 
 CAPTION = "A red barn in Venice"
@@ -275,24 +273,3 @@ def test_one_allowance_of_time_is_for_all_that_a_notebook_does(tmp_path, capsys)
 def test_windows_with_keywords_is_refused_before_anything_is_loaded():
     with pytest.raises(SettingError, match="text_pooling"):
         tiny(text_length="windows", text_pooling="keywords")
-
-
-def test_words_that_a_language_model_chose(tmp_path, monkeypatch):
-    """A run with the source "llm" reads its answers from the data folder, when it trains and when it encodes."""
-    monkeypatch.setenv("TACO_NB_DATA", str(tmp_path))
-    exp = tiny(text_pooling="keywords", keyword_sources="tfidf+llm")
-    with pytest.raises(DataError, match="chat_keywords.jsonl has no keywords"):
-        fit(exp, tmp_path / "run")
-    captions = [c for part in ("sample", "sample-train") for c in all_captions(part)]
-    chat = chat_keywords()
-    with CaptionCache(chat.cache) as cache:
-        cache.note(chat._asker.question)
-        cache.add((chat._key(caption), Answer(caption.split()[1])) for caption in captions)
-    codec = fit(exp, tmp_path / "run").codec
-    assert any("llm" in word.why for word in codec.conditioning.keywords.words(captions[0]))
-    assert codec.encode(datasets("sample")[0][0].image, captions[0])
-
-
-def all_captions(name):
-    (dataset,) = datasets(name)
-    return [caption for i in range(len(dataset)) for caption in dataset.captions(i)]

@@ -1,5 +1,6 @@
 """Captions from a server on loopback that speaks OpenAI's API, with every fault that costs money, and from a tiny CoCa."""
 
+import ast
 import base64
 import io
 import itertools
@@ -8,23 +9,27 @@ import logging
 import math
 import multiprocessing
 import os
-import re
 import signal
+import time
 import traceback
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import command
 from openai import OpenAI
 from openai_server import KEY, Fault, OpenAIServer
 from PIL import Image
 
-from taco_nb.data import CaptionedFolder
+from taco_nb.data import CaptionedFolder, datasets
 from taco_nb.errors import CheckpointError, DataError, MissingWeightsError, SettingError
+from taco_nb.text.answers import OPEN, Answer, Question, answer_key
+from taco_nb.text.chat_keywords import chat_keywords
 from taco_nb.tools.captions import (
     CoCaCaptioner,
     OpenAIBatchCaptioner,
@@ -34,10 +39,13 @@ from taco_nb.tools.captions import (
     batch,
 )
 from taco_nb.tools.captions import coca as write
-from taco_nb.tools.captions.cache import Answer, CaptionCache, Question, answer_key, image_id
-from taco_nb.tools.captions.openai_captioner import PRICES, image_tokens, read_answer
+from taco_nb.tools.captions.cache import CaptionCache
+from taco_nb.tools.captions.captioner import image_id, is_flagged
+from taco_nb.tools.captions.openai_captioner import image_tokens
+from taco_nb.tools.captions.service import PRICES, read_answer
 
 ROOT = Path(__file__).resolve().parents[1]
+FORK = multiprocessing.get_context("fork")  # a new process would import torch for long
 
 
 @pytest.fixture(autouse=True)
@@ -91,19 +99,23 @@ def captioner(server, tmp_path):
     """Makes captioners of the server, on one cache."""
 
     def make(kind=OpenAICaptioner, **settings):
-        return kind(tmp_path / "cache.jsonl", base_url=server.url, **settings)
+        return kind(tmp_path / "cache.sqlite", base_url=server.url, **settings)
 
     return make
 
 
 @pytest.fixture
-def batches(captioner):
-    """Makes captioners that use the Batch API and wait without waiting."""
+def pauses(monkeypatch):
+    """The seconds that a batch captioner has waited, without waiting."""
+    pauses = []
+    monkeypatch.setattr(batch, "time", SimpleNamespace(sleep=pauses.append))
+    return pauses
 
-    def make(**settings):
-        return captioner(OpenAIBatchCaptioner, **{"sleep": lambda seconds: None, **settings})
 
-    return make
+@pytest.fixture
+def batches(captioner, pauses):
+    """Makes captioners that use the Batch API."""
+    return partial(captioner, OpenAIBatchCaptioner)
 
 
 @pytest.fixture
@@ -124,7 +136,7 @@ def test_every_image_gets_its_captions_in_the_form_of_a_captioned_folder(server,
     captions = [caption for captions in captions_of(out).values() for caption in captions]
     assert server.paid.total() == len(set(captions)) == 6 and set(server.paid.values()) == {2}
     assert CaptionedFolder(dataset._entries[0].path.parent, out).names == dataset.names
-    assert report.complete and report.new == 6 and (report.input_tokens, report.output_tokens) == (600, 120)
+    assert report.complete and report.new == 6 and "600 + 120 tokens" in str(report)
     assert report.dollars == pytest.approx((600 * 2.5 + 120 * 10) / 1e6)
     assert str(out) in str(report) and "All 6 captions" in str(report)
 
@@ -282,8 +294,9 @@ def test_passing_faults_are_tried_again(server, pictures, captioner, out, faults
     "fault, reason",
     [
         (Fault(change={"content": None, "refusal": "No, thank you."}), "refused: No, thank you."),
-        (Fault(change={"content": "I’m sorry, but I can't help with that."}), "refused: I’m sorry"),
-        (Fault(change={"content": "Unfortunately, I cannot say."}), "refused"),
+        (Fault(change={"content": "<think>\nA barn?\n</think>\n"}), "empty"),
+        (Fault(change={"content": "<think>\nA barn, or perhaps", "finish_reason": "length"}), "cut off"),
+        (Fault(change={"content": None, "reasoning_content": "A barn?"}), "empty"),
         (Fault(change={"content": "A half", "finish_reason": "content_filter"}), "content filter"),
         (Fault(change={"content": "A half", "finish_reason": "length"}), "cut off"),
         (Fault(change={"content": " \n "}), "empty"),
@@ -323,15 +336,103 @@ def test_an_answer_that_is_no_caption_is_recorded_and_never_becomes_one(
     assert len(server.requests) == made + 1 and captions_of(out).keys() == set(dataset.names)
 
 
-def test_captions_that_only_resemble_refusals_are_kept():
-    for text in (
-        "I see a dog.",
-        "Sorrel horses graze.",
+def read(text, **message):
+    return read_answer({"choices": [{"message": {"content": text, **message}, "finish_reason": "stop"}]})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I apologize, but I cannot help with this picture.",
+        "I'm really sorry, but I can't describe people.",
+        "I’m sorry.",
+        "As an AI language model, I have no access to the picture.",
+        "Unfortunately, I'm unable to view images.",
+        "The user wants a caption of a barn.",
+        "Here is a detailed description of your image: a barn.",
         "The sign says: I'm sorry.",
+    ],
+)
+def test_texts_about_the_asker_or_the_task_are_kept_and_flagged(text):
+    answer = read(text)
+    assert answer == Answer(text) and is_flagged(answer)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I see a dog.",
         "I canvas the scene: a barn.",
-    ):
-        answer = read_answer({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
-        assert answer == Answer(text)
+        "Unfortunately for the dog, the ball is on the roof.",
+        "Sorrel horses graze.",
+        "Sorry sheep stand in the rain.",
+        "I love New York, says the shirt of a man who cannot swim.",
+        "A user interface with three buttons, and workers at their task.",
+        "This image shows an air conditioner, which helps the picture of a tidy room.",
+    ],
+)
+def test_true_captions_that_begin_or_sound_alike_are_not_flagged(text):
+    answer = read(text)
+    assert answer == Answer(text) and not is_flagged(answer)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>\nThe user wants a caption.\n</think>\n\nA red barn.",
+        "A sentence, I think.\n</think>\nA red barn.",
+        "<THINK>one</THINK> <think>two</think>A red barn.",
+        "<thinking>I cannot tell.</thinking>A red barn.",
+    ],
+)
+def test_the_thoughts_of_a_reasoning_model_are_no_part_of_a_caption(text):
+    answer = read(text, reasoning_content="The user wants a caption.", reasoning="Also this.")
+    assert answer == Answer("A red barn.") and not is_flagged(answer)
+
+
+def test_flagged_captions_are_written_counted_and_asked_again_only_when_told(
+    server, pictures, captioner, out, said
+):
+    dataset = pictures(3)
+    refusal = "I'm sorry, but I can't help with that."
+    server.chat_faults += [None, Fault(change={"content": refusal})]
+    report = captioner(workers=1).describe(dataset, out, confirm=True)
+    assert report.complete and captions_of(out)["01.png"] == [refusal]
+    assert report.flagged == {"01.png": [refusal]} and "the asker or the task: 1, of 01.png" in str(report)
+    again = captioner().describe(dataset, out, confirm=True, retry_failed=True)
+    assert again.flagged == report.flagged and server.paid.total() == 3
+    assert "1 to be paid for" in str(captioner().describe(dataset, out, retry_flagged=True).estimate)
+    assert captions_of(out)["01.png"] == [refusal] and server.paid.total() == 3
+
+    server.chat_faults += [Fault(500)] * 2  # nothing is lost, and the next call goes on
+    report = captioner(max_retries=1).describe(dataset, out, confirm=True, retry_flagged=True)
+    assert report.missing == {"01.png": ["HTTP 500: no"]}
+    with CaptionCache(out.parent / "cache.sqlite") as cache:
+        assert refusal in [text for (text,) in cache._read("SELECT text FROM answers")]
+    report = captioner().describe(dataset, out, confirm=True)
+    assert report.complete and not report.flagged and server.paid.total() == 4
+
+
+def test_a_structured_answer_is_asked_for_where_the_server_takes_it(server, pictures, captioner, out):
+    dataset = pictures(2)
+    captioner().describe(dataset, out, confirm=True)
+    assert all("response_format" not in body for body in server.bodies)  # the report's model was not asked so
+    captioner(structured=True, prompt="Once more.").describe(dataset, out, confirm=True)
+    assert server.bodies[-1]["response_format"]["json_schema"]["strict"] is True
+    assert all(caption.startswith("A picture") for (caption,) in captions_of(out).values())
+    server.takes_structure = False
+    report = captioner(structured=True, prompt="And again.").describe(dataset, out, confirm=True)
+    assert report.complete and server.paid.total() == 6 and "response_format" not in server.bodies[-1]
+
+
+def test_the_report_counts_what_is_missing_by_its_reason(server, pictures, captioner, out):
+    server.chat_faults += [
+        Fault(change={"content": None, "refusal": "No."}),
+        Fault(change={"content": ""}),
+        Fault(change={"content": None, "refusal": "Never."}),
+    ]
+    report = captioner(workers=1).describe(pictures(4), out, confirm=True)
+    assert "Missing: 3 (2 refused, 1 empty)" in str(report)
 
 
 def test_what_got_no_answer_is_reported_and_asked_again(server, pictures, captioner, out):
@@ -403,69 +504,134 @@ def test_what_no_repetition_mends_stops_and_keeps_the_answers(server, pictures, 
 @pytest.mark.parametrize(
     "setting",
     [
-        {"detail": "fine"}, {"base_url": "localhost:8000"}, {"workers": 0}, {"temperature": 3}, {"quality": 90.5},
+        {"detail": "fine"}, {"base_url": "localhost:8000"}, {"workers": 0}, {"temperature": 3},
         {"max_retries": -1}, {"timeout": 0}, {"longest_side": True}, {"temperature": math.nan},
     ],
 )  # fmt: skip
 def test_settings_out_of_range_are_named(setting):
     with pytest.raises(SettingError, match=next(iter(setting))):
-        OpenAICaptioner("cache.jsonl", **setting)
+        OpenAICaptioner("cache.sqlite", **setting)
     with pytest.raises(SettingError, match="open_batches"):
-        OpenAIBatchCaptioner("cache.jsonl", open_batches=0)
+        OpenAIBatchCaptioner("cache.sqlite", open_batches=0)
 
 
-# --- The cache --------------------------------------------------------------------------------------------------------
+# --- The file of answers ----------------------------------------------------------------------------------------------
 
 ASKED = Question("model", "prompt", 1.0)
 
 
-def fill(path, count):
-    keys = [answer_key("0" * 40, ASKED, index) for index in range(count)]
+def write_answers(path, done):
+    """Add answers one by one, and say after each how many are on disk."""
     with CaptionCache(path) as cache:
-        cache.note(ASKED)
-        cache.add((key, Answer(f"caption {key}", None, 1, 2)) for key in keys)
-    return keys
+        while True:
+            cache.add([(f"key {done.value}", Answer(f"caption {done.value} " * 50, None, 1, 2))])
+            done.value += 1
 
 
-def test_a_last_line_cut_anywhere_costs_that_answer_at_most(tmp_path):
-    path = tmp_path / "cache.jsonl"
-    keys = fill(path, 3)
+def test_an_answer_is_never_lost_whenever_the_process_is_killed(tmp_path):
+    path, done = tmp_path / "cache.sqlite", FORK.Value("q", 0)
+    for pause in np.random.default_rng(0).uniform(0, 0.2, 15):
+        process = FORK.Process(target=write_answers, args=(path, done))
+        process.start()
+        process.join(pause)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        with CaptionCache(path) as cache:
+            assert len(cache.get(f"key {number}" for number in range(done.value))) == done.value
+            assert cache._read("PRAGMA integrity_check") == [("ok",)]
+    assert done.value > 15
+
+
+def add_and_read(path, name, slowest):
+    for number in range(100):
+        start = time.monotonic()
+        with CaptionCache(path) as cache:
+            cache.add([(f"{name} {number}", Answer("a caption"))])
+            assert len(cache.get(f"{name} {n}" for n in range(number + 1))) == number + 1
+        slowest.value = max(slowest.value, time.monotonic() - start)
+
+
+def test_several_processes_write_and_read_one_file(tmp_path):
+    path = tmp_path / "cache.sqlite"
+    slowest = [FORK.Value("d", 0.0) for _ in range(4)]
+    processes = [
+        FORK.Process(target=add_and_read, args=(path, name, value)) for name, value in enumerate(slowest)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(600)
+        assert process.exitcode == 0
+    with CaptionCache(path) as cache:
+        assert len(cache.get(f"{name} {number}" for name in range(4) for number in range(100))) == 400
+    assert max(value.value for value in slowest) < 30  # the file is written in milliseconds
+
+
+@pytest.mark.parametrize("kind", [OpenAICaptioner, OpenAIBatchCaptioner])
+def test_two_processes_that_ask_the_same_pay_once(server, pictures, captioner, batches, out, kind):
+    dataset = pictures(8)
+    describe = partial(captioner(kind, workers=2).describe, dataset, out, confirm=True)
+    server.hook = lambda event, server: time.sleep(0.05)
+    processes = [FORK.Process(target=lambda: os._exit(not describe().complete)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(600)
+        assert process.exitcode == 0
+    assert server.paid.total() == 8 and set(server.paid.values()) == {1}
+    assert captions_of(out).keys() == set(dataset.names)
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten", "no SQLite", "JSON lines"])
+def test_a_damaged_file_is_named_with_what_to_do(tmp_path, damage, pictures, captioner, out, server):
+    path = tmp_path / "cache.sqlite"
+    with CaptionCache(path) as cache:
+        cache.add((f"{number:040}", Answer("a caption " * 20)) for number in range(500))
     whole = path.read_bytes()
-    last = whole.rindex(b"\n", 0, -1) + 1
-    for end in range(last, len(whole)):
-        path.write_bytes(whole[:end])
-        with CaptionCache(path) as cache:
-            assert cache.has_caption(keys[1]) and cache.has_caption(keys[2]) == (end == len(whole) - 1)
-            cache.add([(keys[2], Answer("again"))])
-        with CaptionCache(path) as cache:
-            assert cache[keys[2]].text == (f"caption {keys[2]}" if end == len(whole) - 1 else "again")
-            assert cache[keys[0]] == Answer(f"caption {keys[0]}", None, 1, 2)
+    path.write_bytes(
+        {
+            "cut": whole[: len(whole) // 2],
+            "overwritten": whole[:4096] + b"\0" * (len(whole) - 8192) + whole[-4096:],
+            "no SQLite": b"no database" * 100,
+            "JSON lines": b'{"key": "k", "text": "t", "failure": null, "tokens": [0, 0]}\n' * 9,
+        }[damage]
+    )
+    with pytest.raises(DataError, match="cache.sqlite is damaged.*copy.*recover"):
+        captioner().describe(pictures(1), out, confirm=True)
+    assert server.requests == []
 
 
-def test_a_damaged_line_in_the_middle_is_named(tmp_path):
-    path = tmp_path / "cache.jsonl"
-    fill(path, 3)
-    lines = path.read_bytes().splitlines(keepends=True)
-    for damaged in (b"\x00\x00\n", b"[]\n", b'{"key": "k"}\n', lines[2][:20] + b"\n"):
-        path.write_bytes(b"".join([*lines[:2], damaged, *lines[3:]]))
-        with pytest.raises(DataError, match="Line 3 .*cache.jsonl"), CaptionCache(path):
-            pass
+def test_a_file_that_cannot_be_opened_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="cannot be read or written.*unable to open"), CaptionCache(tmp_path):
+        pass
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(DataError, match="cannot be read or written"),
+        CaptionCache(tmp_path / "file" / "cache"),
+    ):
+        pass
 
 
 def test_a_caption_is_never_replaced_and_a_failure_is(tmp_path):
-    path = tmp_path / "cache.jsonl"
+    path = tmp_path / "cache.sqlite"
     with CaptionCache(path) as cache:
         for answer in (Answer("", "empty"), Answer("first"), Answer("", "empty"), Answer("second")):
             cache.add([("key", answer)])
-        assert cache["key"].text == "first" and cache.added == 2
+        assert cache.get(["key", "none"]) == {"key": Answer("first")} and len(cache.added) == 2
+        cache.reopen({"key": Answer("second")})  # another answer than the one that is there
+        assert cache.get(["key"]) == {"key": Answer("first")}
+        cache.reopen({"key": Answer("first")})
+        assert cache.get(["key"]) == {"key": Answer("first", OPEN)}
+        cache.add([("key", Answer("third"))])
     with CaptionCache(path) as cache:
-        assert cache["key"].text == "first" and cache.has_caption("key") and not cache.has_failed("key")
+        assert cache.get(["key"]) == {"key": Answer("third")}
 
 
-def test_the_cache_says_what_was_asked_and_its_key_follows_the_pixels(tmp_path):
-    fill(tmp_path / "cache.jsonl", 1)
-    asked = json.loads((tmp_path / "cache.jsonl").read_text().splitlines()[0])
-    assert asked == {"question": ASKED.id, "model": "model", "prompt": "prompt", "temperature": 1.0}
+def test_the_file_says_what_was_asked_and_its_keys_follow_the_pixels(tmp_path):
+    with CaptionCache(tmp_path / "cache.sqlite") as cache:
+        cache.note(ASKED)
+        cache.note(ASKED)
+        assert cache._read("SELECT * FROM questions") == [(ASKED.id, "model", "prompt", 1.0)]
     image = Image.new("RGB", (6, 4), "red")
     others = [Image.new("RGB", (4, 6), "red"), Image.new("RGB", (6, 4), (254, 0, 0))]
     assert image_id(image) == image_id(image.copy()) and image_id(image) not in map(image_id, others)
@@ -473,23 +639,31 @@ def test_the_cache_says_what_was_asked_and_its_key_follows_the_pixels(tmp_path):
     assert len(answer_key(image_id(image), ASKED, 99_999)) <= 64  # the most that a custom_id can be
 
 
-def test_a_cache_in_use_and_one_that_cannot_be_opened_are_errors(tmp_path, pictures, captioner, out, server):
-    dataset = pictures(1)
-    with CaptionCache(tmp_path / "cache.jsonl"), pytest.raises(DataError, match="cache.jsonl is in use"):
-        captioner().describe(dataset, out, confirm=True)
-    with pytest.raises(DataError, match="cannot be opened"), CaptionCache(tmp_path):
-        pass
-    assert server.requests == []
+def test_answers_are_looked_up_by_an_index(tmp_path):
+    with CaptionCache(tmp_path / "cache.sqlite") as cache:
+        queries = []
+        cache._connection.set_trace_callback(queries.append)
+        cache.get(["one", "two"])
+        cache.submitted(["one"])
+        plans = [cache._read(f"EXPLAIN QUERY PLAN {query}") for query in list(queries)]
+    searched = {step.split()[1] for plan in plans for *_, step in plan if step.startswith("SEARCH")}
+    assert searched == {"answers", "submitted"}
+
+
+def test_no_number_is_made_of_bytes_in_an_order_that_python_3_10_wants_to_be_told():
+    for path in (ROOT / "taco_nb").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_bytes", "to_bytes"):
+                assert len(node.args) + len(node.keywords) >= 2, f"{path}, line {node.lineno}"
 
 
 # --- The Batch API ----------------------------------------------------------------------------------------------------
 
 
-def test_a_large_set_is_cut_into_files_within_the_limits(server, pictures, batches, out, monkeypatch, said):
+def test_a_large_set_is_cut_into_files_within_the_limits(server, pictures, batches, out, monkeypatch, pauses):
     monkeypatch.setattr(batch, "MAX_REQUESTS", 4)
-    pauses = []
     server.polls = 3
-    report = batches(sleep=pauses.append, open_batches=2).describe(pictures(5), out, count=2, confirm=True)
+    report = batches(open_batches=2).describe(pictures(5), out, count=2, confirm=True)
     assert report.complete and set(server.paid.values()) == {1} and server.paid.total() == 10
     assert len(set(itertools.chain(*captions_of(out).values()))) == 10
     files = [data.splitlines() for name, data in server.files.items() if "put" not in name]
@@ -504,25 +678,35 @@ def test_a_large_set_is_cut_into_files_within_the_limits(server, pictures, batch
     assert batches().describe(dataset, out, confirm=True).complete
     sizes = [len(data) for name, data in server.files.items() if "put" not in name]
     assert max(sizes) <= 3000 and len(sizes) > 1
-    assert json.loads((out.parent / "cache.jsonl.batches.json").read_text()) == []
+    with CaptionCache(out.parent / "cache.sqlite") as cache:
+        assert cache.jobs() == []
 
 
-def test_each_step_alone(server, pictures, batches, captioner, out, said, monkeypatch):
+def test_without_waiting_each_call_takes_what_is_there(
+    server, pictures, batches, captioner, out, said, monkeypatch, pauses
+):
     dataset = pictures(3)
-    assert "confirm=True" in str(batches().submit(dataset)) and server.requests == []
-    report = batches().submit(dataset, confirm=True)
-    assert list(itertools.chain(*report.missing.values())) == ["in batch_1"] * 3 and "collect()" in str(
-        report
-    )
+    server.polls = 2
+    describe = partial(batches(wait=False).describe, dataset, out)
+    assert "confirm=True" in str(describe()) and server.requests == []
+    report = describe(confirm=True)
+    assert list(itertools.chain(*report.missing.values())) == ["in batch_1"] * 3
+    assert "called again" in str(report)
     said()
-    batches().submit(dataset, confirm=True)
-    assert len(server.batches) == 1 and "3 submitted before" in said()
-    assert batches().poll() == {"batch_1": "in_progress"} and server.paid.total() == 0
+    describe(confirm=True)
+    printed = said()
+    assert len(server.batches) == 1 and "3 submitted before" in printed and "1 in_progress" in printed
     assert "in batch_1" in str(captioner().describe(dataset, out, confirm=True)) and server.paid.total() == 0
-    assert batches().poll() == {"batch_1": "completed"}
-    assert batches().collect() == 3 and batches().collect() == 0 and batches().poll() == {}
+    assert not describe(confirm=True).complete and describe(confirm=True).complete and pauses == []
     monkeypatch.delenv("OPENAI_API_KEY")
     assert batches().describe(dataset, out).complete and set(server.paid.values()) == {1}
+
+
+def test_without_waiting_the_second_call_finishes_the_first(server, pictures, batches, out):
+    dataset = pictures(3)
+    server.polls = 0
+    assert not batches(wait=False).describe(dataset, out, confirm=True).complete
+    assert batches(wait=False).describe(dataset, out, confirm=True).complete and server.paid.total() == 3
 
 
 @pytest.mark.parametrize("outcome", ["expired", "failed", "cancelled"])
@@ -538,10 +722,9 @@ def test_what_a_batch_left_unfinished_is_submitted_again_and_nothing_else(
 
 def test_a_batch_that_its_owner_cancels(server, pictures, batches, out):
     dataset = pictures(4)
-    batches().submit(dataset, confirm=True)
+    batches(wait=False).describe(dataset, out, confirm=True)
     with OpenAI(base_url=server.url) as client:
         assert client.batches.cancel("batch_1").status == "cancelled"
-    assert batches().collect() == 2
     assert batches().describe(dataset, out, confirm=True).complete
     assert set(server.paid.values()) == {1} and server.paid.total() == 4
 
@@ -619,16 +802,17 @@ def test_a_batch_that_is_not_accepted(server, pictures, batches, out):
 
 def test_a_batch_that_the_service_does_not_know(server, pictures, batches, out):
     dataset = pictures(1)
-    batches().submit(dataset, confirm=True)
+    batches(wait=False).describe(dataset, out, confirm=True)
     server.batches.clear()
-    with pytest.raises(ServiceError, match="batch_1.*cache.jsonl.batches.json"):
+    with pytest.raises(ServiceError, match="batch_1.*give_up") as caught:
         batches().describe(dataset, out, confirm=True)
-
-
-def test_a_damaged_list_of_batches_is_named(tmp_path, pictures, batches, out):
-    (tmp_path / "cache.jsonl.batches.json").write_text('[{"name"')
-    with pytest.raises(DataError, match="cache.jsonl.batches.json is damaged"):
-        batches().describe(pictures(1), out, confirm=True)
+    assert f"OpenAIBatchCaptioner({str(out.parent / 'cache.sqlite')!r}).give_up('batch_1')" in str(
+        caught.value
+    )
+    with pytest.raises(SettingError, match="knows of no batch 'batch_2'"):
+        batches().give_up("batch_2")
+    batches().give_up("batch_1")
+    assert batches().describe(dataset, out, confirm=True).complete
 
 
 # --- Sudden ends ------------------------------------------------------------------------------------------------------
@@ -646,11 +830,9 @@ def run_until(server, describe, ends, number):
                 process.join()
 
     server.hook = hook
-    process = multiprocessing.get_context("fork").Process(
-        target=describe
-    )  # a new one would import torch for long
+    process = FORK.Process(target=describe)
     process.start()
-    process.join(60)
+    process.join(600)
     assert process.exitcode != 0 and ended
     server.hook = lambda event, server: None
 
@@ -659,7 +841,8 @@ def test_kill_in_the_middle_loses_only_the_answers_in_flight(server, tmp_path, p
     dataset = pictures(12)
     describe = partial(captioner(workers=3).describe, dataset, out, confirm=True)
     run_until(server, describe, lambda event, server: server.paid.total() == 7, signal.SIGKILL)
-    kept = re.findall(r"A picture (\w+)", (tmp_path / "cache.jsonl").read_text())
+    with CaptionCache(tmp_path / "cache.sqlite") as cache:
+        kept = [text.split()[2].rstrip(",") for (text,) in cache._read("SELECT text FROM answers")]
     assert 7 - 3 <= len(kept) <= 7 and not out.exists()
     paid = server.paid.total()
     report = captioner().describe(dataset, out, confirm=True)
@@ -724,30 +907,30 @@ def coca(tmp_path_factory):
 
 def test_coca_writes_captions_that_depend_on_image_and_index_only(coca, tmp_path, pictures, out, said):
     dataset = pictures(3)
-    report = CoCaCaptioner(tmp_path / "coca.jsonl", model=coca).describe(dataset, out, count=2)
+    report = CoCaCaptioner(tmp_path / "coca.sqlite", model=coca).describe(dataset, out, count=2)
     assert report.new == 6 and report.dollars is None and "6 to be written here" in said()
-    with CaptionCache(tmp_path / "coca.jsonl") as cache:
-        together = {key: cache[key] for key in cache._places}
+    with CaptionCache(tmp_path / "coca.sqlite") as cache:
+        together = cache.get(key for (key,) in cache._read("SELECT key FROM answers"))
     texts = [answer.text for answer in together.values() if answer.text]
     assert len(texts) == len(set(texts)) > 3
     assert {answer.failure for answer in together.values()} <= {None, "empty", "cut off after 75 tokens"}
     assert all(0 < answer.output_tokens < 75 for answer in together.values() if answer.failure is None)
     assert report.complete == out.exists() == all(answer.failure is None for answer in together.values())
 
-    CoCaCaptioner(tmp_path / "alone.jsonl", model=coca, batch_size=1).describe(dataset, out, count=2)
-    with CaptionCache(tmp_path / "alone.jsonl") as cache:
-        assert {key: cache[key] for key in together} == together
+    CoCaCaptioner(tmp_path / "alone.sqlite", model=coca, batch_size=1).describe(dataset, out, count=2)
+    with CaptionCache(tmp_path / "alone.sqlite") as cache:
+        assert cache.get(together) == together
 
 
 def test_coca_at_temperature_0_is_what_open_clip_generates(coca, tmp_path, pictures, out):
     if not open_clip.coca_model._has_transformers:
         pytest.skip("open_clip's own CoCa.generate needs transformers below 4.57")
     dataset = pictures(2)
-    CoCaCaptioner(tmp_path / "coca.jsonl", model=coca, temperature=0).describe(dataset, out)
+    CoCaCaptioner(tmp_path / "coca.sqlite", model=coca, temperature=0).describe(dataset, out)
     name, weights = coca.split("/", 1)
     model, preprocess = open_clip.create_model_from_pretrained(name, pretrained=weights)
-    with CaptionCache(tmp_path / "coca.jsonl") as cache:
-        texts = [cache[key].text for key in cache._places]
+    with CaptionCache(tmp_path / "coca.sqlite") as cache:
+        texts = [text for (text,) in cache._read("SELECT text FROM answers")]
     for i, text in enumerate(texts):
         image = preprocess(dataset[i].image)[None]
         ids = model.generate(image, generation_type="top_k", top_k=1, seq_len=77, min_seq_len=0)[0].tolist()
@@ -774,7 +957,7 @@ def test_coca_settings_and_weights_that_will_not_do(coca, tmp_path, pictures, ou
     dataset = pictures(1)
 
     def describe(**settings):
-        CoCaCaptioner(tmp_path / "coca.jsonl", **settings).describe(dataset, out, count=2)
+        CoCaCaptioner(tmp_path / "coca.sqlite", **settings).describe(dataset, out, count=2)
 
     with pytest.raises(SettingError, match="would be the same"):
         describe(model=coca, temperature=0)
@@ -782,7 +965,7 @@ def test_coca_settings_and_weights_that_will_not_do(coca, tmp_path, pictures, ou
         describe(model="ViT-B-32/openai")
     with pytest.raises(SettingError, match="neither a pretrained tag.*nor a file"):
         describe(model="coca_ViT-L-14/nothing")
-    with pytest.raises(SettingError, match="cannot be used here"):
+    with pytest.raises(SettingError, match='device must be "auto", "cpu" or "cuda"'):
         describe(model=coca, device="cuda:99")
     (tmp_path / "bad.pt").write_bytes(b"no weights")
     with pytest.raises(CheckpointError, match="bad.pt"):
@@ -796,4 +979,56 @@ def test_missing_weights_are_said_with_size_and_command(tmp_path, pictures, out,
     with pytest.raises(
         MissingWeightsError, match=rf"{name} \(2.6 GB\).*open_clip_model.safetensors.*fetch {name}$"
     ):
-        CoCaCaptioner(tmp_path / "coca.jsonl").describe(pictures(1), out)
+        CoCaCaptioner(tmp_path / "coca.sqlite").describe(pictures(1), out)
+
+
+# --- From a shell -----------------------------------------------------------------------------------------------------
+
+
+def test_a_command_captions_a_folder(server, tmp_path, pictures, out, said, monkeypatch):
+    pictures(3)
+    (tmp_path / "images" / "none.json").unlink()
+    words = ["caption", tmp_path / "images", "--out", out, "--base-url", server.url, "--count", "2"]
+    assert command(*words) == 0 and server.requests == []
+    printed = said()
+    assert "6 to be paid for" in printed and "(--confirm) sends it" in printed and not out.exists()
+
+    server.chat_faults += [Fault(change={"content": ""})]
+    assert command(*words, "--confirm") == 1
+    assert "Missing: 1 (1 empty)" in said() and (tmp_path / "captions.sqlite").is_file()
+    assert command(*words, "--confirm", "--retry-failed") == 0
+    assert "All 6 captions of images" in said() and server.paid.total() == 7
+    assert {len(captions) for captions in captions_of(out).values()} == {2}
+    assert server.bodies[0]["model"] == "gpt-4o-2024-11-20" and server.bodies[0]["temperature"] == 1.0
+
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert command(*words, "--confirm", "--cache", tmp_path / "other.sqlite") == 1
+    assert "OPENAI_API_KEY is not set" in said()
+
+
+def test_a_command_captions_a_data_set_in_batches_and_with_coca(server, tmp_path, out, said, coca):
+    server.polls = 0
+    words = ["caption", "sample", "--out", out, "--limit", "2"]
+    batch = [*words, "--captioner", "batch", "--no-wait", "--base-url", server.url, "--confirm"]
+    assert command(*batch) == 1 and "Missing: 2 (2 in batch_1)" in said()
+    assert command(*batch) == 0 and len(captions_of(out)) == 2 and server.count("POST /v1/batches") == 1
+    said()
+    arguments = [*words, "--captioner", "coca", "--model", coca, "--cache", tmp_path / "coca.sqlite"]
+    command(*arguments)
+    assert "2 to be written here" in said()
+    assert command(*arguments, "--no-wait") == 2 and "--no-wait for batch" in said()
+    assert command("caption", "samplle", "--out", out) == 1 and "Is 'sample' meant?" in said()
+    (tmp_path / "empty").mkdir()
+    assert command("caption", tmp_path / "empty", "--out", out) == 1 and "holds no image" in said()
+
+
+def test_a_command_asks_for_keywords(server, tmp_path, said):
+    (sample,) = datasets("sample")
+    captions = [caption for row in range(2) for caption in sample.captions(row)]
+    server.replies = {caption: caption.split()[-1].strip(".") for caption in captions}
+    words = ["keywords", "sample", "--limit", "2", "--data-dir", tmp_path, "--base-url", server.url]
+    assert command(*words) == 0 and server.requests == [] and "(--confirm)" in said()
+    assert command(*words, "--confirm") == 0
+    assert server.paid.total() == len(set(captions)) and "0 of them without words" in said()
+    assert all(chat_keywords(tmp_path)(captions))
+    assert command(*words, "--captions", "context") == 0 and "2 captions, 0 of them answered" in said()

@@ -3,8 +3,6 @@
 import json
 import random
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,6 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 
 from taco_nb.errors import CheckpointError, DataError, MissingWeightsError, SettingError, TacoError
 from taco_nb.text import text_tower
-from taco_nb.text.chat_keywords import ChatKeywords
 from taco_nb.text.keyword_sources import GAZETTEER, Entities, TfIdf
 from taco_nb.text.keywords import FORMAT, KeywordWeights, pool
 from taco_nb.text.tokens import clip_tokenizer
@@ -535,147 +532,3 @@ def test_a_source_that_a_text_cannot_hold_must_be_given(tower):
         KeywordWeights.from_json(keywords.to_json(), sources=[Named("blue")])
     loaded = KeywordWeights.from_json(keywords.to_json(), sources=[Named("blue"), Named("red")])
     assert torch.equal(loaded.token_weights(TRAINING, tower), keywords.token_weights(TRAINING, tower))
-
-
-# --- A language model -------------------------------------------------------------------------------------------------
-
-REPLIES = {
-    "a red barn in the snow": "red, Barn.",
-    "a dog’s snow-covered kennel": '"snow-covered", kennel, winter, dog’s',
-    "a stop sign; a STOP  sign": "stop sign",
-    "a barnacle": "barn",
-    "a secret": None,  # refused
-    "a broken dog": "dog",  # after an error
-    "rejected dog": "",  # with status 400, always
-}
-
-
-class _Server(ThreadingHTTPServer):
-    """A chat model that answers by `REPLIES`; `requests` are the bodies that it got, with their keys."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        self.requests = []
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.base_url = f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        caption = body["messages"][-1]["content"]
-        first = all(seen["messages"][-1]["content"] != caption for seen, _ in self.server.requests)
-        self.server.requests.append((body, self.headers["Authorization"]))
-        reply = REPLIES[caption]
-        message = {
-            "role": "assistant",
-            "content": reply,
-            "refusal": "I would rather not." if reply is None else None,
-        }
-        answer = {
-            "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-            "usage": {"prompt_tokens": 60, "completion_tokens": 4, "total_tokens": 64},
-        }  # fmt: skip
-        if caption.startswith("rejected"):
-            self._reply(400, {"error": {"message": "bad caption"}})
-        elif caption.startswith("a broken") and first:
-            self._reply(500, {"error": {"message": "try again"}})
-        else:
-            self._reply(200, answer)
-
-    def _reply(self, status, content):
-        content = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-the-test")
-    with _Server() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-def test_keywords_by_a_language_model(server, tmp_path, capfd, tower):
-    cache, captions = tmp_path / "keywords.jsonl", list(REPLIES)
-    chat = ChatKeywords(cache, model="tiny", base_url=server.base_url)
-    chat.ask([*captions, *captions])
-    printed = capfd.readouterr().out
-    assert f"{len(captions)} captions, 0 of them answered" in printed and "Nothing was sent" in printed
-    assert not server.requests
-
-    chat.ask(captions, confirm=True)
-    printed = capfd.readouterr().out
-    assert f"{len(captions)} answers, 2 of them without words; 2 words ignored" in printed
-    assert sorted(chat.ignored(captions)) == ["barn", "winter"]
-    assert len(server.requests) == len(captions) + 1  # one was repeated
-    assert {key for _, key in server.requests} == {"Bearer sk-secret-of-the-test"}
-    assert {body["temperature"] for body, _ in server.requests} == {0}
-
-    keywords = KeywordWeights([chat])
-    named = {caption: " ".join(_why(keywords, caption)) for caption in captions}
-    assert named == {
-        "a red barn in the snow": "red barn",
-        "a dog’s snow-covered kennel": "dog ’ s snow - covered kennel",
-        "a stop sign; a STOP  sign": "stop sign STOP",
-        "a barnacle": "",
-        "a secret": "",
-        "a broken dog": "dog",
-        "rejected dog": "",
-    }
-    assert {why for caption in captions for why in _why(keywords, caption).values()} == {"llm"}
-    with pytest.raises(
-        DataError, match=r"no keywords by tiny for 1 of 1 captions, such as 'new'.*confirm=True"
-    ):
-        keywords.token_weights([captions[0], "new"], tower)
-    assert "secret-of-the-test" not in printed + cache.read_text() + keywords.to_json() + repr(vars(chat))
-
-
-def test_nothing_is_asked_twice(server, tmp_path, monkeypatch):
-    cache, captions = tmp_path / "keywords.jsonl", list(REPLIES)
-    ChatKeywords(cache, model="tiny", base_url=server.base_url).ask(captions[:2], confirm=True)
-    chat = ChatKeywords(cache, model="tiny", base_url=server.base_url)
-    chat.ask(captions, confirm=True)
-    asked = [body["messages"][-1]["content"] for body, _ in server.requests]
-    assert {caption for caption in captions if asked.count(caption) > 1} == {"a broken dog"}
-    monkeypatch.delenv("OPENAI_API_KEY")
-    count = len(server.requests)
-    chat.ask(captions, confirm=True)
-    again = ChatKeywords(cache, model="tiny", base_url="http://127.0.0.1:9")
-    assert again(captions) == chat(captions) and len(server.requests) == count
-    for other in ({"model": "other"}, {"model": "tiny", "prompt": "Which nouns?"}):
-        with pytest.raises(DataError, match="no keywords"):
-            ChatKeywords(cache, **other)(captions)
-
-
-def test_a_language_model_beside_the_other_sources(server, tmp_path, tower):
-    chat = ChatKeywords(tmp_path / "keywords.jsonl", model="tiny", base_url=server.base_url)
-    caption = "a red barn in the snow"
-    chat.ask(caption, confirm=True)
-    keywords = KeywordWeights.fit(TRAINING, ["tfidf", "rules", chat])
-    assert _why(keywords, caption) == {"red": "tfidf+llm", "barn": "tfidf+llm"}
-    loaded = KeywordWeights.from_json(keywords.to_json(), sources=[chat])
-    assert torch.equal(loaded.token_weights(caption, tower), keywords.token_weights(caption, tower))
-    with pytest.raises(SettingError, match="tiny"):
-        KeywordWeights.from_json(keywords.to_json())
-
-
-def test_no_key_and_no_address(tmp_path, monkeypatch):
-    chat = ChatKeywords(tmp_path / "keywords.jsonl", base_url="http://127.0.0.1:9/v1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(SettingError, match="OPENAI_API_KEY"):
-        chat.ask(["a barn"], confirm=True)
-    with pytest.raises(SettingError, match="base_url"):
-        ChatKeywords(tmp_path / "keywords.jsonl", base_url="nowhere")

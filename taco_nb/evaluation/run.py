@@ -500,7 +500,15 @@ def _launch(
             "keywords": codec.keywords,
         }
         save_weights(home / "codec.safetensors", codec.net, {**about, "name": codec.name})
-        job = (codec.device.type, codec.mode, list(sets), folder.resolve(), settings, networks)
+        job = (
+            codec.device.type,
+            codec.mode,
+            codec.data_dir,
+            list(sets),
+            folder.resolve(),
+            settings,
+            networks,
+        )
         (home / "job.pickle").write_bytes(pickle.dumps(job))
         command = [
             sys.executable,
@@ -538,10 +546,12 @@ def _work(home: Path) -> None:
     """What one of the processes of `_launch` does."""
     from accelerate import PartialState
 
-    device, mode, sets, folder, settings, networks = pickle.loads((home / "job.pickle").read_bytes())
+    device, mode, data_dir, sets, folder, settings, networks = pickle.loads(
+        (home / "job.pickle").read_bytes()
+    )
     process = PartialState(cpu=device == "cpu")
     try:
-        codec = load(home / "codec.safetensors", mode=mode, device=str(process.device))
+        codec = load(home / "codec.safetensors", mode=mode, device=str(process.device), data_dir=data_dir)
         found, _ = find_networks() if networks is None else given_networks(networks)
         _share(codec, sets, folder, settings, found, process.process_index, process.num_processes)
     except TacoError as error:

@@ -136,5 +136,74 @@ def bundle(runs: tuple[str, ...], data: str | None, data_dir: str | None) -> Non
         tool.bundle_named(runs, data, data_dir)
 
 
+def _asking_options(function: Any) -> Any:
+    """Add the options of both commands that ask a model about a data set."""
+    url = "A server that speaks OpenAI's API; default: OpenAI's own."
+    confirm = "Send the requests, and pay. Without it, only say the price."
+    function = click.option("--confirm", is_flag=True, help=confirm)(data_dir_option(function))
+    function = click.option("--base-url", metavar="URL", help=url)(function)
+    function = click.option("--limit", type=int, metavar="N", help="Only the first pictures.")(function)
+    return click.argument("dataset")(function)
+
+
+@main.command(cls=Command)
+@_asking_options
+@click.option("--out", type=Path, required=True, help="The captions file to write, as data sets read it.")
+@click.option(
+    "--captioner", type=click.Choice(["openai", "batch", "coca"]), default="openai", show_default=True,
+    help="OpenAI's chat API, its Batch API at half the price, or open_clip's CoCa on this machine.",
+)  # fmt: skip
+@click.option("--count", default=1, show_default=True, metavar="N", help="Captions of each picture.")
+@click.option("--cache", type=Path, help="The file of answers; default: captions.sqlite beside --out.")
+@click.option("--model", help="Default: the report's gpt-4o-2024-11-20, or CoCa fine-tuned on MS-COCO.")
+@click.option("--no-wait", is_flag=True, help="Come back another time for the batches that are not finished.")
+@click.option("--retry-failed", is_flag=True, help="Ask again for answers that are no captions.")
+@click.option(
+    "--retry-flagged", is_flag=True, help="Ask again for captions that speak of the asker or the task."
+)
+@click.pass_context
+def caption(
+    context, dataset, out, captioner, count, cache, model, base_url, no_wait, confirm, retry_failed, retry_flagged,
+    limit, data_dir,
+) -> None:  # fmt: skip
+    """Write captions for the pictures of DATASET, a name such as coco-train or a folder.
+
+    Every answer is kept, so the same command goes on where it was stopped, and nothing is paid for twice. The key of a
+    paid service is read from the environment variable OPENAI_API_KEY. The exit status is 1 if captions are missing
+    although --confirm was given.
+    """
+    from taco_nb.tools import captions as tool
+
+    if (base_url and captioner == "coca") or (no_wait and captioner != "batch"):
+        raise click.UsageError("--base-url is for the captioners openai and batch, and --no-wait for batch.")
+    kinds = {"openai": tool.OpenAICaptioner, "batch": tool.OpenAIBatchCaptioner, "coca": tool.CoCaCaptioner}
+    settings = {"model": model, "base_url": base_url, "wait": False if no_wait else None}
+    given = {name: value for name, value in settings.items() if value is not None}
+    pictures = tool.open_pictures(dataset, data_dir, limit)
+    chosen = kinds[captioner](cache or out.parent / "captions.sqlite", **given)
+    report = chosen.describe(pictures, out, count, confirm, retry_failed, retry_flagged)
+    click.echo(report)
+    context.exit(1 if confirm and not report.complete else 0)
+
+
+@main.command(cls=Command)
+@_asking_options
+@click.option(
+    "--captions", type=click.Choice(["published", "context"]), default="published", show_default=True
+)
+def keywords(dataset, captions, limit, base_url, confirm, data_dir) -> None:
+    """Have a language model choose the keywords of DATASET's captions, for keyword_sources="tfidf+llm".
+
+    The answers go to chat_keywords.sqlite in the data folder; no caption is asked about, and paid for, twice. The key is
+    read from the environment variable OPENAI_API_KEY.
+    """
+    from taco_nb.text.chat_keywords import chat_keywords
+    from taco_nb.tools import captions as tool
+
+    pictures = tool.open_pictures(dataset, data_dir, limit, captions)
+    texts = [text for row in range(len(pictures)) for text in pictures.captions(row)]
+    tool.ask_keywords(chat_keywords(data_dir), texts, confirm, base_url=base_url)
+
+
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,8 @@ class Run:
     steps: int
     """Steps taken so far."""
     total_steps: int
+    data_dir: str | os.PathLike | None = None
+    """The data folder that `fit` was given; the codec reads a language model's keywords there."""
 
     @property
     def finished(self) -> bool:
@@ -74,7 +76,7 @@ class Run:
     @property
     def codec(self) -> Codec:
         """The trained codec, from the run's weights, on the CPU."""
-        return load(self.dir)
+        return load(self.dir, data_dir=self.data_dir)
 
     @property
     def log(self) -> pd.DataFrame:
@@ -142,6 +144,7 @@ def fit(
                 run = _finished(folder, exp)  # by somebody else, in the meantime
                 if not run:
                     return trainer.run(started, max_hours, save_minutes, signals, on_log)
+    run = replace(run, data_dir=data_dir)
     if on_log:
         on_log(run, run.log.to_dict("records"), lambda: run.codec)
     return run
@@ -260,7 +263,11 @@ class Trainer:
                     if self.is_main:
                         board.add_row(row)
                         if on_log:
-                            on_log(Run(self.folder, self.exp, self.step, self.total), self.rows, self._codec)
+                            on_log(
+                                Run(self.folder, self.exp, self.step, self.total, self.data_dir),
+                                self.rows,
+                                self._codec,
+                            )
                 if self.is_main and (self.step % self.picture_steps == 0 or self.step == self.total):
                     board.add_picture(self.bare_net, self.conditioning, self.step)
                 if self.is_main and now - saved >= 60 * save_minutes and self.step < self.total:
@@ -280,7 +287,7 @@ class Trainer:
                     f"Stopped by {stopped} after step {self.step} of {self.total}; the same call, or {again}, goes on."
                 )
         self.accelerator.free_memory()
-        return Run(self.folder, self.exp, self.step, self.total)
+        return Run(self.folder, self.exp, self.step, self.total, self.data_dir)
 
     def _codec(self) -> Codec:
         """The codec as it stands, on a copy of the weights, so that training is not disturbed."""

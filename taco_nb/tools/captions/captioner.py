@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterator
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,30 +15,46 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tqdm.auto import tqdm
 
-from taco_nb.data.captioned import check_count, few
-from taco_nb.errors import SettingError, TacoError
+from taco_nb.data import CaptionedFolder, CaptionedImages, datasets, training_pairs
+from taco_nb.data.captioned import Entry, check_count, few, image_files
+from taco_nb.errors import DataError, SettingError, TacoError
 from taco_nb.files import atomic_write
-from taco_nb.tools.captions.cache import CaptionCache, Jobs, Question, answer_key, image_id
+from taco_nb.text.answers import OPEN, Answer, Question, answer_key
+from taco_nb.tools.captions.cache import CaptionCache
 
 if TYPE_CHECKING:
-    from taco_nb.data import CaptionedImages
+    from PIL import Image
+
+_OFF_THE_PICTURE = re.compile(
+    r"""\b(
+        as\ an\ AI | language\ model | AI\ (assistant|model)                                    # who answers
+      | the\ user | you\ asked | your\ (image|instructions?|photo|picture|prompt|question|request)  # who asks
+      | (this|the)\ (prompt|request) | here(['’]s|\ is|\ are)\b[^.!?\n]{0,40}\b(captions?|descriptions?)  # the task
+      | I\ apologi[sz]e | I(['’]m|\ am)(\ \w+)?\ sorry                                           # excuses to who asks
+      | I(['’](m|ve|d|ll))?\b[^.!?\n]{0,60}\b(access|analy[sz]e|assist|caption|comply|describe|help|identify|view)
+    )\b""",
+    re.IGNORECASE | re.VERBOSE,
+)
+"""Words about the asker or the task. A caption may have them too, of a poster for instance: only a person can tell."""
 
 
 class ServiceError(TacoError, RuntimeError):
-    """The captioning service refuses to work or cannot be reached; what it has answered so far is in the cache."""
+    """The service refuses to work or cannot be reached; what it has answered so far is in the cache."""
 
 
-class Task(NamedTuple):
-    """An image that lacks captions: its place in the data set, its (width, height), and the keys to be answered."""
+class Picture(NamedTuple):
+    """An image of a data set, with the keys of captions that it is to have, or that it lacks."""
 
     row: int
+    name: str
     size: tuple[int, int]
+    """Width and height."""
     keys: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the missing captions will take. Tokens and dollars are rough; `dollars` is None where no price is known."""
+    """What the missing answers will take. Tokens and dollars are rough; `dollars` is None where no price is known."""
 
     requests: int
     input_tokens: int
@@ -55,52 +73,32 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Report:
-    """What a call to a captioner came to; `str` says it in sentences, with the way to go on."""
+    """What a call to a captioner came to; `text` says it in sentences, with the way to go on."""
 
-    dataset: str
-    wanted: int
-    """Captions: images times count."""
-    missing: dict[str, list[str]] = field(repr=False)
-    """Names of images that lack captions, with the reason for each caption that they lack."""
+    text: str
+    missing: dict[str, list[str]]
+    """For each image that lacks captions, the reason for each of them."""
+    flagged: dict[str, list[str]]
+    """For each image that has them, the captions that speak of the asker or the task, for a person to look at."""
     new: int
     """Answers in this call, captions or not."""
-    input_tokens: int
-    """Of those answers, as the service counted them."""
-    output_tokens: int
     dollars: float | None
-    """Their price; None where no price is known, or nothing is paid."""
+    """Their price, by the service's count of tokens; None where no price is known, or nothing is paid."""
     estimate: Estimate | None
     """What was still to be paid for when the call began; None for nothing."""
-    path: Path | None
-    """The captions file, if it is complete and was written."""
-    advice: str
 
     @property
     def complete(self) -> bool:
         return not self.missing
 
     def __str__(self) -> str:
-        lacking = sum(map(len, self.missing.values()))
-        if self.path:
-            head = f"All {self.wanted:,} captions of {self.dataset} are in {self.path}"
-        else:
-            head = f"{self.wanted - lacking:,} of {self.wanted:,} captions of {self.dataset} are there"
-        cost = (
-            ""
-            if self.dollars is None
-            else f", about ${self.dollars:,.2f} by the service's own count of tokens"
-        )
-        head += f" ({self.new:,} new answers{cost})."
-        if not self.missing:
-            return head
-        examples = few(f"{name} ({'; '.join(sorted(set(why)))})" for name, why in self.missing.items())
-        return f"{head} {lacking:,} are missing, so no captions file was written: {examples}. {self.advice}"
+        return self.text
 
 
 _ADVICE = {
     "unanswered": "Calling again asks for what has no answer yet.",
-    "submitted": "What is in a batch comes with OpenAIBatchCaptioner's describe() or collect(), once it is finished.",
-    "failed": "retry_failed=True asks again for what was answered with something else than a caption.",
+    "submitted": "What is in a batch comes once that is finished, when a batch captioner is called again.",
+    "failed": "retry_failed=True (--retry-failed) asks again for what was answered with something else than a caption.",
 }
 
 
@@ -109,7 +107,7 @@ class Captioner(ABC):
     """Anything that writes captions for images: one interface for paid services and local models."""
 
     cache: str | os.PathLike = field(kw_only=False)
-    """The file that keeps every answer; see `CaptionCache`. One file may serve many data sets, models and prompts."""
+    """The SQLite file that keeps every answer. One file may serve many data sets, models and prompts."""
 
     @property
     @abstractmethod
@@ -123,151 +121,208 @@ class Captioner(ABC):
         count: int = 1,
         confirm: bool = False,
         retry_failed: bool = False,
+        retry_flagged: bool = False,
     ) -> Report:
-        """Write `count` captions for every image of `dataset` to the captions file `path`, and say how it went.
+        """Write `count` captions for every image of `dataset` to the captions file `path`, and report how it went.
 
         Only what the cache lacks is asked, so that a call after a crash, or for a larger `count`, pays for the rest
         alone; with everything in the cache it needs no network and no key. The file, `{"image.png": ["one", ...]}` as
         `CaptionedFolder` reads it, is written only when it is complete. Nothing is sent to a paid service without
-        confirm=True: the estimate is printed and the report says what is missing. Answers that are no captions
-        (refused, cut off, empty, malformed) stay missing; retry_failed=True asks, and pays, for them again.
+        confirm=True: the estimate is printed and the report says what is missing.
+
+        Answers that are no captions (refused, cut off, empty, malformed) stay missing, and captions that speak of the
+        asker or the task are reported; `retry_failed` and `retry_flagged` ask, and pay, for these again.
 
         Raises `SettingError` for a count below 1 or a missing key, `DataError` for an image or a cache that cannot be
         read, `ServiceError` where going on would be in vain.
         """
+        check_count(count, "count, the number of captions per image,")
         with CaptionCache(self.cache) as cache:
-            survey = Survey(dataset, self.question, count)
-            tasks = survey.tasks(cache, retry_failed)
-            estimate, agreed = self._agree(survey, tasks, cache, confirm)
-            reasons = {}
-            if tasks and agreed:
+            pictures = look_at(dataset, self.question, count)
+            cached = sum(not a.failure for picture in pictures for a in cache.get(picture.keys).values())
+            submitted = sum(len(cache.submitted(picture.keys)) for picture in pictures)
+            left = unanswered(pictures, cache, retry_failed, retry_flagged)
+            estimate = self._estimate(left) if left else None
+            text = f"{dataset.name}: {len(pictures):,} images, {len(pictures) * count:,} captions wanted, {cached:,} cached"
+            if submitted:
+                text += f", {submitted:,} submitted before"
+            if left:
+                text += f", {estimate or f'{count_keys(left):,} to be written here'}"
+            print(f"{text}. Model: {self.question.model}.")
+
+            agreed = confirm or not (estimate or submitted)
+            reasons: dict[str, str] = {}
+            if agreed and (left or submitted):
                 cache.note(self.question)
-                reasons = self._ask(dataset, tasks, cache)
-            return self._report(survey, cache, reasons, estimate, agreed, Path(path))
+                cache.reopen({key: a for picture in left for key, a in cache.get(picture.keys).items()})
+                reasons = self._ask(dataset, pictures, cache)
+            return self._report(dataset.name, pictures, cache, reasons, estimate, agreed, path)
 
     @abstractmethod
-    def _ask(self, dataset: CaptionedImages, tasks: list[Task], cache: CaptionCache) -> dict[str, str]:
-        """Bring answers into the cache; return, by key, why there is none where there is none."""
+    def _ask(self, dataset: CaptionedImages, pictures: list[Picture], cache: CaptionCache) -> dict[str, str]:
+        """Bring the missing answers into the cache; return, by key, why there is none where there is none."""
 
-    def _estimate(self, tasks: list[Task]) -> Estimate | None:
-        """What answering the tasks will take, None where it is free."""
+    def _estimate(self, pictures: list[Picture]) -> Estimate | None:
+        """Return what it will take to answer all keys of the pictures, None where that is free."""
         return None
 
     def _dollars(self, input_tokens: int, output_tokens: int) -> float | None:
+        """Return the price of so many tokens, None where it is unknown or nothing is paid."""
         return None
-
-    def _agree(
-        self, survey: Survey, tasks: list[Task], cache: CaptionCache, confirm: bool
-    ) -> tuple[Estimate | None, bool]:
-        """Print what there is to do and what it costs; the estimate, and whether to go ahead."""
-        unasked = without(tasks, Jobs(self.cache).keys)
-        to_ask = sum(len(task.keys) for task in unasked)
-        submitted = sum(len(task.keys) for task in tasks) - to_ask
-        estimate = self._estimate(unasked) if unasked else None
-        cached = sum(cache.has_caption(key) for row in range(len(survey.images)) for key in survey.keys(row))
-        text = f"{survey.dataset}: {len(survey.images):,} images, {survey.wanted:,} captions wanted, {cached:,} cached"
-        if submitted:
-            text += f", {submitted:,} submitted before"
-        if unasked:
-            text += f", {estimate}" if estimate else f", {to_ask:,} to be written here"
-        print(f"{text}. Model: {self.question.model}.")
-        return estimate, confirm or not (estimate or submitted)
 
     def _report(
         self,
-        survey: Survey,
+        name: str,
+        pictures: list[Picture],
         cache: CaptionCache,
         reasons: dict[str, str],
         estimate: Estimate | None,
         agreed: bool,
-        path: Path | None,
+        path: str | os.PathLike,
     ) -> Report:
+        """Look through the cache once more, write the captions file if nothing is missing, and report."""
         missing: dict[str, list[str]] = {}
+        flagged: dict[str, list[str]] = {}
         kinds = set()
-        submitted = Jobs(self.cache).keys
-        for row, name in enumerate(survey.names):
-            for key in survey.keys(row):
-                if cache.has_caption(key):
+        for picture in pictures:
+            answers, submitted = cache.get(picture.keys), cache.submitted(picture.keys)
+            for key in picture.keys:
+                answer = answers.get(key)
+                if answer and answer.failure is None:
+                    if is_flagged(answer):
+                        flagged.setdefault(picture.name, []).append(answer.text)
                     continue
                 if key in submitted:
-                    kind, why = "submitted", submitted[key]
-                elif cache.has_failed(key):
-                    kind, why = "failed", cache[key].failure
+                    kind, why = "submitted", f"in {submitted[key]}"
+                elif answer and answer.failure != OPEN:
+                    kind, why = "failed", answer.failure
                 else:
                     kind, why = "unanswered", reasons.get(key, "not asked yet")
                 kinds.add(kind)
-                missing.setdefault(name, []).append(why)
-        written = path if path and not missing else None
-        if written:
-            survey.write(cache, written)
-        advice = [sentence for kind, sentence in _ADVICE.items() if kind in kinds]
-        return Report(
-            dataset=survey.dataset,
-            wanted=survey.wanted,
-            missing=missing,
-            new=cache.added,
-            input_tokens=cache.input_tokens,
-            output_tokens=cache.output_tokens,
-            dollars=self._dollars(cache.input_tokens, cache.output_tokens),
-            estimate=estimate,
-            path=written,
-            advice=" ".join(advice)
-            if agreed
-            else "Nothing was sent: confirm=True sends it, and pays for it.",
-        )
+                missing.setdefault(picture.name, []).append(why)
+        tokens = [sum(counts) for counts in zip(*cache.added)] or [0, 0]
+        dollars = self._dollars(*tokens)
+        new = f"{len(cache.added):,} new answers"
+        if cache.added and dollars is not None:
+            counted = f"{tokens[0]:,} + {tokens[1]:,}"
+            new += f", about ${dollars:,.2f} by the service's own count of {counted} tokens"
+        wanted, lacking = count_keys(pictures), sum(map(len, missing.values()))
+        if missing:
+            advice = " ".join(sentence for kind, sentence in _ADVICE.items() if kind in kinds)
+            if not agreed:
+                advice = "Nothing was sent: confirm=True (--confirm) sends it, and pays for it."
+            whys = Counter(why.partition(":")[0] for reasons in missing.values() for why in reasons)
+            counts = ", ".join(f"{count:,} {why}" for why, count in whys.most_common())
+            names = few(f"{image} ({'; '.join(sorted(set(why)))})" for image, why in missing.items())
+            text = (
+                f"{wanted - lacking:,} of {wanted:,} captions of {name} are there ({new}), so no captions file was written. "
+                f"Missing: {lacking:,} ({counts}), of {names}. {advice}"
+            )
+        else:
+            write_captions_file(Path(path), pictures, cache)
+            text = f"All {wanted:,} captions of {name} are in {path} ({new})."
+        if flagged:
+            names = few(f'{image} ("{captions[0][:80]}")' for image, captions in flagged.items())
+            text += (
+                f" To look at, since they may be words about the asker or the task: {sum(map(len, flagged.values())):,}, of "
+                f"{names}. retry_flagged=True (--retry-flagged) asks for all of these again."
+            )
+        return Report(text, missing, flagged, len(cache.added), dollars, estimate)
 
 
-class Survey:
-    """Which captions a data set needs; every image is read for its `image_id` and size, and not kept."""
+def open_pictures(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    limit: int | None = None,
+    captions: str = "published",
+) -> CaptionedImages:
+    """Return a data set by its name, "coco-train" included, or the pictures of a folder, captioned or not.
 
-    def __init__(self, dataset: CaptionedImages, question: Question, count: int):
-        check_count(count, "count, the number of captions per image,")
-        self.dataset = dataset.name
-        self.names = dataset.names
-        self.question = question
-        self.count = count
-
-        def look(i: int) -> tuple[str, tuple[int, int]]:
-            image = dataset[i].image
-            return image_id(image), image.size
-
-        rows = range(len(dataset))
-        with ThreadPoolExecutor() as pool:
-            seen = tqdm(pool.map(look, rows), f"Reading {dataset.name}", len(rows), unit="image", leave=False)
-            self.images, self._sizes = zip(*seen)
-
-    @property
-    def wanted(self) -> int:
-        return len(self.images) * self.count
-
-    def keys(self, row: int) -> Iterator[str]:
-        """The cache's keys of the captions of one image, in order."""
-        return (answer_key(self.images[row], self.question, index) for index in range(self.count))
-
-    def tasks(self, cache: CaptionCache, retry_failed: bool) -> list[Task]:
-        """What has no answer, or with `retry_failed` no caption; a picture that occurs twice is asked once."""
-        rows = {image: row for row, image in reversed(list(enumerate(self.images)))}
-        tasks = []
-        for row in sorted(rows.values()):
-            keys = (key for key in self.keys(row) if not cache.has_caption(key))
-            keys = tuple(key for key in keys if retry_failed or not cache.has_failed(key))
-            if keys:
-                tasks.append(Task(row, self._sizes[row], keys))
-        return tasks
-
-    def write(self, cache: CaptionCache, path: Path) -> None:
-        """Write the captions file, an image at a time."""
-        with atomic_write(path, "w") as file:
-            for row, name in enumerate(self.names):
-                captions = [cache[key].text for key in self.keys(row)]
-                file.write(("{\n" if row == 0 else ",\n") + f"{json.dumps(name)}: {json.dumps(captions)}")
-            file.write("\n}\n")
+    A folder's captions are those of its captions.json, if there is one. `limit` keeps the first pictures. `captions`
+    and the errors are those of `datasets`.
+    """
+    try:
+        if name == "coco-train":
+            found = training_pairs("coco", 256, data_dir, captions=captions).dataset
+        else:
+            (found,) = datasets(name, data_dir=data_dir, captions=captions)
+    except SettingError:
+        folder = Path(name)
+        if not folder.is_dir():
+            raise
+        if (folder / "captions.json").is_file():
+            found = CaptionedFolder(folder, folder / "captions.json")
+        else:
+            files = image_files(folder)
+            found = CaptionedImages(folder.resolve().name, (Entry(*file, ()) for file in files.items()))
+    if not len(found):
+        raise DataError(f"The folder {name} holds no image.")
+    return found if limit is None else found.head(limit)
 
 
-def without(tasks: list[Task], keys: Container[str]) -> list[Task]:
-    """The tasks that remain once `keys` are answered."""
-    left = (task._replace(keys=tuple(key for key in task.keys if key not in keys)) for task in tasks)
-    return [task for task in left if task.keys]
+def look_at(dataset: CaptionedImages, question: Question, count: int) -> list[Picture]:
+    """Read every image of a data set; return each with its size and with the keys of `count` captions."""
+
+    def look(row: int) -> Picture:
+        name, image, _ = dataset[row]
+        subject = image_id(image)
+        keys = tuple(answer_key(subject, question, index) for index in range(count))
+        return Picture(row, name, image.size, keys)
+
+    rows = range(len(dataset))
+    with ThreadPoolExecutor() as pool:
+        seen = tqdm(pool.map(look, rows), f"Reading {dataset.name}", len(rows), unit="image", leave=False)
+        return list(seen)
+
+
+def image_id(image: Image.Image) -> str:
+    """Return 40 hexadecimal digits of the SHA-256 of an RGB image's size and pixels, whatever its file is."""
+    digest = hashlib.sha256(b"%dx%d:" % image.size)
+    digest.update(image.tobytes())
+    return digest.hexdigest()[:40]
+
+
+def unanswered(
+    pictures: list[Picture], cache: CaptionCache, retry_failed: bool = False, retry_flagged: bool = False
+) -> list[Picture]:
+    """Return the pictures with those keys that are to be asked for, and that are in no batch under way.
+
+    A picture that occurs twice in a data set has the same keys both times, and is returned once.
+    """
+
+    def is_open(answer: Answer) -> bool:
+        retry = (retry_failed and answer.failure) or (retry_flagged and is_flagged(answer))
+        return bool(retry or answer.failure == OPEN)
+
+    left, seen = [], set()
+    for picture in pictures:
+        done = {key for key, answer in cache.get(picture.keys).items() if not is_open(answer)}
+        done |= cache.submitted(picture.keys).keys()
+        keys = tuple(key for key in picture.keys if key not in seen and key not in done)
+        seen.update(keys)
+        if keys:
+            left.append(picture._replace(keys=keys))
+    return left
+
+
+def count_keys(pictures: list[Picture]) -> int:
+    """Return how many captions the pictures are to have, or lack."""
+    return sum(len(picture.keys) for picture in pictures)
+
+
+def is_flagged(answer: Answer) -> bool:
+    """Return whether a caption speaks of the asker or the task, so that a person should look whether it is one."""
+    return answer.failure is None and _OFF_THE_PICTURE.search(answer.text) is not None
+
+
+def write_captions_file(path: Path, pictures: list[Picture], cache: CaptionCache) -> None:
+    """Write the captions of all pictures as JSON, one picture at a time."""
+    with atomic_write(path, "w") as file:
+        for row, picture in enumerate(pictures):
+            answers = cache.get(picture.keys)
+            captions = [answers[key].text for key in picture.keys]
+            file.write(("{\n" if row == 0 else ",\n") + f"{json.dumps(picture.name)}: {json.dumps(captions)}")
+        file.write("\n}\n")
 
 
 def check_range(name: str, value: float, lowest: float, highest: float, whole: bool = False) -> None:

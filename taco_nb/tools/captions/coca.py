@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +13,12 @@ from tqdm.auto import tqdm
 
 from taco_nb.data.captioned import check_count
 from taco_nb.errors import CheckpointError, SettingError
-from taco_nb.tools.captions.cache import Answer, CaptionCache, Question
-from taco_nb.tools.captions.captioner import Captioner, Report, Task, check_range
+from taco_nb.processes import check_device
+from taco_nb.text.answers import Answer, Question
+from taco_nb.tools.captions.cache import CaptionCache
+from taco_nb.tools.captions.captioner import Captioner, Picture, check_range, count_keys, unanswered
 
 if TYPE_CHECKING:
-    import os
-
     import torch
     from PIL import Image
 
@@ -45,7 +44,8 @@ class CoCaCaptioner(Captioner):
     """0 takes the likeliest word each time."""
     batch_size: int = 8
     """Images at a time."""
-    device: str = "cpu"
+    device: str = "auto"
+    """"auto" (a GPU where there is one), "cpu" or "cuda"."""
 
     def __post_init__(self) -> None:
         check_range("temperature", self.temperature, 0, 2)
@@ -55,40 +55,25 @@ class CoCaCaptioner(Captioner):
     def question(self) -> Question:
         return Question(self.model, "", self.temperature)
 
-    def describe(
-        self,
-        dataset: CaptionedImages,
-        path: str | os.PathLike,
-        count: int = 1,
-        confirm: bool = False,
-        retry_failed: bool = False,
-    ) -> Report:
-        """As `Captioner.describe`; there is nothing to confirm. Raises `SettingError` for several captions at 0."""
-        if self.temperature == 0 and count > 1:
-            raise SettingError(
-                f"At temperature 0 all {count} captions of an image would be the same: raise it."
-            )
-        return super().describe(dataset, path, count, confirm, retry_failed)
-
-    def _ask(self, dataset: CaptionedImages, tasks: list[Task], cache: CaptionCache) -> dict[str, str]:
+    def _ask(self, dataset: CaptionedImages, pictures: list[Picture], cache: CaptionCache) -> dict[str, str]:
         import torch
 
-        from taco_nb.text.clip import usable_device
-
-        model, preprocess = _load(self.model, usable_device(self.device))
-        remaining = iter(tasks)
-        total = sum(len(task.keys) for task in tasks)
-        with (
-            tqdm(total=total, desc=f"Captions of {dataset.name}", unit="caption") as bar,
-            torch.inference_mode(),
-        ):
-            while batch := list(islice(remaining, self.batch_size)):
-                images = torch.stack([preprocess(dataset[task.row].image) for task in batch]).to(self.device)
-                embedded = model(images)["image_embs"]
-                rows = [row for row, task in enumerate(batch) for _ in task.keys]
-                keys = [key for task in batch for key in task.keys]
-                cache.add(zip(keys, write_captions(model, embedded[rows], keys, self.temperature)))
-                bar.update(len(keys))
+        if self.temperature == 0 and len(pictures[0].keys) > 1:
+            raise SettingError("At temperature 0 all captions of an image would be the same: raise it.")
+        check_device(self.device)
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        model, preprocess = load_coca(self.model, device)
+        with cache.asking(), torch.inference_mode():
+            left = unanswered(pictures, cache)
+            with tqdm(total=count_keys(left), desc=f"Captions of {dataset.name}", unit="caption") as bar:
+                for start in range(0, len(left), self.batch_size):
+                    batch = left[start : start + self.batch_size]
+                    images = torch.stack([preprocess(dataset[picture.row].image) for picture in batch])
+                    embedded = model(images.to(device))["image_embs"]
+                    rows = [row for row, picture in enumerate(batch) for _ in picture.keys]
+                    keys = [key for picture in batch for key in picture.keys]
+                    cache.add(zip(keys, write_captions(model, embedded[rows], keys, self.temperature)))
+                    bar.update(len(keys))
         return {}
 
 
@@ -104,15 +89,15 @@ def write_captions(
     from taco_nb.text.tokens import clip_tokenizer
 
     tokenizer, pad = clip_tokenizer(), model.pad_id
-    generators = [torch.Generator().manual_seed(_seed(key)) for key in keys]
+    # Seven bytes, since a seed must fit 64 bits with a sign.
+    digests = [hashlib.sha256(key.encode()).digest()[:7] for key in keys]
+    generators = [torch.Generator().manual_seed(int.from_bytes(digest, "big")) for digest in digests]
     ids = torch.full((len(keys), 1), tokenizer.sot_token_id, device=image_embs.device)
     done = torch.zeros(len(keys), dtype=torch.bool)
     while not done.all() and ids.shape[1] < model.context_length:
-        logits = model(None, ids, image_latent=image_embs, image_embs=image_embs, output_labels=False)[
-            "logits"
-        ][:, -1]
+        output = model(None, ids, image_latent=image_embs, image_embs=image_embs, output_labels=False)
         chance = torch.stack([torch.rand((), generator=generator) for generator in generators])
-        following = draw(logits.float().cpu(), temperature, chance).masked_fill(done, pad)
+        following = draw(output["logits"][:, -1].float().cpu(), temperature, chance).masked_fill(done, pad)
         ids = torch.cat([ids, following[:, None].to(ids.device)], dim=1)
         done |= following == tokenizer.eot_token_id
     answers = []
@@ -125,7 +110,7 @@ def write_captions(
 
 
 def draw(logits: torch.Tensor, temperature: float, chance: torch.Tensor) -> torch.Tensor:
-    """A token per row of logits (B, vocabulary), the likeliest at temperature 0, else drawn by numbers in [0, 1)."""
+    """Return a token per row of logits (B, vocabulary): the likeliest at temperature 0, else drawn by chance in [0, 1)."""
     if temperature == 0:
         return logits.argmax(-1)
     likeliest, tokens = logits.topk(min(TOP_K, logits.shape[-1]))
@@ -134,13 +119,9 @@ def draw(logits: torch.Tensor, temperature: float, chance: torch.Tensor) -> torc
     return tokens.gather(-1, place)[:, 0]
 
 
-def _seed(key: str) -> int:
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:7])
-
-
 @lru_cache(maxsize=1)
-def _load(name: str, device: str) -> tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor]]:
-    """A frozen CoCa and what makes its input of an image; loaded once per process."""
+def load_coca(name: str, device: str) -> tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor]]:
+    """Return a frozen CoCa and what makes its input of an image; it is loaded once per process."""
     import open_clip
     import torch
 
