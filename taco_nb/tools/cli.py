@@ -79,12 +79,14 @@ def sweep(context, notebooks, lmbda, out, parameters, task, listing) -> None:
     """Run NOTEBOOKS at every lambda, each lambda in a folder of its own. What is done is skipped."""
     from taco_nb.tools import sweep as tool
 
-    given, lmbdas = {name: _value(text) for name, text in parameters}, lmbda or tool.LMBDAS
+    lmbdas = lmbda or tool.LMBDAS
+    given = {name: _value(text) for name, text in parameters}
+    todo = tool.members(notebooks, lmbdas, out, given, task)
     if listing:
-        for member in tool.members(notebooks, lmbdas, out, given):
+        for member in todo:
             click.echo(f"task {lmbdas.index(member.lmbda)}: {member}: {'done' if member.done else 'to do'}")
         return
-    failed = tool.sweep(notebooks, lmbdas, out, given, task)
+    failed = tool.sweep(todo)
     for member, reason in failed.items():
         click.echo(f"Failed: {member}: {reason}", err=True)
     context.exit(1 if failed else 0)
