@@ -430,7 +430,9 @@ def _error(home: Path) -> TacoError:
     ):  # by SIGTERM the launcher ends the others
         reason = f"was killed by {killed[1]}"
     else:
-        reason = "died: " + (": ".join(told[0]) if told else complaints.strip().rpartition("\n")[2])
+        reason = "died: " + (
+            ": ".join(told[0]).partition("\n")[0] if told else complaints.strip().rpartition("\n")[2]
+        )
     return ProcessError(f"One of the processes {reason}. What was saved is kept, and the same call goes on.")
 
 
