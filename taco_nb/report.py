@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from taco_nb.errors import DataError, SettingError
 from taco_nb.experiment import SWITCHES, Experiment, baseline, shown
 from taco_nb.files import bundled, sha256
-from taco_nb.metrics.rate import bd_rate
+from taco_nb.metrics.rate import BD_POINTS, bd_rate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,8 +37,6 @@ MEASURES = (
     "bpp", "psnr", "ms_ssim", "psnr_taco", "ms_ssim_taco", "lpips", "lpips_01", "clip_score", "fid", "cmmd",
     "encode_s", "decode_s",
 )  # fmt: skip
-BD_POINTS = 4
-"""Fewer points than Bjøntegaard's four do not fix a curve well enough to integrate a difference of a few per cent."""
 
 _VARIATIONS = (
     "linformer_k",

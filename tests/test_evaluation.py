@@ -67,7 +67,7 @@ def network():
     """LPIPS over a backbone of fixed random weights."""
     import lpips
 
-    with torch.random.fork_rng(), pytest.warns(UserWarning):
+    with torch.random.fork_rng(devices=[]), pytest.warns(UserWarning):
         torch.manual_seed(0)
         return lpips.LPIPS(pnet_rand=True, verbose=False, eval_mode=False)
 

@@ -30,18 +30,17 @@ from taco_nb.evaluation.peers import PeerResult, available_peers, match_bpp, pee
 from taco_nb.evaluation.unfinished import Part, Unfinished
 from taco_nb.experiment import PAPER_SIZES
 from taco_nb.files import atomic_write, sha256
-from taco_nb.metrics.cmmd import cmmd
 from taco_nb.metrics.distortion import distortion
-from taco_nb.metrics.fid import frechet_distance
+from taco_nb.metrics.fid import PATCH_SIZE, check_patch_size, frechet_distance
+from taco_nb.metrics.joint_space import cmmd
 from taco_nb.metrics.networks import (
-    PROTOCOLS,
+    METRICS,
     Network,
     find_networks,
     given_networks,
     say_missing,
     state_digest,
 )
-from taco_nb.metrics.patches import PATCH_SIZE, check_patch_size
 from taco_nb.processes import check_device
 from taco_nb.provenance import code_digest, provenance
 
@@ -388,7 +387,9 @@ def _finish(
 
     unfinished, clock = Unfinished(folder), time.perf_counter()
     subject, seconds, tables = unfinished.about(), 0.0, []
-    metrics = {metric: {"protocol": PROTOCOLS[metric], "weights": found[metric].weights} for metric in found}
+    metrics = {
+        metric: {"protocol": METRICS[metric].protocol, "weights": found[metric].weights} for metric in found
+    }
     for dataset in sets:
         parts = _parts([dataset], settings["batch_size"])
         rows = []

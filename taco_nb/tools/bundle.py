@@ -28,7 +28,7 @@ from taco_nb.evaluation import QUALITIES, evaluate, evaluate_peers, means
 from taco_nb.evaluation.peers import available_peers
 from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, bundled, sha256
-from taco_nb.metrics.rate import bd_rate, rate_at
+from taco_nb.metrics.rate import bd_rate, few_points, rate_at
 from taco_nb.provenance import provenance
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def standing(codecs: Sequence[Codec], sets: Sequence[CaptionedImages]) -> tuple[
     says that JPEG's curve does not reach that PSNR.
 
     The second has a row per data set and other codec: the BD-rate (PSNR) of the curve through those of `codecs` that are
-    baselines, and how many `points` that curve has. The BD-rate is NaN if they are fewer than two.
+    baselines, NaN if they are fewer than two; both curves' numbers of points; and a note where these are too few.
     """
     import pandas as pd
 
@@ -181,7 +181,9 @@ def standing(codecs: Sequence[Codec], sets: Sequence[CaptionedImages]) -> tuple[
             gap, curve = math.nan, curves[dataset, peer]
             if len(points) > 1:
                 gap = bd_rate(curve["bpp"], curve["psnr"], points["bpp"], points["psnr"])
-            gaps.append({"dataset": dataset, "peer": peer, "BD-rate (PSNR), %": gap, "points": len(points)})
+            row = {"dataset": dataset, "peer": peer, "BD-rate (PSNR), %": gap}
+            row |= {"points of the peer": len(curve), "points": len(points)}
+            gaps.append({**row, "note": few_points(len(curve), len(points))})
     return pd.DataFrame(rows), pd.DataFrame(gaps)
 
 
@@ -199,8 +201,6 @@ def print_standing(data_dir: str | os.PathLike | None = None) -> None:
     table, gaps = standing(codecs, kodak)
     print(table.round(4).to_string(index=False), "\n")
     print(gaps.round(1).to_string(index=False))
-    if (gaps["points"] < 4).any():
-        print("A BD-rate through fewer than four points is rough: the curve between them is a guess.")
 
 
 def bundle_named(runs: Sequence[str], data: str, data_dir: str | os.PathLike | None = None) -> None:

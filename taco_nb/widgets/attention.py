@@ -121,7 +121,7 @@ def where_the_text_looks(
 ) -> Look:
     """The caption's tokens to pick from, and over the picture where each attends, for one or several codecs.
 
-    `looks` maps a codec's label to its attentions on this image and caption (`taco_nb.inspection.look_at_attention`). Each map is
+    `looks` maps a label to what `taco_nb.inspection.look_at_attention` gives for a codec, this image and caption. Each map is
     scaled from its own least to its own greatest value, which stand below it. With `weights`, tokens are shaded by theirs.
     """
     spans = [span for span in tower.spans(caption) if span is not None]

@@ -73,9 +73,9 @@ class CoCaCaptioner(Captioner):
     def _ask(self, dataset: CaptionedImages, tasks: list[Task], cache: CaptionCache) -> dict[str, str]:
         import torch
 
-        from taco_nb.text.clip import _check_device
+        from taco_nb.text.clip import usable_device
 
-        model, preprocess = _load(self.model, _check_device(self.device))
+        model, preprocess = _load(self.model, usable_device(self.device))
         remaining = iter(tasks)
         total = sum(len(task.keys) for task in tasks)
         with (
@@ -101,9 +101,9 @@ def write_captions(
     """
     import torch
 
-    from taco_nb.text.clip import _tokenizer
+    from taco_nb.text.tokens import clip_tokenizer
 
-    tokenizer, pad = _tokenizer(), model.pad_id
+    tokenizer, pad = clip_tokenizer(), model.pad_id
     generators = [torch.Generator().manual_seed(_seed(key)) for key in keys]
     ids = torch.full((len(keys), 1), tokenizer.sot_token_id, device=image_embs.device)
     done = torch.zeros(len(keys), dtype=torch.bool)
