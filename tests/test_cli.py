@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -35,8 +36,10 @@ def test_help_answers_in_less_than_a_third_of_a_second():
 def test_every_command_explains_itself(name):
     said = CliRunner().invoke(main, [name, "--help"])
     assert said.exit_code == 0 and said.output.startswith(f"Usage: main {name} ")
-    for option in main.commands[name].params:
-        assert getattr(option, "help", "an argument"), f"{name} does not explain {option.opts[0]}"
+    unexplained = [
+        o.opts[0] for o in main.commands[name].params if isinstance(o, click.Option) and not o.help
+    ]
+    assert not unexplained
 
 
 def test_accelerate_can_start_both_modules():

@@ -139,7 +139,10 @@ def export_command(notebooks: tuple[str, ...]) -> None:
 
 
 @main.command("bench", cls=Command)
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+    help="Where to compute; auto takes a GPU if there is one.",
+)  # fmt: skip
 @click.option(
     "--repeats", type=click.IntRange(1), default=9, show_default=True, help="How often each codec is timed."
 )
