@@ -28,7 +28,6 @@ from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.metrics.rate import bd_rate, rate_at
 from taco_nb.provenance import provenance
-from taco_nb.training.start import family, initial_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,8 +133,10 @@ def _history(
     told = {*RECIPE, *exp.ablations}
     settings = {name: value for name, value in json.loads(exp.to_json()).items() if name in told}
     link = {"run": run, "steps": about["steps"], "hours": round(about["hours"], 2), "settings": settings}
-    before = initial_weights(exp, data_dir)
-    return [*(_history(before, checkpoint.read_weights(before)[1], data_dir) if before else []), link]
+    if not exp.init:
+        return [link]
+    before = checkpoint.find(exp.init, data_dir)
+    return [*_history(before, checkpoint.read_weights(before)[1], data_dir), link]
 
 
 def _what(codec: Codec) -> str:
@@ -200,7 +201,8 @@ def _rate_at(curve: pd.DataFrame, psnr: float) -> float:
 
 def baselines(data_dir: str | os.PathLike | None = None, device: str = "cpu") -> list[Codec]:
     """The bundled codecs that are baselines, by rising lambda: together a rate-distortion curve."""
-    lmbdas = {name: exp.lmbda for name, exp in family(data_dir).items() if not exp.ablations}
+    known = checkpoint.bundled_codecs(data_dir)
+    lmbdas = {name: exp.lmbda for name, exp in known.items() if not exp.ablations}
     return [load(name, device=device, data_dir=data_dir) for name in sorted(lmbdas, key=lmbdas.get)]
 
 
