@@ -59,9 +59,7 @@ class Experiment:
     sizes: dict[str, Any] = dataclasses.field(default_factory=PAPER_SIZES.copy)
     """The widths in `taco_nb.model.ModelConfig`."""
     init: str = ""
-    """Weights to start from: a bundled codec's name, a run's folder or a checkpoint file; "" for random ones. "demo" means,
-    of the bundled codecs as wide as this one, that which was trained with the same ablation, if any was, at the nearest
-    lambda."""
+    """Weights to start from: a bundled codec's name, a run's folder or a checkpoint file; "" for random ones."""
 
     attention: str = "softmax"
     """Of the adapter: "softmax" or "linformer"."""

@@ -22,7 +22,8 @@ from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.experiment import Experiment
 from taco_nb.files import REPOSITORY
 from taco_nb.model import TACO, ModelConfig
-from taco_nb.training import activation_memory, fit, lock, loop, step_times
+from taco_nb.processes import Group
+from taco_nb.training import activation_memory, fit, loop, step_times
 from taco_nb.training.loop import Batches, Trainer, learning_rate_factor, saved_steps
 from taco_nb.training.loss import TacoLoss
 
@@ -361,7 +362,7 @@ def test_tensorboard_shows_nothing_twice(pictures, whole, tmp_path):
     early = (folder / "state.pt").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_save", lambda self: None)  # as if it had died before
-        patch.setattr(Trainer, "_stop", lambda self, *_: "a test" if self.step == 30 else None)
+        patch.setattr(Trainer, "_reason_to_stop", lambda self, *_: "a test" if self.step == 30 else None)
         fit(tiny(pictures), folder, device="cpu")
     assert (folder / "state.pt").read_bytes() == early
     run = fit(tiny(pictures), folder, device="cpu")
@@ -521,11 +522,12 @@ def test_a_finished_run_is_returned_at_once_and_untouched(tmp_path):
 def test_a_run_that_somebody_else_finished_meanwhile_is_told_of(whole, tmp_path, monkeypatch):
     folder, told = tmp_path / "run", []
 
-    def alone_in(where):
-        shutil.copytree(whole.dir, where, dirs_exist_ok=True)
-        return lock.alone_in(where)
+    def alone_in(group, where, doing):
+        shutil.copytree(whole.dir, where)
+        return held(group, where, doing)
 
-    monkeypatch.setattr(loop, "alone_in", alone_in)
+    held = Group.alone_in
+    monkeypatch.setattr(Group, "alone_in", alone_in)
     run = fit(
         whole.experiment, folder, device="cpu", on_log=lambda run, rows, _: told.append((run, len(rows)))
     )

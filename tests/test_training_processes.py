@@ -18,7 +18,7 @@ from taco_nb.files import REPOSITORY
 from taco_nb.metrics import perception
 from taco_nb.text import clip_model, text_tower
 from taco_nb.training import fit
-from taco_nb.training.loop import Batches, read_run, shares
+from taco_nb.training.loop import Batches, read_run, split_evenly
 from taco_nb.training.loss import JointLoss
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -67,8 +67,8 @@ def experiment(pictures, **changes):
 
 
 @pytest.mark.parametrize("size, parts", [(8, 2), (8, 3), (1, 4), (0, 2), (7, 7)])
-def test_shares_are_all_of_it_in_order_and_nearly_equal(size, parts):
-    cut = shares(size, parts)
+def test_parts_are_all_of_it_in_order_and_nearly_equal(size, parts):
+    cut = split_evenly(size, parts)
     assert [i for share in cut for i in share] == list(range(size)) and len(cut) == parts
     assert max(map(len, cut)) - min(map(len, cut)) <= 1
 
@@ -82,7 +82,7 @@ def test_processes_share_each_batch(processes):
     for step, batch in enumerate(whole):
         parts = [own[step] for own in split]
         assert all(parts)
-        counted = [part for part, share in zip(parts, shares(len(batch), processes)) if share]
+        counted = [part for part, share in zip(parts, split_evenly(len(batch), processes)) if share]
         assert sum(counted, []) == batch
 
 
@@ -201,7 +201,7 @@ def both(pictures, clip, home, shared):
         (home / f"{name}.json").write_text(exp.to_json())
     fit(experiments["resumed"], home / "resumed-two", device="cpu", max_hours=0)
     with launched(2, home / "two.py", home, "two", *experiments) as process:
-        _, said = process.communicate(timeout=300)
+        _, said = process.communicate(timeout=600)
     assert process.returncode == 0, said[-4000:]
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
         patch.setattr(sys, "argv", ["", str(home), "one", *experiments])

@@ -18,7 +18,6 @@ from taco_nb.errors import SettingError
 from taco_nb.files import REPOSITORY
 from taco_nb.training import fit, loop
 from taco_nb.training.loop import read_run
-from taco_nb.training.signals import on_warning
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
@@ -100,7 +99,7 @@ def test_a_signal_stops_between_two_steps_and_the_bits_are_those_of_an_undisturb
     exp = experiment(pictures, epochs=16)
     process = begin(0, tmp_path / "undisturbed", exp, "--num-workers", "2")
     os.killpg(process.pid, getattr(signal, name))
-    said, complaint = process.communicate(timeout=60)
+    said, complaint = process.communicate(timeout=600)
     assert process.returncode == 0, complaint
     stopped = read_run(tmp_path / "undisturbed")
     assert 0 < stopped.steps < 48 and f"Stopped by {name} after step {stopped.steps} of 48" in said
@@ -114,7 +113,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(pictures, tmp_pa
     process = begin(2, tmp_path / "run", exp)
     trainers = [p for p in psutil.Process(process.pid).children() if "taco_nb.training" in p.cmdline()]
     trainers[1].send_signal(signal.SIGUSR1)
-    said, complaint = process.communicate(timeout=120)
+    said, complaint = process.communicate(timeout=600)
     assert process.returncode == 0, complaint[-2000:]
     run = read_run(tmp_path / "run")
     assert 0 < run.steps < run.total_steps and state_of(run.dir)["step"] == run.steps
@@ -125,7 +124,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(pictures, tmp_pa
 def test_the_readmes_batch_script_resubmits_what_it_did_not_finish(pictures, tmp_path):
     """The script itself, with a small experiment, on CPUs, and a `scontrol` that only notes what it is asked."""
     (script,) = re.findall(
-        r"```bash\n(#!/bin/bash\n.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL
+        r"```bash\n(#!/bin/bash\n.*?)```", (REPOSITORY / "notebooks" / "README.md").read_text(), re.DOTALL
     )
     exp = experiment(pictures, epochs=500)
     (tmp_path / "exp.json").write_text(exp.to_json())
@@ -151,7 +150,7 @@ def test_the_readmes_batch_script_resubmits_what_it_did_not_finish(pictures, tmp
     while not (folder / "state.pt").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)  # to the shell alone, as --signal=B: has it
-    said, complaint = process.communicate(timeout=120)
+    said, complaint = process.communicate(timeout=600)
     run = read_run(folder)
     assert 0 < run.steps < run.total_steps and f"Stopped by SIGUSR1 after step {run.steps} of" in said, (
         complaint
@@ -223,7 +222,7 @@ def test_a_signal_while_pytorch_loads_stops_after_the_first_step(pictures, tmp_p
     while "libtorch" not in maps.read_text():
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    said, complaint = process.communicate(timeout=60)
+    said, complaint = process.communicate(timeout=600)
     assert process.returncode == 0, complaint
     assert "Stopped by SIGUSR1 after step 1 of 1500" in said
 
@@ -253,7 +252,7 @@ def test_ctrl_c_in_a_notebook_saves_and_leaves_no_process(pictures, tmp_path):
     while not (folder / "state.pt").exists() and process.poll() is None:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    said, complaint = process.communicate(timeout=120)
+    said, complaint = process.communicate(timeout=600)
     assert said.endswith("interrupted\n"), complaint[-2000:]
     run = read_run(folder)
     assert 0 < run.steps < run.total_steps and state_of(folder)["step"] == run.steps
