@@ -209,7 +209,9 @@ def test_the_conclusion_is_what_was_measured():
 def test_a_null_result_needs_widths_without_a_difference(over_widths, spread, differ):
     said = timing.conclusion(*made_up(0.1, 0.9, over_widths, spread))
     assert said.endswith(NULL) == (not differ)
-    assert differ == 0 or f"So in {differ} of 4 cases of the width sweep the two differ by 10% or more" in said
+    assert (
+        differ == 0 or f"So in {differ} of 4 cases of the width sweep the two differ by 10% or more" in said
+    )
 
 
 def test_shares_are_ratios_of_times():

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from taco_nb.command import Command, data_dir_option
+from taco_nb.command import Command, data_dir_option, device_option
 from taco_nb.evaluation.__main__ import evaluate
 from taco_nb.training.__main__ import train
 
@@ -139,10 +139,7 @@ def export_command(notebooks: tuple[str, ...]) -> None:
 
 
 @main.command("bench", cls=Command)
-@click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-    help="Where to compute; auto takes a GPU if there is one.",
-)  # fmt: skip
+@device_option
 @click.option(
     "--repeats", type=click.IntRange(1), default=9, show_default=True, help="How often each codec is timed."
 )

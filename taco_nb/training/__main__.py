@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from taco_nb.command import Command, data_dir_option
+from taco_nb.command import Command, data_dir_option, device_option
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.experiment import Experiment, baseline
 from taco_nb.processes import stop_requests
@@ -34,22 +34,30 @@ between two steps, and the same command goes on with it. The exit status is 0 in
 
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.option("--out", required=True, type=Path, metavar="FOLDER", help="The run's folder.")
-@click.option("--profile", type=click.Choice(["auto", "paper", "sample"]), help="Start from its baseline.")
 @click.option(
-    "--experiment", type=Path, metavar="FILE", help="An experiment.json; default: the folder's own."
+    "--profile", type=click.Choice(["auto", "paper", "sample"]), help="Train this profile's baseline."
 )
-@click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change a setting; repeatable.")
+@click.option("--experiment", type=Path, metavar="FILE", help="Train what this experiment.json says.")
+@click.option(
+    "--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change a setting; may be repeated."
+)
 @data_dir_option
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--max-hours", type=float, metavar="HOURS", help="Stop cleanly after so long.")
+@device_option
+@click.option("--max-hours", type=float, metavar="HOURS", help="Save and stop after this many hours.")
+@click.option("--save-minutes", default=5.0, show_default=True, metavar="MINUTES", help="How often to save.")
 @click.option(
-    "--save-minutes", default=5.0, show_default=True, metavar="MINUTES", help="Save every so often."
+    "--num-processes", default=1, show_default=True, metavar="N", help="Share each batch among N processes."
 )
-@click.option("--num-processes", default=1, show_default=True, metavar="N", help="Share each batch among N.")
 @click.option(
-    "--num-workers", type=int, metavar="N", help="Processes that load images, for each that trains."
+    "--num-workers", type=int, metavar="N", help="Processes that load images, for each process that trains."
 )
-@click.option("--accumulation", default=1, show_default=True, metavar="N", help="Cut a process's batch in N.")
+@click.option(
+    "--accumulation",
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Compute a batch in N pieces, to need less memory.",
+)
 @click.option("--status", is_flag=True, help="Train nothing; say how far the run has come.")
 @click.pass_context
 def train(
@@ -62,7 +70,10 @@ def train(
     data_dir: str | None,
     **resources: Any,
 ) -> None:
-    """Train a TACO as an experiment says, into a folder, or go on with the run that is there."""
+    """Train a codec, or go on with a run.
+
+    Say what to train by --profile or --experiment, and by --set; or give only --out, to go on with the run in that folder.
+    """
     if profile and experiment:
         raise click.UsageError("Give --profile or --experiment, not both.")
     with stop_requests():  # those that come while PyTorch loads; `fit` looks for them
