@@ -165,7 +165,8 @@ def standing(codecs: Sequence[Codec], sets: Sequence[CaptionedImages]) -> tuple[
     """
     import pandas as pd
 
-    ours = means(pd.concat([evaluate(codec, sets) for codec in codecs], ignore_index=True))
+    # Without networks, for none of their figures (LPIPS, FID and so on) is wanted here.
+    ours = means(pd.concat([evaluate(codec, sets, networks={}) for codec in codecs], ignore_index=True))
     theirs = means(evaluate_peers(sets, PEER_QUALITIES))
     curves = {key: curve.sort_values("bpp") for key, curve in theirs.groupby(["dataset", "codec"])}
     baselines = [codec.name for codec in codecs if not _ablations(codec)]
