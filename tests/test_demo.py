@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 from contextlib import redirect_stdout
 
 import pytest
@@ -12,10 +11,9 @@ from conftest import TINY, command
 from taco_nb import datasets, evaluate, fit, load
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.evaluation import evaluate_matched
-from taco_nb.experiment import DEMO_SIZES, baseline
+from taco_nb.experiment import baseline
 from taco_nb.files import REPOSITORY, sha256
 from taco_nb.tools.bundle import bundle, standing
-from taco_nb.training.start import initial_net, initial_weights
 
 SHELF = REPOSITORY / "data" / "checkpoints"
 NAMES = sorted(path.stem for path in SHELF.glob("*.safetensors"))
@@ -148,67 +146,12 @@ def test_the_command_says_what_is_no_run(tmp_path, capsys):
 # --- What a run starts from -------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    """A data folder with bundled codecs that say they were trained in five ways; the weights are the same."""
-    folder = tmp_path_factory.mktemp("family")
-    (folder / "checkpoints").mkdir()
-    changes = {
-        "demo": {}, "demo-high": {"lmbda": 0.04}, "demo-linformer": {"attention": "linformer"},
-        "demo-both": {"attention": "linformer", "captions": "context"}, "other": {"lmbda": 0.02},
-        "demo-wide": {"lmbda": 0.1, "sizes": DEMO_SIZES | {"context_widths": (32, 24)}},
-    }  # fmt: skip
-    for name, change in changes.items():
-        card = card_of("demo")
-        card["experiment"] |= {"lmbda": 0.0067} | change
-        (folder / "checkpoints" / f"{name}.json").write_text(json.dumps(card))
-        shutil.copy(SHELF / "demo.safetensors", folder / "checkpoints" / f"{name}.safetensors")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        ({}, "demo"), ({"lmbda": 0.01}, "demo"), ({"lmbda": 0.03}, "demo-high"), ({"lmbda": 0.02}, "demo-high"),
-        ({"attention": "linformer"}, "demo-linformer"), ({"attention": "linformer", "lmbda": 0.04}, "demo-linformer"),
-        ({"captions": "context", "attention": "linformer"}, "demo-both"), ({"text_pooling": "keywords"}, "demo"),
-        ({"captions": "context", "lmbda": 0.05}, "demo-high"), ({"init": "other"}, "other"),
-        ({"init": "demo-high"}, "demo-high"), ({"lmbda": 0.2}, "demo-high"),
-        ({"lmbda": 0.0018, "sizes": DEMO_SIZES | {"context_widths": (32, 24)}}, "demo-wide"),
-        ({"sizes": DEMO_SIZES | {"context_widths": (16, 16)}}, "demo"),
-        ({"lmbda": 0.04, "sizes": DEMO_SIZES | {"text_dim": 512}}, "demo-high"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_demo_means_the_sibling_that_was_trained_alike(family, change, name):
-    assert (
-        initial_weights(baseline("sample", **change), family)
-        == family / "checkpoints" / f"{name}.safetensors"
-    )
-
-
-def test_a_run_says_which_sibling_it_starts_from(family, capsys):
-    initial_net(baseline("sample", attention="linformer"), family)
-    said = capsys.readouterr().out
-    assert "init='demo': starts from demo-linformer" in said and "start from random weights" in said
-    initial_net(baseline("sample"), family)
-    assert "starts from" not in capsys.readouterr().out
-
-
 def test_the_samples_training_keeps_what_the_demo_codec_has_learned(tmp_path):
     run = fit(baseline("sample"), tmp_path / "run", device="cpu")
     before, after = (evaluate(codec, datasets("sample")) for codec in (load("demo"), load(run.dir)))
     assert (before["bytes"] != after["bytes"]).any()
     assert after["psnr"].mean() > before["psnr"].mean() - 0.05
     assert after["bpp"].mean() < 1.005 * before["bpp"].mean()
-
-
-def test_random_weights_are_nobodys_and_a_lost_family_is_an_error(tmp_path):
-    assert initial_weights(baseline("sample", init="")) is None
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "demo.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="The card .* cannot be read"):
-        initial_weights(baseline("sample"), tmp_path)
 
 
 def test_where_a_codec_stands_is_read_off_the_curves_of_the_others():

@@ -191,11 +191,11 @@ def test_what_a_launcher_has_left_is_dropped_and_named(environment, capsys, miss
 def test_a_world_size_that_is_left_makes_nothing_wait(tmp_path):
     """PyTorch would wait half an hour for the other 1 of 2 processes."""
     code = f"""
-from taco_nb import baseline, datasets, evaluate, fit
+from taco_nb import baseline, datasets, evaluate, fit, load
+evaluate(load("demo"), datasets("sample", limit=1), networks={{}})
 exp = baseline("sample", init="", epochs=1, crop=64, text_encoder="untrained-16",
                sizes={{"N": 8, "M": 16, "groups": (4, 12), "text_dim": 16, "heads": 2, "context_widths": (8, 8)}})
 run = fit(exp, {str(tmp_path / "run")!r}, device="cpu", max_hours=0)
-evaluate(run.codec, datasets("sample", limit=1), networks={{}})
 print(run.steps)
 """
     said = in_a_new_process(code, WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
