@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm.auto import tqdm
 
 from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write
@@ -27,9 +29,6 @@ from taco_nb.inspection import count_flops
 from taco_nb.model import TACO, ModelConfig
 from taco_nb.model.adapter import Injector, attentions
 from taco_nb.provenance import provenance
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 ATTENTIONS = ("softmax", "linformer")
 MIB = 1 << 20
@@ -66,10 +65,10 @@ def time_in_turn(
     # that is busy during one of these blocks would then decide which computation seems the quicker.
     for _ in range(repeats):
         for name, run in runs.items():
-            _finish(device)
+            _wait_for_gpu(device)
             start = time.perf_counter()
             run()
-            _finish(device)
+            _wait_for_gpu(device)
             milliseconds[name].append(1e3 * (time.perf_counter() - start))
     first, rows = np.array(milliseconds[next(iter(runs))]), {}
     for name, times in milliseconds.items():
@@ -80,7 +79,7 @@ def time_in_turn(
     return rows
 
 
-def _finish(device: str) -> None:
+def _wait_for_gpu(device: str) -> None:
     """Wait until a GPU has done what it was asked to do; its work goes on after the call that ordered it."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -133,7 +132,7 @@ def _inference(module: nn.Module, x: Tensor, text: Tensor) -> Callable[[], Any]:
     return torch.inference_mode()(lambda: module(x, text))
 
 
-def _encoder(config: ModelConfig, device: str | None, side: int) -> Callable[[], Any]:
+def _encoder_run(config: ModelConfig, device: str | None, side: int) -> Callable[[], Any]:
     return _inference(_on(device, TACO(config).g_a), *_image_and_text(config, device, side))
 
 
@@ -212,9 +211,6 @@ def width_sweep(
     pass over one `side` x `side` crop, and "training" is a `training_step` on it. Columns: width, pass, attention, those
     of `time_in_turn`, gflop, gflop_per_s. The weights are random; no time depends on them.
     """
-    import pandas as pd
-    from tqdm.auto import tqdm
-
     configs, rows = _configs(exp, side), []
     for factor in tqdm(factors, desc="widths", unit="width"):
         for kind, make in (("inference", _inference), ("training", training_step)):
@@ -236,13 +232,10 @@ def length_sweep(
     ("attention", "encoder"). Columns: side, tokens, part, attention, those of `time_in_turn`, gflop, gflop_per_s.
     Linformer's projections are made for each length, so that none is interpolated.
     """
-    import pandas as pd
-    from tqdm.auto import tqdm
-
     rows = []
     for side, count in tqdm([(s, t) for s in sides for t in tokens], desc="lengths", unit="size"):
         configs = _configs(exp, side, text_tokens=count)
-        for part, make in (("attention", _attention_alone), ("encoder", _encoder)):
+        for part, make in (("attention", _attention_alone), ("encoder", _encoder_run)):
             runs = {name: make(config, device, side) for name, config in configs.items()}
             # Fake tensors have shapes and no data, so counting on them takes no memory. On real ones it would: the only
             # kernel that can be counted writes down the whole matrix, 34 GB at the longest lengths of notebook 05.
@@ -277,8 +270,6 @@ def attention_shares(lengths: pd.DataFrame) -> pd.DataFrame:
     the three softmax attentions in the encoder's time and operations; `attention_ratio` and `encoder_ratio` are
     Linformer's median time over softmax's.
     """
-    import pandas as pd
-
     by_part = lengths.set_index(["side", "tokens", "part", "attention"]).unstack(["part", "attention"])
     time_, flop = by_part["median_ms"], by_part["gflop"]
     shares = {
@@ -301,8 +292,6 @@ def exponents(lengths: pd.DataFrame) -> pd.DataFrame:
     The tokens vary at the largest image side, and the image positions vary at the fewest tokens. A length of which only
     one value was measured is left out.
     """
-    import pandas as pd
-
     rows = []
     alone = lengths[lengths["part"] == "attention"].assign(positions=lengths["side"] ** 2)
     for name, table in alone.groupby("attention", sort=False):
@@ -337,8 +326,6 @@ def break_even(tokens: Sequence[float], ratio: Sequence[float]) -> float | None:
 
 def break_evens(lengths: pd.DataFrame) -> pd.DataFrame:
     """Return for each image side the tokens from which on Linformer pays, in time and in operations; NaN if never."""
-    import pandas as pd
-
     rows = []
     for side, table in lengths[lengths["part"] == "attention"].groupby("side"):
         row = {"side": side}

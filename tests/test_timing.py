@@ -245,7 +245,7 @@ def test_the_notebook_runs_and_ends_in_its_conclusion(tmp_path, monkeypatch):
     assert cells[-1].outputs[-1].text.strip() == timing.conclusion(widths, lengths)
 
 
-def test_the_benchmark_compares_like_with_like(monkeypatch):
+def test_the_benchmark_compares_like_with_like(tmp_path, monkeypatch, capsys):
     """The real networks at a small size: three codecs in turn, a training step, and where the time goes."""
     elic = bench.Elic.__new__(bench.Elic)
     elic.net, elic.device = Elic2022Official(N=16, M=144).eval(), "cpu"
@@ -254,13 +254,18 @@ def test_the_benchmark_compares_like_with_like(monkeypatch):
     monkeypatch.setattr(bench, "SIZE", (64, 64))
     monkeypatch.setattr(bench, "Elic", lambda device: elic)
     monkeypatch.setattr(bench, "paper_codecs", lambda device: codecs)
-    table = bench.speed("cpu", 2, 1)
+    monkeypatch.setattr(bench, "peak_memory", lambda name, width, height: 100.0)  # tested below
+    bench.bench("cpu", 2, tmp_path, large=False)
+    said = capsys.readouterr()
+    assert bench.REFERENCE in said.out and "entropy networks" in said.out and "9/9" in said.err
+    table, where, memory = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("speed", "parts", "memory"))
     assert list(table["codec"]) == [bench.REFERENCE, "exact", "fast"] * 3
     assert list(table["task"].unique()) == ["encode", "decode", "training step"]
     assert (table["median_ms"] > 0).all() and (table[table["task"] == "encode"]["bytes"] > 20).all()
-    where = bench.parts(codecs["fast"], "cpu")
     assert {"g_a", "g_s", "entropy networks", "coder, encoding", "coder, decoding"} == set(where["part"])
     assert (where["median_ms"] > 0).all()
+    assert list(memory["codec"]) == [bench.REFERENCE, *("exact", "fast") * 2]
+    assert json.loads((tmp_path / "bench.json").read_text())["device"] == "cpu"
 
 
 def test_memory_is_that_of_a_process_of_its_own_alone():

@@ -15,23 +15,20 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from PIL import Image
 from torch.utils.benchmark import Timer
+from tqdm import tqdm
 
 from taco_nb.codec import Codec, has_fast_bfloat16, pad
 from taco_nb.data.images import to_image, to_rgb, to_tensor
 from taco_nb.files import atomic_write, bundled
 from taco_nb.model import TACO, rans
-from taco_nb.processes import progress_bar
 from taco_nb.provenance import provenance
 from taco_nb.timing import process_memory, time_in_turn, training_step
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from tqdm import tqdm
 
 REFERENCE = "Elic2022Official"
 CAPTION = "a cup of coffee on a wooden table"
@@ -88,8 +85,6 @@ def speed(device: str, repeats: int, training_repeats: int, bar: tqdm | None = N
     Adam, on one 256x256 crop on a processor and on eight on a GPU; "exact" trains in float32, and "fast" autocasts to
     bfloat16 where the device is quicker at it. `bar` moves by one after each of the tasks.
     """
-    import pandas as pd
-
     codecs = {REFERENCE: Elic(device), **paper_codecs(device)}
     image, rows = photograph(*SIZE), []
 
@@ -102,7 +97,7 @@ def speed(device: str, repeats: int, training_repeats: int, bar: tqdm | None = N
             bar.update()
 
     files = {name: codec.encode(image, CAPTION) for name, codec in codecs.items()}
-    sizes = {name: _size(file) for name, file in files.items()}
+    sizes = {name: _file_size(file) for name, file in files.items()}
     measure("encode", {name: partial(c.encode, image, CAPTION) for name, c in codecs.items()}, repeats, sizes)
     measure("decode", {name: partial(c.decode, files[name]) for name, c in codecs.items()}, repeats)
     if device == "cuda":  # ELIC codes the images of a batch one after the other
@@ -124,7 +119,7 @@ def speed(device: str, repeats: int, training_repeats: int, bar: tqdm | None = N
     return pd.DataFrame(rows)
 
 
-def _size(file: bytes | dict[str, Any]) -> int:
+def _file_size(file: bytes | dict[str, Any]) -> int:
     """Return the bytes of a `.taco` file, or of ELIC's strings."""
     if isinstance(file, bytes):
         return len(file)
@@ -134,8 +129,6 @@ def _size(file: bytes | dict[str, Any]) -> int:
 @torch.inference_mode()
 def parts(codec: Codec, device: str) -> pd.DataFrame:
     """Time each part of a codec by itself, in milliseconds: transforms, entropy networks, coder, and a GPU's transfers."""
-    import pandas as pd
-
     net, x = codec.net, pad(to_tensor(photograph(*SIZE))[None])
     text, on_device = (
         codec.conditioning([CAPTION]),
@@ -194,15 +187,13 @@ def _code_one_image(name: str, width: int, height: int) -> float:
 
 def bench(device: str, repeats: int, out: Path, large: bool) -> None:
     """Print the tables of speed and memory, and write them as CSV files into the folder `out`."""
-    import pandas as pd
-
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     # Memory should not grow faster than the image, which is shown for our codec; one size does for ELIC.
     sizes = [SIZE, (2048, 1536), *([(6000, 4000)] if large else [])]
     memory_of = [(REFERENCE, *SIZE), *((mode, *size) for size in sizes for mode in ("exact", "fast"))]
     tasks, rows = 5 if device == "cuda" else 3, []
-    with progress_bar(desc="bench", unit="measurement", total=tasks + 1 + len(memory_of)) as bar:
+    with tqdm(desc="bench", unit="measurement", total=tasks + 1 + len(memory_of)) as bar:
         table = speed(device, repeats, max(3, repeats // 3), bar)
         where = parts(paper_codecs(device)["fast"], device)
         bar.update()

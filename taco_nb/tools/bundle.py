@@ -16,8 +16,9 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 
 from taco_nb import checkpoint
@@ -30,9 +31,6 @@ from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.metrics.rate import bd_rate, few_points, rate_at
 from taco_nb.provenance import provenance
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 LARGEST = 8_000_000
 """The bytes that one bundled codec may have, since all of them travel with the repository."""
@@ -163,8 +161,6 @@ def standing(codecs: Sequence[Codec], sets: Sequence[CaptionedImages]) -> tuple[
     The second has a row per data set and other codec: the BD-rate (PSNR) of the curve through those of `codecs` that are
     baselines, NaN if they are fewer than two; both curves' numbers of points; and a note where these are too few.
     """
-    import pandas as pd
-
     # Without networks, for none of their figures (LPIPS, FID and so on) is wanted here.
     ours = means(pd.concat([evaluate(codec, sets, networks={}) for codec in codecs], ignore_index=True))
     theirs = means(evaluate_peers(sets, PEER_QUALITIES))
