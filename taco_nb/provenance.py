@@ -1,9 +1,8 @@
-"""Where a number came from: versions, commit and hardware, written beside every result."""
+"""Where a number came from: versions, commit and hardware, which are written beside every result."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import subprocess
 from importlib import metadata
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from taco_nb.files import REPOSITORY
+from taco_nb.processes import cpu_count
 
 PACKAGES = (
     "torch", "torchvision", "compressai", "open_clip_torch", "lpips", "pytorch-msssim", "torchmetrics", "torch-fidelity",
@@ -19,7 +19,10 @@ PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of what computes, this repository's commit, and the machine, without its name or its user's."""
+    """Return the versions of what computes, this repository's commit, and the machine, without its name or its user's.
+
+    "cores" are those that this process may use, which a batch system may have limited.
+    """
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -29,7 +32,7 @@ def provenance() -> dict[str, Any]:
         "commit": commit(),
         "hardware": {
             "cpu": _cpu(),
-            "cores": os.cpu_count(),
+            "cores": cpu_count(),
             "threads": torch.get_num_threads(),
             "gpus": gpus,
         },
@@ -38,7 +41,7 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this repository, with "+changes" where the working tree differs; None outside a checkout."""
+    """Return the commit of this repository, with "+changes" if the working tree differs; None outside a checkout."""
     try:
         if Path(_git("rev-parse", "--show-toplevel")).resolve() != REPOSITORY:
             return None  # installed inside somebody else's checkout, whose commit says nothing of this code
@@ -49,7 +52,7 @@ def commit() -> str | None:
 
 
 def code_digest(*sources: str) -> str:
-    """SHA-256 over those of this package's modules and folders of modules: it changes when any of them does."""
+    """Return a SHA-256 over these modules and folders of modules of the package, which changes when any of them does."""
     package, digest = Path(__file__).parent, hashlib.sha256()
     for source in sources:
         for path in sorted((package / source).rglob("*.py")) or [package / source]:
@@ -70,7 +73,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> str:
-    """The processor's own name; Linux keeps it in a file, other systems in the platform's answer."""
+    """Return the processor's own name, which Linux keeps in a file and other systems give through `platform`."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

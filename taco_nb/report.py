@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from taco_nb.checkpoint import bundled_codecs
 from taco_nb.errors import DataError, SettingError
-from taco_nb.experiment import SWITCHES, Experiment, baseline, shown
-from taco_nb.files import bundled, sha256
+from taco_nb.experiment import SWITCHES, Experiment, baseline
+from taco_nb.files import bundled, sha256, short_path
 from taco_nb.metrics.rate import BD_POINTS, bd_rate
 
 if TYPE_CHECKING:
@@ -460,7 +460,7 @@ def _options(exp: Experiment | None, about: Mapping[str, Any]) -> dict[str, Any]
 
 def _commands(run: pd.Series, sets: pd.DataFrame) -> Iterator[str]:
     """What to type to train and to evaluate a run again."""
-    folder, source = shown(Path(run["folder"])), run["codec"]
+    folder, source = short_path(Path(run["folder"])), run["codec"]
     if run["experiment"] and not _is_bundled(run["codec"], run["fingerprint"]):
         exp = Experiment.from_json(run["experiment"])
         source = folder

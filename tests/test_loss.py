@@ -342,6 +342,6 @@ def test_weights_that_cannot_be_had_fail_in_one_sentence(tmp_path):
         "ViT-B-32-quickgelu/openai",
         "open_clip_model.safetensors",
         "605 MB",
-        'python -c "from taco_nb.text',
+        "run: taco-nb fetch ViT-B-32-quickgelu/openai",
     ):
         assert part in done.stdout

@@ -440,7 +440,7 @@ def test_missing_weights_fail_fast_in_one_sentence_and_leave_nothing_behind(tmp_
         "open_clip_model.safetensors",
         "timm/vit_base_patch32_clip_224.openai",
         "605 MB",
-        "python -c \"from taco_nb.text import text_tower; text_tower('ViT-B-32-quickgelu/openai')\"",
+        "run: taco-nb fetch ViT-B-32-quickgelu/openai",
     ):
         assert part in message
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]

@@ -26,7 +26,7 @@ class Lpips:
     `lpips` follows the library (`convention="pm1"`), `lpips_01` follows TACO (`convention="01"`).
 
     `model` is an `lpips.LPIPS` to use in place of the pretrained one. Without it the backbone is torchvision's; raises
-    `MissingWeightsError` if that is not on this machine.
+    `MissingWeightsError`, with the command that fetches it, if it is not on this machine.
     """
 
     def __init__(self, device: str | torch.device = "cpu", model: nn.Module | None = None):
@@ -74,7 +74,7 @@ def _pretrained_lpips() -> nn.Module:
     """Return the calibrated `lpips.LPIPS(net="alex")`, whose backbone torchvision finds in torch's cache."""
     import lpips
 
-    ALEXNET.fetch()
+    ALEXNET.require()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips 0.1.4 calls torchvision by arguments that are deprecated
         return lpips.LPIPS(net="alex", verbose=False)

@@ -25,7 +25,7 @@ from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 
 from taco_nb.errors import CheckpointError, SettingError
-from taco_nb.pretrained import weights_file
+from taco_nb.pretrained import OpenClip
 from taco_nb.text.tokens import CLIP_LENGTH, caption_list, clip_tokenizer, token_spans
 
 UNTRAINED_SEED = 100
@@ -136,8 +136,8 @@ def text_tower(name: str, length: int = 38, device: str | torch.device = "cpu") 
         device: where to encode.
 
     Raises:
-        SettingError: the name is unknown, the model does not read text as CLIP does, or `length` or `device` is bad.
-        MissingWeightsError: the weights are not on this machine.
+        SettingError: an unknown name, a model that reads text otherwise than CLIP, a bad `length` or `device`.
+        MissingWeightsError: the weights are not on this machine; the message has the command that fetches them.
         CheckpointError: the file of weights is damaged or belongs to another model.
     """
     config, device = _text_config(name), usable_device(device)
@@ -192,12 +192,7 @@ def both_halves(name: str, device: str) -> nn.Module:
 def _load_clip(name: str) -> nn.Module:
     model, pretrained = name.split("/", 1)
     tag = open_clip.get_pretrained_cfg(model, pretrained)
-    command = f"python -c \"from taco_nb.text import text_tower; text_tower('{name}')\""
-    path = (
-        weights_file(tag, f"CLIP model {name}", partial(_megabytes, name), command)
-        if tag
-        else Path(pretrained).expanduser()
-    )
+    path = OpenClip(name).require() if tag else Path(pretrained).expanduser()
     # Some configurations have the other GELU than the weights were trained with: ViT-B-32/openai is one.
     overrides = {"quick_gelu": tag.get("quick_gelu", False)} if tag else {}
     try:
@@ -209,14 +204,6 @@ def _load_clip(name: str) -> nn.Module:
             f"The weights {path} cannot be loaded into {model}: the file is damaged or belongs to another model. "
             "Delete it and fetch it again, or name the model that it was made for."
         ) from error
-
-
-def _megabytes(name: str) -> int:
-    """Return the size in float32 of a whole CLIP model, both halves, without building it."""
-    config = open_clip.get_model_config(name.split("/")[0])
-    config.pop("custom_text", None)
-    with torch.device("meta"):
-        return round(sum(weight.numel() for weight in open_clip.CustomTextCLIP(**config).parameters()) * 4e-6)
 
 
 @lru_cache(maxsize=4)
