@@ -16,12 +16,16 @@ export OMP_WAIT_POLICY := PASSIVE
 
 demo: $(INSTALLED)
 	@mkdir -p $(OUT)
+	@echo "Running the notebooks on the bundled pictures: about five minutes on two cores."
 	@for notebook in notebooks/*.ipynb; do \
-		echo "== $$notebook"; \
+		echo; echo "== $$notebook"; \
 		$(BIN)/papermill $$notebook $(OUT)/$$(basename $$notebook) -p profile sample -p out_dir $(OUT)/runs || exit 1; \
 		$(BIN)/taco-nb export $(OUT)/$$(basename $$notebook) || exit 1; \
 	done
-	@echo "The executed notebooks are in $(OUT)/: as notebooks (make lab opens them), and as HTML for any browser."
+	@echo
+	@echo "All notebooks have run. Open this page first, in any browser:"
+	@echo "    $(CURDIR)/$(OUT)/01_baseline.html"
+	@echo "The others lie beside it. To play with the notebooks themselves: make lab, and there $(OUT)/01_baseline.ipynb."
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
@@ -37,6 +41,7 @@ clean:
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 12) or sys.exit("Python 3.10 to 3.12 is needed, but $(PYTHON) is %d.%d. Say which: make demo PYTHON=python3.11" % v)'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]' $(CONSTRAINTS)
+	@echo "Installing into $(VENV)/. The first time this takes about 4 minutes and 7 GB, most of it for PyTorch with CUDA."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]' $(CONSTRAINTS)
 	@touch $@

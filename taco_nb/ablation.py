@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from taco_nb.checkpoint import bundled_codecs
 from taco_nb.codec import Codec, load
 from taco_nb.data import training_pairs
 from taco_nb.evaluation import evaluate
@@ -13,7 +14,6 @@ from taco_nb.experiment import Experiment
 from taco_nb.notebook import Parameters
 from taco_nb.training import Run, fit
 from taco_nb.training.loop import Batches, OnLog
-from taco_nb.training.start import FAMILY, initial_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,10 +74,9 @@ def measure_start(p: Parameters, experiments: Mapping[str, Experiment]) -> pd.Da
     import pandas as pd
 
     tables = []
-    for weights in dict.fromkeys(
-        initial_weights(e, p.data_dir) for e in experiments.values() if e.init == FAMILY
-    ):
-        codec = load(weights, device=p.torch_device, data_dir=p.data_dir)
+    bundled = bundled_codecs(p.data_dir)
+    for name in dict.fromkeys(exp.init for exp in experiments.values() if exp.init in bundled):
+        codec = load(name, device=p.torch_device, data_dir=p.data_dir)
         folder = p.runs / f"evaluation-{codec.name}"
         sets = p.datasets(codec.about["experiment"]["captions"])
         tables.append(evaluate(codec, sets, folder, caption=p.caption, num_processes=p.num_processes))

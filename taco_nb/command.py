@@ -19,6 +19,14 @@ class Command(click.Command):
             raise click.ClickException(str(error)) from error
 
 
+def device_option(function: Any) -> Any:
+    """Add `--device` to a command."""
+    return click.option(
+        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+        help="Where to compute; auto takes a GPU if there is one.",
+    )(function)  # fmt: skip
+
+
 def data_dir_option(function: Any) -> Any:
     """Add `--data-dir` to a command."""
     return click.option(

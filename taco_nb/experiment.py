@@ -53,9 +53,7 @@ class Experiment:
     sizes: Sizes = Sizes()
     """The widths of the network."""
     init: StrictStr = ""
-    """Weights to start from: a bundled codec's name, a run's folder or a checkpoint file; "" for random ones. "demo" means,
-    of the bundled codecs as wide as this one, that which was trained with the same ablation, if any was, at the nearest
-    lambda."""
+    """Weights to start from: a bundled codec's name, a run's folder or a checkpoint file; "" for random ones."""
 
     attention: Attention = "softmax"
     """The kind of attention in the adapter."""

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from taco_nb.checkpoint import bundled_codecs
 from taco_nb.errors import DataError, SettingError
 from taco_nb.experiment import ABLATIONS, Experiment, baseline
 from taco_nb.files import bundled, sha256, short_path
@@ -370,10 +371,18 @@ def _label(exp: Experiment | None, about: Mapping[str, Any], epochs: float) -> s
     changed |= {
         name: now for name, now in changed.pop("sizes", {}).items() if now != getattr(plain.sizes, name)
     }
+    if starts_from_sibling(exp):
+        changed.pop("init", None)
     varied = [f"{name}={'none' if now == '' else now}" for name, now in changed.items()]
     profile = [] if exp.profile == "paper" else [exp.profile]
     length = f"{epochs:.3g} epoch{'' if epochs == 1 else 's'}"
     return ", ".join([ablation_of(exp), *varied, *measured, *profile, length])
+
+
+def starts_from_sibling(exp: Experiment) -> bool:
+    """Say whether a run starts from a bundled codec with its own ablation, as its baseline does from one without."""
+    there = bundled_codecs().get(exp.init)
+    return there is not None and there.ablations == exp.ablations
 
 
 @functools.cache

@@ -1,8 +1,7 @@
-"""How long attention takes, and how much of the codec that is: the report's timing study, and the sweep it stops short of.
+"""How long attention takes, and how much of the encoder's time that is: the report's timing study, and one it left out.
 
-Everything is measured the same way: a few runs unmeasured, then the kinds that are compared in turn, so that a machine
-that is busy for a moment is busy for all of them. Clocks are CUDA events on a GPU and `perf_counter` on a processor.
-Operations are counted by PyTorch, and do not depend on the machine.
+Softmax and Linformer attention are measured alike: each runs twice unmeasured, then they take turns, so that a machine
+that is busy for a moment is busy for both. PyTorch counts their operations, which are the same on every machine.
 """
 
 from __future__ import annotations
@@ -12,15 +11,17 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm.auto import tqdm
 
 from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write
@@ -29,176 +30,133 @@ from taco_nb.model import TACO, ModelConfig
 from taco_nb.model.adapter import Injector, attentions
 from taco_nb.provenance import provenance
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 ATTENTIONS = ("softmax", "linformer")
 MIB = 1 << 20
 NOTABLE = 0.1
-"""By which share of softmax's time Linformer's must differ to be more than the report's "no real difference"."""
+"""The report saw "no real difference" between softmax and Linformer. We speak of a difference where their times are at
+least a tenth of softmax's apart; a smaller one can come from a processor that changes its clock rate."""
 ROOM = 1.25
-"""How many times as fast an encoder must at least become without any attention for a difference to have been expected."""
+"""If attention that costs nothing would not even make the encoder 1.25 times as fast, then no kind of attention can save
+much, and the report's null result is what one should expect."""
 
 
 # How things are measured ---------------------------------------------------------------------------------------------
 
 
-def compare(runs: Mapping[str, Callable[[], Any]], device: str, repeats: int) -> dict[str, dict[str, float]]:
-    """Time several computations in turn: {name: {"speedup", "median_ms", "mean_ms", "q25_ms", "q75_ms", "runs", "peak_mib"}}.
+def time_in_turn(
+    runs: Mapping[str, Callable[[], Any]], device: str, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Time several computations in turn, `repeats` times each, and return a row of figures for each of them:
 
-    Before, each runs twice unmeasured, once to start all that starts but once and once for its memory. "speedup" is over
-    the first of them: the median of the ratios of runs that were neighbours in time. "peak_mib" is the memory taken at once
-    beyond what was held before, of the GPU where that is the device; of a processor it is known with glibc only, else NaN.
+        median_ms, mean_ms, q25_ms, q75_ms   milliseconds of a run; q25 and q75 are the quartiles
+        speedup                              how many times as fast as the first computation: the median of the ratios
+                                             of runs that followed each other
+        runs                                 how many runs were measured
+        peak_mib                             the memory that a run takes at most, beyond what was held before it; NaN on a
+                                             processor without glibc's and Linux's means to measure it
+
+    Each runs twice before, once for all that happens only the first time and once for its memory.
     """
     for run in runs.values():
         run()
-    peaks = {name: _peak(run, device) for name, run in runs.items()}
+    peaks = {name: _peak_memory(run, device) for name, run in runs.items()}
     milliseconds: dict[str, list[float]] = {name: [] for name in runs}
+    # Why not torch.utils.benchmark.Timer? It times one computation after the other, each in a block of its own. A machine
+    # that is busy during one of these blocks would then decide which computation seems the quicker.
     for _ in range(repeats):
         for name, run in runs.items():
-            milliseconds[name].append(_clock(run, device))
-    first = np.array(milliseconds[next(iter(runs))])
-    return {
-        name: {
-            "speedup": float(np.median(first / times)),
-            "median_ms": float(np.median(times)),
-            "mean_ms": float(np.mean(times)),
-            "q25_ms": float(np.quantile(times, 0.25)),
-            "q75_ms": float(np.quantile(times, 0.75)),
-            "runs": len(times),
-            "peak_mib": peaks[name],
-        }
-        for name, times in milliseconds.items()
-    }
+            _wait_for_gpu(device)
+            start = time.perf_counter()
+            run()
+            _wait_for_gpu(device)
+            milliseconds[name].append(1e3 * (time.perf_counter() - start))
+    first, rows = np.array(milliseconds[next(iter(runs))]), {}
+    for name, times in milliseconds.items():
+        q25, median, q75 = map(float, np.quantile(times, (0.25, 0.5, 0.75)))
+        row = {"median_ms": median, "mean_ms": float(np.mean(times)), "q25_ms": q25, "q75_ms": q75}
+        speedup = float(np.median(first / times))
+        rows[name] = {"speedup": speedup, **row, "runs": len(times), "peak_mib": peaks[name]}
+    return rows
 
 
-def _clock(run: Callable[[], Any], device: str) -> float:
-    """Milliseconds of one run, the device's work included."""
+def _wait_for_gpu(device: str) -> None:
+    """Wait until a GPU has done what it was asked to do; its work goes on after the call that ordered it."""
     if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    clock = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - clock)
 
 
-def _peak(run: Callable[[], Any], device: str) -> float:
-    """MiB of memory that one run takes at most, beyond what was held before."""
+def _peak_memory(run: Callable[[], Any], device: str) -> float:
+    """Return the MiB of memory that one run takes at most, beyond what was held before."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / MIB
+    # torch.profiler would count only PyTorch's own tensors, and miss the scratch memory of oneDNN and of the entropy coder.
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # memory that is free, but kept, would hide what the run takes
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is held now
+        ctypes.CDLL(None).malloc_trim(0)  # memory that is free but kept would hide what the run takes
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, back to what is held now
     except (AttributeError, OSError, TypeError):
         run()
         return math.nan
-    before = resident("VmRSS")
+    before = process_memory("VmRSS")
     run()
-    return max(0.0, (resident("VmHWM") - before) / 1024)
+    return max(0.0, process_memory("VmHWM") - before)
 
 
-def resident(field: str) -> int:
-    """kB of memory that this process has ("VmRSS") or had at most ("VmHWM"), on Linux. Raises `OSError` elsewhere.
+def process_memory(field: str) -> float:
+    """Return the MiB that this process holds ("VmRSS") or has held at most ("VmHWM"). Raises `OSError` except on Linux.
 
-    Not `getrusage`'s peak: that of a new process counts what its parent held when it was started.
+    The peak that `getrusage` gives will not do: in a new process it counts what its parent held.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
-# The report's sweep: the width of the attention's inputs -------------------------------------------------------------
+# What is timed -------------------------------------------------------------------------------------------------------
 
 
-class Widened(nn.Module):
-    """An Injector over `factor` times as many channels, as the report timed it.
-
-    The image is widened by concatenating its features, the text by the Injector's own linear layer, and of the result the
-    first N channels are kept. x (B, N, H, W) -> (B, N, H, W).
-    """
-
-    def __init__(self, injector: Injector, factor: int):
-        super().__init__()
-        self.injector, self.factor = injector, factor
-
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.injector(torch.cat([x] * self.factor, 1), text, mask)[:, : x.shape[1]]
-
-
-def widened(config: ModelConfig, factor: int) -> TACO:
-    """A TACO with random weights whose two Injectors attend over `factor` times N channels."""
-    net = TACO(config)
-    over_text, _, over_text_again = attentions(replace(config, N=factor * config.N))
-    for at, attention in ((8, over_text), (15, over_text_again)):
-        injector = Injector(factor * config.N, config.text_dim, attention)
-        net.g_a.analysis_transform[at] = Widened(injector, factor)
-    return net
-
-
-def width_sweep(
-    exp: Experiment, factors: Sequence[int], n_pairs: int, device: str = "cpu", side: int = 256
-) -> pd.DataFrame:
-    """Milliseconds per image-caption pair over the width of the inputs to the cross-attention, a row per combination.
-
-    For softmax and Linformer, and for "inference" (the network's forward pass over one `side` x `side` crop) and
-    "training" (forward, rate and distortion, backward, a step of Adam). Columns: width, attention, pass, what `compare`
-    gives, and gflop. Weights are random, on which no time depends.
-    """
-    import pandas as pd
-    from tqdm.auto import tqdm
-
-    rows = []
-    configs = {
-        name: replace(exp.replace(attention=name).model_config(), image_grid=side // 8) for name in ATTENTIONS
-    }
-    for factor in tqdm(factors, desc="widths", unit="width"):
-        for kind, make in (("inference", _inference), ("training", _training)):
-            runs = {name: make(widened(config, factor), device, side) for name, config in configs.items()}
-            for name, row in compare(runs, device, n_pairs).items():
-                flops = count_flops(runs[name])["Global"]
-                rows.append(
-                    {
-                        "width": factor * configs[name].N,
-                        "attention": name,
-                        "pass": kind,
-                        **row,
-                        **_rate(row, flops),
-                    }
-                )
-    return pd.DataFrame(rows)
-
-
-def _pair(config: ModelConfig, device: str | None, side: int) -> tuple[Tensor, Tensor]:
+def _image_and_text(config: ModelConfig, device: str | None, side: int) -> tuple[Tensor, Tensor]:
     x = torch.rand(1, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
     return x, torch.randn(1, config.text_tokens, config.text_dim, device=device)
 
 
-def _placed(module: nn.Module, device: str | None) -> nn.Module:
-    """On a device; None leaves a module where it is, as fake tensors, which cannot be moved, must be."""
+def _on(device: str | None, module: nn.Module) -> nn.Module:
+    """Move a module to a device, in the memory format of training. With None it stays: fake tensors cannot be moved."""
     return module if device is None else module.to(device, memory_format=torch.channels_last)
 
 
-def _inference(net: TACO, device: str | None, side: int) -> Callable[[], Any]:
-    net = _placed(net.eval(), device)
-    pair = _pair(net.config, device, side)
-    return torch.inference_mode()(lambda: net(*pair))
+def _inference(module: nn.Module, x: Tensor, text: Tensor) -> Callable[[], Any]:
+    """Return a forward pass to be timed, of the whole network or of its encoder."""
+    module.eval()
+    return torch.inference_mode()(lambda: module(x, text))
 
 
-def _training(net: TACO, device: str | None, side: int) -> Callable[[], None]:
-    return training_step(_placed(net, device), *_pair(net.config, device, side))
+def _encoder_run(config: ModelConfig, device: str | None, side: int) -> Callable[[], Any]:
+    return _inference(_on(device, TACO(config).g_a), *_image_and_text(config, device, side))
+
+
+def _attention_alone(config: ModelConfig, device: str | None, side: int) -> Callable[[], Any]:
+    """Return a run of the adapter's three attentions, on queries, keys and values shaped as in the encoder."""
+    layers = [_on(device, layer.eval()) for layer in attentions(config)]
+    quarter, eighth, tokens = (side // 4) ** 2, (side // 8) ** 2, config.text_tokens
+    over_text, over_image = (1, tokens), (side // 8, side // 8)  # how the keys lie
+    calls = [
+        (torch.randn(1, n, dim, device=device), torch.randn(1, m, dim, device=device), keys)
+        for n, m, dim, keys in (
+            (quarter, tokens, config.N, over_text),  # the first Injector: the image looks at the text
+            (tokens, eighth, config.text_dim, over_image),  # the Extractor: the text looks at the image
+            (eighth, tokens, config.N, over_text),  # the second Injector
+        )
+    ]
+    return torch.inference_mode()(lambda: [layer(*call) for layer, call in zip(layers, calls)])
 
 
 def training_step(net: nn.Module, x: Tensor, *text: Tensor, bfloat16: bool = False) -> Callable[[], None]:
-    """A step of training to be timed: forward, rate and distortion, backward, and Adam at a learning rate of zero.
+    """Return a step of training to be timed: forward pass, rate and distortion, backward pass, Adam.
 
-    x (B, 3, H, W), and text (B, T, text_dim) where `net` reads one. `bfloat16` is for the forward pass, by autocast.
+    x is (B, 3, H, W), and text (B, T, text_dim) if `net` reads one. `bfloat16` autocasts the forward pass. The learning
+    rate is zero, so that every repetition starts from the same weights.
     """
     optimizer = torch.optim.Adam(
         [p for name, p in net.named_parameters() if not name.endswith("quantiles")], 0.0
@@ -216,117 +174,144 @@ def training_step(net: nn.Module, x: Tensor, *text: Tensor, bfloat16: bool = Fal
     return step
 
 
-# The sweep that the complexity argument is about: lengths ------------------------------------------------------------
+# The two sweeps ------------------------------------------------------------------------------------------------------
+
+
+class Widened(nn.Module):
+    """An Injector over `factor` times as many channels, as the report timed it.
+
+    The image is widened by concatenating copies of its features, the text by the Injector's own linear layer. The first N
+    channels of the result are kept. x (B, N, H, W) -> (B, N, H, W).
+    """
+
+    def __init__(self, injector: Injector, factor: int):
+        super().__init__()
+        self.injector, self.factor = injector, factor
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.injector(torch.cat([x] * self.factor, 1), text, mask)[:, : x.shape[1]]
+
+
+def widened(config: ModelConfig, factor: int) -> TACO:
+    """Return a TACO with random weights whose two Injectors attend over `factor` times N channels."""
+    net = TACO(config)
+    over_text, _, over_text_again = attentions(replace(config, N=factor * config.N))
+    for at, attention in ((8, over_text), (15, over_text_again)):
+        injector = Injector(factor * config.N, config.text_dim, attention)
+        net.g_a.analysis_transform[at] = Widened(injector, factor)
+    return net
+
+
+def width_sweep(
+    exp: Experiment, factors: Sequence[int], n_pairs: int, device: str = "cpu", side: int = 256
+) -> pd.DataFrame:
+    """Repeat the report's sweep: milliseconds per image-caption pair over the width of the cross-attention's inputs.
+
+    There is a row for each width, attention ("softmax", "linformer") and pass: "inference" is the whole network's forward
+    pass over one `side` x `side` crop, and "training" is a `training_step` on it. Columns: width, pass, attention, those
+    of `time_in_turn`, gflop, gflop_per_s. The weights are random; no time depends on them.
+    """
+    configs, rows = _configs(exp, side), []
+    for factor in tqdm(factors, desc="widths", unit="width"):
+        for kind, make in (("inference", _inference), ("training", training_step)):
+            runs = {
+                name: make(_on(device, widened(config, factor)), *_image_and_text(config, device, side))
+                for name, config in configs.items()
+            }
+            flops = {name: count_flops(run)["Global"] for name, run in runs.items()}
+            rows += _rows({"width": factor * exp.sizes.N, "pass": kind}, runs, flops, device, n_pairs)
+    return pd.DataFrame(rows)
 
 
 def length_sweep(
     exp: Experiment, sides: Sequence[int], tokens: Sequence[int], repeats: int, device: str = "cpu"
 ) -> pd.DataFrame:
-    """The encoder's three attentions alone, and the whole encoder, over image sides in pixels and numbers of tokens.
+    """Time the encoder's three attentions alone, and the whole encoder, over the lengths of image and text.
 
-    Columns: side, tokens, attention ("softmax" or "linformer"), part ("attention" or "encoder"), what `compare` gives,
-    and gflop. Linformer's projections have the size of the image and text at hand, so that none is interpolated.
+    There is a row for each image side in pixels, number of tokens, attention ("softmax", "linformer") and part
+    ("attention", "encoder"). Columns: side, tokens, part, attention, those of `time_in_turn`, gflop, gflop_per_s.
+    Linformer's projections are made for each length, so that none is interpolated.
     """
-    import pandas as pd
-    from tqdm.auto import tqdm
-
     rows = []
     for side, count in tqdm([(s, t) for s in sides for t in tokens], desc="lengths", unit="size"):
-        for part, make in (("attention", _attention_alone), ("encoder", _encoder)):
-            configs = {
-                name: replace(
-                    exp.replace(attention=name).model_config(), image_grid=side // 8, text_tokens=count
-                )
-                for name in ATTENTIONS
-            }
-            measured = compare({name: make(c, device, side) for name, c in configs.items()}, device, repeats)
-            for name, row in measured.items():
-                with FakeTensorMode():  # shapes without data: counting takes neither memory nor arithmetic
-                    flops = count_flops(make(configs[name], None, side))["Global"]
-                about = {"side": side, "tokens": count, "attention": name, "part": part}
-                rows.append({**about, **row, **_rate(row, flops)})
+        configs = _configs(exp, side, text_tokens=count)
+        for part, make in (("attention", _attention_alone), ("encoder", _encoder_run)):
+            runs = {name: make(config, device, side) for name, config in configs.items()}
+            # Fake tensors have shapes and no data, so counting on them takes no memory. On real ones it would: the only
+            # kernel that can be counted writes down the whole matrix, 34 GB at the longest lengths of notebook 05.
+            with FakeTensorMode():
+                flops = {n: count_flops(make(config, None, side))["Global"] for n, config in configs.items()}
+            rows += _rows({"side": side, "tokens": count, "part": part}, runs, flops, device, repeats)
     return pd.DataFrame(rows)
 
 
-def _attention_alone(config: ModelConfig, device: str | None, side: int) -> Callable[[], Any]:
-    """The adapter's three attentions, each on queries, keys and values of the shapes that it has in the encoder."""
-    layers = [_placed(layer.eval(), device) for layer in attentions(config)]
-    quarter, eighth = (side // 4, side // 4), (side // 8, side // 8)
-    image = [torch.randn(1, h * w, config.N, device=device) for h, w in (quarter, eighth)]
-    text = torch.randn(1, config.text_tokens, config.N, device=device)
-    wide_text = torch.randn(1, config.text_tokens, config.text_dim, device=device)
-    wide_image = torch.randn(1, eighth[0] * eighth[1], config.text_dim, device=device)
-    calls = [
-        (image[0], text, (1, config.text_tokens)), (wide_text, wide_image, eighth), (image[1], text, (1, config.text_tokens))
-    ]  # fmt: skip
-    return torch.inference_mode()(lambda: [layer(*call) for layer, call in zip(layers, calls)])
+def _configs(exp: Experiment, side: int, **changes: int) -> dict[str, ModelConfig]:
+    """Return the experiment's model with either kind of attention, for images with this side in pixels."""
+    models = {name: exp.replace(attention=name).model_config() for name in ATTENTIONS}
+    return {name: replace(model, image_grid=side // 8, **changes) for name, model in models.items()}
 
 
-def _encoder(config: ModelConfig, device: str | None, side: int) -> Callable[[], Any]:
-    g_a = _placed(TACO(config).g_a.eval(), device)
-    pair = _pair(config, device, side)
-    return torch.inference_mode()(lambda: g_a(*pair))
-
-
-def _rate(row: Mapping[str, float], flops: int) -> dict[str, float]:
-    return {"gflop": flops / 1e9, "gflop_per_s": flops / 1e6 / row["median_ms"]}
+def _rows(
+    about: dict[str, Any], runs: dict[str, Callable], flops: dict[str, int], device: str, repeats: int
+) -> Iterator[dict[str, Any]]:
+    """Time the two kinds of attention, and yield a row of a sweep's table for each."""
+    for name, row in time_in_turn(runs, device, repeats).items():
+        rate = {"gflop": flops[name] / 1e9, "gflop_per_s": flops[name] / 1e6 / row["median_ms"]}
+        yield {**about, "attention": name, **row, **rate}
 
 
 # What follows from the measurements ----------------------------------------------------------------------------------
 
 
-def shares(lengths: pd.DataFrame) -> pd.DataFrame:
-    """How much of the encoder its attentions are, in time and in operations, and how Linformer's compare to softmax's.
+def attention_shares(lengths: pd.DataFrame) -> pd.DataFrame:
+    """Return how much of the encoder its attentions are, and how Linformer's time compares with softmax's.
 
-    A row per side and number of tokens: time_share and flop_share of softmax attention in its encoder, and
-    attention_ratio and encoder_ratio, Linformer's median time over softmax's.
+    There is a row for each side and number of tokens of a `length_sweep`. `time_share` and `flop_share` are the shares of
+    the three softmax attentions in the encoder's time and operations; `attention_ratio` and `encoder_ratio` are
+    Linformer's median time over softmax's.
     """
-    table = lengths.pivot(
-        index=["side", "tokens"], columns=["part", "attention"], values=["median_ms", "gflop"]
-    )
-    time_, flop = table["median_ms"], table["gflop"]
-    return (
-        time_["attention"]["softmax"]
-        .div(time_["encoder"]["softmax"])
-        .to_frame("time_share")
-        .assign(
-            flop_share=flop["attention"]["softmax"] / flop["encoder"]["softmax"],
-            attention_ratio=time_["attention"]["linformer"] / time_["attention"]["softmax"],
-            encoder_ratio=time_["encoder"]["linformer"] / time_["encoder"]["softmax"],
-        )
-        .reset_index()
-    )
+    by_part = lengths.set_index(["side", "tokens", "part", "attention"]).unstack(["part", "attention"])
+    time_, flop = by_part["median_ms"], by_part["gflop"]
+    shares = {
+        "time_share": time_["attention"]["softmax"] / time_["encoder"]["softmax"],
+        "flop_share": flop["attention"]["softmax"] / flop["encoder"]["softmax"],
+        "attention_ratio": time_["attention"]["linformer"] / time_["attention"]["softmax"],
+        "encoder_ratio": time_["encoder"]["linformer"] / time_["encoder"]["softmax"],
+    }
+    return pd.DataFrame(shares).reset_index()
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The power of the size with which the values grow: the slope of a line through both logarithms."""
+    """Return the power of the size with which the values grow: the slope of a line through both logarithms."""
     return float(np.polyfit(np.log(np.asarray(sizes, float)), np.log(np.asarray(values, float)), 1)[0])
 
 
 def exponents(lengths: pd.DataFrame) -> pd.DataFrame:
-    """The fitted powers of the attentions' time and operations over tokens (largest side) and image positions (fewest)."""
-    import pandas as pd
+    """Return the powers with which time and operations of the attentions grow with each of the two lengths.
 
+    The tokens vary at the largest image side, and the image positions vary at the fewest tokens. A length of which only
+    one value was measured is left out.
+    """
     rows = []
-    alone = lengths[lengths["part"] == "attention"]
+    alone = lengths[lengths["part"] == "attention"].assign(positions=lengths["side"] ** 2)
     for name, table in alone.groupby("attention", sort=False):
-        over = {
-            "tokens": table[table["side"] == table["side"].max()],
-            "image positions": table[table["tokens"] == table["tokens"].min()],
-        }
-        for size, part in over.items():
-            sizes = part["tokens"] if size == "tokens" else part["side"] ** 2
+        for over, column, part in (
+            ("tokens", "tokens", table[table["side"] == table["side"].max()]),
+            ("image positions", "positions", table[table["tokens"] == table["tokens"].min()]),
+        ):
             if len(part) > 1:
-                fits = {f"{what} ~ size^": exponent(sizes, part[column])
-                        for what, column in (("time", "median_ms"), ("operations", "gflop"))}  # fmt: skip
-                rows.append({"attention": name, "over": size, **fits})
+                row = {"attention": name, "over": over}
+                row["time ~ size^"] = exponent(part[column], part["median_ms"])
+                row["operations ~ size^"] = exponent(part[column], part["gflop"])
+                rows.append(row)
     return pd.DataFrame(rows)
 
 
 def break_even(tokens: Sequence[float], ratio: Sequence[float]) -> float | None:
-    """The number of tokens from which on Linformer is the quicker: where its time over softmax's falls below 1 for good.
+    """Return the number of tokens from which on Linformer is quicker: where its time over softmax's stays below 1.
 
-    Interpolated between measured lengths; the shortest measured if it is quicker from there on, None if never.
+    `tokens` ascend; between two of them the ratio is interpolated, both on logarithmic axes. The result is the least of
+    `tokens` if Linformer is quicker from there on, and None if it is not quicker at the greatest.
     """
     tokens, ratio = np.log(np.asarray(tokens, float)), np.log(np.asarray(ratio, float))
     if ratio[-1] >= 0:
@@ -340,9 +325,7 @@ def break_even(tokens: Sequence[float], ratio: Sequence[float]) -> float | None:
 
 
 def break_evens(lengths: pd.DataFrame) -> pd.DataFrame:
-    """From how many tokens on Linformer pays, in time and in operations, for each image side; NaN where it never does."""
-    import pandas as pd
-
+    """Return for each image side the tokens from which on Linformer pays, in time and in operations; NaN if never."""
     rows = []
     for side, table in lengths[lengths["part"] == "attention"].groupby("side"):
         row = {"side": side}
@@ -354,14 +337,14 @@ def break_evens(lengths: pd.DataFrame) -> pd.DataFrame:
 
 
 def conclusion(widths: pd.DataFrame, lengths: pd.DataFrame) -> str:
-    """What the measurements say of the report's null result, in words that they choose.
+    """Return what the measurements say about the report's null result, in a sentence.
 
-    A difference shows in the width sweep where Linformer's median is off softmax's by `NOTABLE` and their quartiles do not
-    overlap. A null result is predicted where none shows, and attention's share leaves no room for one.
+    The width sweep shows a difference where the medians of Linformer and softmax are apart by `NOTABLE` and their quartiles
+    do not overlap. If it shows none, the null result was to be expected where attention's share leaves no `ROOM` for one.
     """
-    table = shares(lengths)
+    table = attention_shares(lengths)
     usual = table.loc[table["tokens"].idxmin()]
-    most = 1 / (1 - min(usual["time_share"], 0.99))
+    most = 1 / (1 - min(usual["time_share"], 0.99))  # Amdahl's law, for attention that takes no time
     by = widths.pivot(index=["pass", "width"], columns="attention", values=["median_ms", "q25_ms", "q75_ms"])
     ratio = by["median_ms"]["linformer"] / by["median_ms"]["softmax"]
     apart = (by["q25_ms"].max(axis=1) > by["q75_ms"].min(axis=1)) & ((ratio - 1).abs() >= NOTABLE)
@@ -386,14 +369,14 @@ def conclusion(widths: pd.DataFrame, lengths: pd.DataFrame) -> str:
     return (
         f"With {usual['tokens']:.0f} tokens, {usual['side']:.0f} x {usual['side']:.0f} pixels and width "
         f"{widths['width'].min()}, the three cross-attentions take {usual['time_share']:.0%} of the encoder's time and "
-        f"{usual['flop_share']:.0%} of its operations, so that attention for nothing would make that encoder {most:.2f} "
-        f"times as fast; over widths up to {widths['width'].max()} Linformer's network took {spans[0]} and {spans[1]}; "
-        f"its attention is the quicker {' and '.join(where) or 'at no length measured'}: {verdict}."
+        f"{usual['flop_share']:.0%} of its operations, so that attention that costs nothing would make the encoder "
+        f"{most:.2f} times as fast. Over widths up to {widths['width'].max()} Linformer's network took {spans[0]} and "
+        f"{spans[1]}. Its attention is quicker {' and '.join(where) or 'at no length measured'}. So {verdict}."
     )
 
 
-def save(folder: str | os.PathLike, **tables: pd.DataFrame) -> None:
-    """Each table as a CSV of its name in `folder`, and `timing.json` with hardware, versions and commit beside them."""
+def save_timing(folder: str | os.PathLike, **tables: pd.DataFrame) -> None:
+    """Write each table to `folder` as a CSV file of its name, and hardware, versions and commit to `timing.json`."""
     for name, table in tables.items():
         with atomic_write(Path(folder) / f"{name}.csv", "w") as file:
             table.to_csv(file, index=False)

@@ -26,7 +26,15 @@ import numpy as np
 
 from taco_nb.experiment import Experiment, baseline
 from taco_nb.files import bundled
-from taco_nb.report import ABLATION_FIELDS, DATASETS, MEASURES, PUBLISHED_AS, WHOLE_SET, points
+from taco_nb.report import (
+    ABLATION_FIELDS,
+    DATASETS,
+    MEASURES,
+    PUBLISHED_AS,
+    WHOLE_SET,
+    points,
+    starts_from_sibling,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -236,6 +244,8 @@ def _pairs(means: pd.DataFrame):
             (told["ablation"] == "baseline") & (told["dataset"] == changed["dataset"])
         ].iterrows():
             plain = Experiment.from_json(base["experiment"])
+            if starts_from_sibling(exp) and starts_from_sibling(plain):
+                exp = exp.replace(init=plain.init)
             free = {*ABLATION_FIELDS} - plain.diff(baseline(plain.profile)).keys() | {"epochs"}
             if (
                 not plain.diff(exp).keys() - free

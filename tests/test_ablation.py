@@ -21,7 +21,7 @@ from taco_nb.checkpoint import load_fitting, save_weights
 from taco_nb.data import training_pairs
 from taco_nb.errors import CheckpointError, DataError, SettingError
 from taco_nb.files import REPOSITORY
-from taco_nb.inspection import attentions, cost_table, text_contribution
+from taco_nb.inspection import cost_table, look_at_attention, text_contribution
 from taco_nb.model import TACO, ModelConfig
 from taco_nb.notebook import Parameters
 from taco_nb.text import Conditioning, KeywordWeights, text_tower
@@ -85,7 +85,7 @@ def test_one_key_gives_every_position_the_same_text(keywords):
 
 def test_attentions_are_those_that_ran():
     codec = make_codec()
-    records = attentions(codec, Image.effect_noise((100, 70), 80).convert("RGB"), CAPTION)
+    records = look_at_attention(codec, Image.effect_noise((100, 70), 80).convert("RGB"), CAPTION)
     assert [record.name for record in records] == ["Injector 8", "Extractor 14", "Injector 15"]
     assert [tuple(r.weights.shape) for r in records] == [(2, 32 * 32, 8), (2, 8, 256), (2, 256, 8)]
     for record in records:

@@ -1,8 +1,8 @@
 """The bundled codecs are the ones that their cards describe, and as good; a run becomes one with a card of its own."""
 
+import io
 import json
-import shutil
-from dataclasses import replace
+from contextlib import redirect_stdout
 
 import pytest
 import torch
@@ -11,10 +11,9 @@ from conftest import TINY, command
 from taco_nb import datasets, evaluate, fit, load
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.evaluation import evaluate_matched
-from taco_nb.experiment import DEMO_SIZES, baseline
+from taco_nb.experiment import baseline
 from taco_nb.files import REPOSITORY, sha256
 from taco_nb.tools.bundle import bundle, standing
-from taco_nb.training.start import initial_net, initial_weights
 
 SHELF = REPOSITORY / "data" / "checkpoints"
 NAMES = sorted(path.stem for path in SHELF.glob("*.safetensors"))
@@ -80,9 +79,15 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(run, tmp_path_factory):
-    """That run, bundled: the shelf it lies on, and its card."""
-    shelf = tmp_path_factory.mktemp("shelf")
-    return shelf, bundle({"first": run.dir}, "the bundled pictures", shelf)["first"]
+    """That run, bundled by the command: the shelf it lies on, and the card that the command prints."""
+    shelf = tmp_path_factory.mktemp("data") / "checkpoints"
+    shelf.mkdir()
+    words = ["bundle", f"first={run.dir}", "--data", "the bundled pictures", "--data-dir", shelf.parent]
+    with redirect_stdout(io.StringIO()) as said:
+        assert command(*words) == 0
+    kodak, _, cards = said.getvalue().partition("\n")
+    assert kodak.startswith("The cards say nothing of Kodak. ")
+    return shelf, json.loads(cards)["first"]
 
 
 def test_a_run_becomes_a_bundled_codec_with_a_measured_card(run, first):
@@ -93,7 +98,8 @@ def test_a_run_becomes_a_bundled_codec_with_a_measured_card(run, first):
     assert (card["steps"], card["data"]) == (run.total_steps, "the bundled pictures")
     assert [link["run"] for link in card["history"]] == ["tiny"]
     assert card["history"][0]["settings"]["sizes"] == card["experiment"]["sizes"]
-    codec = load(shelf / "first.safetensors")
+    codec = load("first", data_dir=shelf.parent)
+    assert codec.name == "first"
     results = evaluate(codec, datasets("sample"))
     assert card["results"]["sample"]["psnr"] == pytest.approx(results["psnr"].mean(), abs=1e-4)
     assert card["results"]["sample"]["bpp"] == pytest.approx(results["bpp"].mean(), abs=1e-4)
@@ -130,64 +136,14 @@ def test_an_unfinished_run_is_refused_and_nothing_written(run, tmp_path):
     assert not list(shelf.iterdir())
 
 
-def test_the_command_bundles_and_says_what_is_no_run(run, tmp_path, capsys):
-    shelf = tmp_path / "checkpoints"
-    shelf.mkdir()
+def test_the_command_says_what_is_no_run(tmp_path, capsys):
     assert command("bundle", "mine", "--data", "pictures", "--data-dir", tmp_path) == 1
     assert "Error: 'mine' is not NAME=RUN" in capsys.readouterr().err
-    assert command("bundle", f"mine={run.dir}", "--data", "pictures", "--data-dir", tmp_path) == 0
-    assert json.loads(capsys.readouterr().out.partition("\n")[2])["mine"] == card_of("mine", shelf)
-    assert load("mine", data_dir=tmp_path).name == "mine"
+    assert command("bundle", f"mine={tmp_path}") == 2
+    assert "Say by --data what the runs were trained on" in capsys.readouterr().err
 
 
 # --- What a run starts from -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def family(tmp_path_factory):
-    """A data folder with bundled codecs that say they were trained in five ways; the weights are the same."""
-    folder = tmp_path_factory.mktemp("family")
-    (folder / "checkpoints").mkdir()
-    changes = {
-        "demo": {}, "demo-high": {"lmbda": 0.04}, "demo-linformer": {"attention": "linformer"},
-        "demo-both": {"attention": "linformer", "captions": "context"}, "other": {"lmbda": 0.02},
-        "demo-wide": {"lmbda": 0.1, "sizes": vars(DEMO_SIZES) | {"context_widths": (32, 24)}},
-    }  # fmt: skip
-    for name, change in changes.items():
-        card = card_of("demo")
-        card["experiment"] |= {"lmbda": 0.0067} | change
-        (folder / "checkpoints" / f"{name}.json").write_text(json.dumps(card))
-        shutil.copy(SHELF / "demo.safetensors", folder / "checkpoints" / f"{name}.safetensors")
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        ({}, "demo"), ({"lmbda": 0.01}, "demo"), ({"lmbda": 0.03}, "demo-high"), ({"lmbda": 0.02}, "demo-high"),
-        ({"attention": "linformer"}, "demo-linformer"), ({"attention": "linformer", "lmbda": 0.04}, "demo-linformer"),
-        ({"captions": "context", "attention": "linformer"}, "demo-both"), ({"text_pooling": "keywords"}, "demo"),
-        ({"captions": "context", "lmbda": 0.05}, "demo-high"), ({"init": "other"}, "other"),
-        ({"init": "demo-high"}, "demo-high"), ({"lmbda": 0.2}, "demo-high"),
-        ({"lmbda": 0.0018, "sizes": replace(DEMO_SIZES, context_widths=(32, 24))}, "demo-wide"),
-        ({"sizes": replace(DEMO_SIZES, context_widths=(16, 16))}, "demo"),
-        ({"lmbda": 0.04, "sizes": replace(DEMO_SIZES, text_dim=512)}, "demo-high"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_demo_means_the_sibling_that_was_trained_alike(family, change, name):
-    assert (
-        initial_weights(baseline("sample", **change), family)
-        == family / "checkpoints" / f"{name}.safetensors"
-    )
-
-
-def test_a_run_says_which_sibling_it_starts_from(family, capsys):
-    initial_net(baseline("sample", attention="linformer"), family)
-    said = capsys.readouterr().out
-    assert "init='demo': starts from demo-linformer" in said and "start from random weights" in said
-    initial_net(baseline("sample"), family)
-    assert "starts from" not in capsys.readouterr().out
 
 
 def test_the_samples_training_keeps_what_the_demo_codec_has_learned(tmp_path):
@@ -196,14 +152,6 @@ def test_the_samples_training_keeps_what_the_demo_codec_has_learned(tmp_path):
     assert (before["bytes"] != after["bytes"]).any()
     assert after["psnr"].mean() > before["psnr"].mean() - 0.05
     assert after["bpp"].mean() < 1.005 * before["bpp"].mean()
-
-
-def test_random_weights_are_nobodys_and_a_lost_family_is_an_error(tmp_path):
-    assert initial_weights(baseline("sample", init="")) is None
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "demo.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="The card .* cannot be read"):
-        initial_weights(baseline("sample"), tmp_path)
 
 
 def test_where_a_codec_stands_is_read_off_the_curves_of_the_others():
@@ -217,10 +165,9 @@ def test_where_a_codec_stands_is_read_off_the_curves_of_the_others():
 
 def test_a_bd_rate_through_few_points_says_so():
     sets = [dataset.head(1) for dataset in datasets("sample")]
-    for names, note in (("demo-low demo demo-high", "only 3 points"), ("demo demo-high", "only 2 points")):
-        _, gaps = standing([load(name) for name in names.split()], sets)
-        assert gaps["BD-rate (PSNR), %"].notna().any() and set(gaps["note"]) == {note}
-        assert set(gaps["points"]) == {len(names.split())}
+    _, gaps = standing([load(name) for name in ("demo-low", "demo", "demo-high", "demo-linformer")], sets)
+    assert gaps["BD-rate (PSNR), %"].notna().any() and set(gaps["note"]) == {"only 3 points"}
+    assert set(gaps["points"]) == {3}, "an ablation is no point of the baselines' curve"
 
 
 def test_without_kodak_the_command_says_so_in_a_sentence(tmp_path, capsys):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import bs4
 import nbformat
@@ -41,7 +39,7 @@ def exported(tmp_path_factory):
     (folder / "cat.png").write_bytes((REPOSITORY / "data/sample/images/chelsea.png").read_bytes())
     text = "# The $\\lambda$ of it\n\n$$\\sum_i x_i$$\n\n![a cat](cat.png) and [a link](https://arxiv.org/abs/2403.02944)"
     notebook = new_notebook(cells=[new_markdown_cell(text), *map(new_code_cell, CELLS)])
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(REPOSITORY)}}).execute()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(REPOSITORY)}}).execute()
     nbformat.write(notebook, folder / "all.ipynb")
     page = export_html(folder / "all.ipynb").read_text(encoding="utf-8")
     return bs4.BeautifulSoup(page, "html.parser"), page, notebook
@@ -180,9 +178,7 @@ def test_files_that_are_no_notebooks(tmp_path, capsys):
     assert "cannot be read as a notebook" in capsys.readouterr().err
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, capsys):
     path = written(tmp_path, new_markdown_cell("# Here"))
-    words = [sys.executable, "-m", "taco_nb.tools.cli", "export", str(path)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "a.html")
+    assert command("export", path) == 0 and capsys.readouterr().out.strip() == str(tmp_path / "a.html")
     assert "<h1" in (tmp_path / "a.html").read_text(encoding="utf-8")

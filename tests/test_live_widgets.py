@@ -22,7 +22,7 @@ from taco_nb.data.images import to_tensor
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.evaluation import evaluate, evaluate_peers
 from taco_nb.evaluation.peers import encode_peer
-from taco_nb.inspection import attentions
+from taco_nb.inspection import look_at_attention
 from taco_nb.metrics.distortion import psnr
 from taco_nb.metrics.networks import find_lpips
 from taco_nb.training import Run
@@ -258,7 +258,7 @@ def test_every_token_has_its_map_over_the_picture(codec, image):
     from taco_nb.widgets import where_the_text_looks
     from taco_nb.widgets.html_parts import picture_url
 
-    records = attentions(codec, image, "a cat")
+    records = look_at_attention(codec, image, "a cat")
     page = where_the_text_looks(image, {"softmax": records}, codec.tower, "a cat")._repr_html_()
 
     def content(name: str) -> list[dict]:
@@ -287,7 +287,7 @@ def test_tokens_are_shaded_by_their_weights_and_a_pooled_text_has_one_map(codec,
 
     weights = KeywordWeights.fit(["a cat sleeps", "a dog"], "tfidf")
     look = where_the_text_looks(
-        image, {"x": attentions(codec, image, "a cat")}, codec.tower, "a cat", weights
+        image, {"x": look_at_attention(codec, image, "a cat")}, codec.tower, "a cat", weights
     )
     assert look._weights == pytest.approx(weights.token_weights(["a cat"], codec.tower)[0, :4].tolist())
     pooled = make_codec(5)
@@ -295,7 +295,7 @@ def test_tokens_are_shaded_by_their_weights_and_a_pooled_text_has_one_map(codec,
         pool(codec.tower(captions), weights.token_weights(captions, codec.tower), "keywords"),
         None,
     )
-    records = attentions(pooled, image, "a cat")
+    records = look_at_attention(pooled, image, "a cat")
     assert records[0].weights.shape[2] == 1
     page = where_the_text_looks(image, {"pooled": records}, codec.tower, "a cat")._repr_html_()
     assert page.count("[1.0, 1.0]") == 8, "four tokens in two Injectors"
@@ -307,7 +307,7 @@ def test_the_map_over_the_picture_has_the_colours_of_the_scale(codec):
     from taco_nb.widgets.pictures import COLD, HOT, heat
 
     white = Image.new("RGB", (128, 64), "white")
-    record = attentions(codec, white, "a cat")[0]
+    record = look_at_attention(codec, white, "a cat")[0]
     weights = torch.linspace(0, 1, 16 * 32).reshape(1, -1, 1).expand(1, -1, record.weights.shape[2])
     sheet = attention_maps(white, record._replace(weights=weights), {"cat": 1}, width=128)
     seen = np.asarray(sheet)[:64, :128].reshape(-1, 3)

@@ -303,6 +303,8 @@ def test_runs_have_a_label_in_common_if_they_differ_in_lambda_alone(change):
     others = [{"mode": "fast"}, {"caption": {"rule": "best"}}, {"subject": {"patch_size": 64}}]
     others += [{"data": {"kodak": {"captions": "context"}}}]
     assert len({_label(PAPER, about | other, 50) for other in others} - labels) == len(others)
+    sibling = baseline("sample", attention="linformer", init="demo-linformer")
+    assert _label(sibling, about, 5) == "linformer, sample, 5 epochs"
 
 
 # --- BD-rates ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from nbformat.v4 import new_code_cell, new_notebook
 
 from taco_nb.errors import SettingError
 from taco_nb.files import REPOSITORY
-from taco_nb.tools.sweep import LMBDAS, members, sweep, unfinished
+from taco_nb.tools.sweep import LMBDAS, members, sweep, unfinished_runs
 
 BODY = """
 import json, os, pathlib, time
@@ -55,12 +54,12 @@ def log(out, lmbda):
 def test_it_runs_all_keeps_the_notebooks_and_does_nothing_twice(tmp_path, capsys):
     notebooks = [tiny_notebook(tmp_path / "src", name) for name in ("first", "second")]
     out = tmp_path / "out"
-    assert sweep(notebooks, (0.1, 0.25), out, {"epochs": 3}) == {}
+    assert sweep(members(notebooks, (0.1, 0.25), out, {"epochs": 3})) == {}
     for lmbda in (0.1, 0.25):
         assert log(out, lmbda) == ["began", "ended with 3"] * 2
         kept = [nbformat.read(out / f"lmbda-{lmbda:g}" / f"{name}.ipynb", 4) for name in ("first", "second")]
         assert [n.metadata.papermill.parameters["lmbda"] for n in kept] == [lmbda, lmbda]
-    assert sweep(notebooks, (0.1, 0.25), out, {"epochs": 3}) == {}
+    assert sweep(members(notebooks, (0.1, 0.25), out, {"epochs": 3})) == {}
     assert log(out, 0.1) == log(out, 0.25) == ["began", "ended with 3"] * 2
     assert [member.done for member in members(notebooks, (0.1, 0.25), out, {"epochs": 3})] == [True] * 4
     # other parameters, or another text of the notebook, are another matter; how long it may take is not
@@ -96,16 +95,16 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
     words = [sys.executable, "-m", "taco_nb.tools.cli", "sweep", notebook, *lmbdas(0.1, 0.2), "--out", out]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "SLOW": str(slow)}
     process = subprocess.Popen(words, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
-    patience = time.monotonic() + 60
+    patience = time.monotonic() + 500
     while not log(out, 0.2):
         assert time.monotonic() < patience and process.poll() is None
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=10)
+    process.wait()
     (tmp_path / "slow-0.2").unlink()
     done = [member.done for member in members([notebook], (0.1, 0.2), out)]
     assert done == [True, False]
-    assert subprocess.run(words, env=environment, capture_output=True, timeout=60).returncode == 0
+    assert subprocess.run(words, env=environment, capture_output=True).returncode == 0
     assert log(out, 0.1) == ["began", "ended with None"]
     assert log(out, 0.2).count("began") == 2 and "ended with None" in log(out, 0.2)
     assert all(member.done for member in members([notebook], (0.1, 0.2), out))
@@ -113,19 +112,20 @@ def test_killed_in_the_middle_it_goes_on(tmp_path):
 
 def test_training_that_its_time_stopped_is_not_done(tmp_path):
     notebook, out = tiny_notebook(tmp_path / "src"), tmp_path / "out"
-    failed = sweep([notebook], (0.1, 0.2), out, {"max_hours": 0})
+    failed = sweep(members([notebook], (0.1, 0.2), out, {"max_hours": 0}))
     assert failed == {
         "lambda 0.1, tiny": "run-0.1 not trained to the end; run the sweep again to go on",
-        "lambda 0.2, tiny": "not begun, max_hours are over; run the sweep again to go on",
+        "lambda 0.2, tiny": "not begun, since max_hours are over; run the sweep again to go on",
     }
-    assert not log(out, 0.2) and unfinished(out / "lmbda-0.1") == ["run-0.1"]
+    assert not log(out, 0.2) and unfinished_runs(out / "lmbda-0.1") == ["run-0.1"]
     assert (
-        sweep([notebook], (0.1, 0.2), out, {"max_hours": 1.0}) == {} and unfinished(out / "lmbda-0.1") == []
+        sweep(members([notebook], (0.1, 0.2), out, {"max_hours": 1.0})) == {}
+        and unfinished_runs(out / "lmbda-0.1") == []
     )
     killed = out / "lmbda-0.1" / "killed"  # before it had any weights
     killed.mkdir()
     (killed / "experiment.json").write_text("{}")
-    assert unfinished(out / "lmbda-0.1") == ["killed"] and not members([notebook], (0.1,), out)[0].done
+    assert unfinished_runs(out / "lmbda-0.1") == ["killed"] and not members([notebook], (0.1,), out)[0].done
     (member,) = members([notebook], (0.2,), out)
     given = nbformat.read(member.executed, 4).metadata.papermill.parameters
     assert member.done and 0 < given["max_hours"] < 1, "what the first has left of it"
@@ -136,7 +136,7 @@ def test_a_slurm_array_runs_a_lambda_for_each_task(tmp_path):
     assert command("sweep", notebook, *lmbdas(0.1, 0.2), "--out", out, "--task", 1) == 0
     assert [path.name for path in out.iterdir()] == ["lmbda-0.2"]
     with pytest.raises(SettingError, match="from 0 to 1"):
-        sweep([notebook], (0.1, 0.2), out, task=2)
+        members([notebook], (0.1, 0.2), out, task=2)
 
 
 def test_the_real_notebooks_make_a_sweep():
@@ -149,9 +149,9 @@ def test_the_real_notebooks_make_a_sweep():
     "given, said",
     [
         (["-p", "epoch", "2"], "tiny.ipynb has no parameter 'epoch'. Did you mean 'epochs'"),
-        (["-p", "lmbda", "2"], "lmbda is the sweep's to set"),
+        (["-p", "lmbda", "2"], "The sweep itself sets lmbda"),
         (["--lmbda", "0.1", "--lmbda", "0.1"], "given twice"),
-        (["--task", "6"], "Tasks count from 0 to 5"),
+        (["--task", "6"], "Tasks run from 0 to 5"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -163,11 +163,26 @@ def test_what_cannot_be_is_refused_before_anything_runs(given, said, tmp_path, c
     assert "There is no notebook" in capsys.readouterr().err
 
 
-def test_a_damaged_record_counts_as_nothing_done(tmp_path):
+@pytest.mark.parametrize("at", [1, 2], ids=["in the middle", "in the last cell"])
+def test_a_notebook_whose_kernel_died_is_not_done(at, tmp_path):
+    """As when memory runs out. Papermill then calls every cell completed, those after it included."""
     notebook, out = tiny_notebook(tmp_path / "src"), tmp_path / "out"
-    assert sweep([notebook], (0.1,), out) == {}
+    dying = nbformat.read(notebook, 4)
+    code = "import os, signal\nif not os.path.exists(out_dir + '/once'):\n    open(out_dir + '/once', 'x').close()\n"
+    dying.cells.insert(at, new_code_cell(code + "    os.kill(os.getpid(), signal.SIGKILL)"))
+    nbformat.write(dying, notebook)
+    assert sweep(members([notebook], (0.1,), out)) == {"lambda 0.1, tiny": "DeadKernelError: Kernel died"}
+    assert not members([notebook], (0.1,), out)[0].done
+    assert sweep(members([notebook], (0.1,), out)) == {} and log(out, 0.1)[-1] == "ended with None"
+
+
+@pytest.mark.parametrize("lost", ["executed", "marker"])
+def test_what_is_lost_or_damaged_is_run_again(lost, tmp_path):
+    notebook, out = tiny_notebook(tmp_path / "src"), tmp_path / "out"
+    assert sweep(members([notebook], (0.1,), out)) == {}
     (member,) = members([notebook], (0.1,), out)
     assert member.done
-    kept = json.loads(member.executed.read_text(encoding="utf-8"))
-    member.executed.write_text(json.dumps(kept)[:-100], encoding="utf-8")
+    member.marker.write_bytes(
+        member.marker.read_bytes()[:-9]
+    ) if lost == "marker" else member.executed.unlink()
     assert not member.done

@@ -17,12 +17,14 @@ import torch
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from taco_nb import load
 from taco_nb.checkpoint import read_weights
 from taco_nb.errors import CheckpointError, SettingError
-from taco_nb.experiment import Experiment
+from taco_nb.experiment import Experiment, baseline
 from taco_nb.files import REPOSITORY
 from taco_nb.model import TACO, ModelConfig
-from taco_nb.training import activation_memory, fit, lock, loop, step_times
+from taco_nb.processes import Group
+from taco_nb.training import activation_memory, fit, loop, step_times
 from taco_nb.training.loop import Batches, Trainer, learning_rate_factor, saved_steps
 from taco_nb.training.loss import TacoLoss
 
@@ -302,6 +304,17 @@ def test_the_callers_random_numbers_do_not_matter_but_the_seed_does(pictures, st
     )
 
 
+def test_only_the_random_numbers_of_the_own_device_are_kept_aside(pictures, tmp_path, monkeypatch):
+    """Those of every GPU of the machine would be fetched, with a warning, if none were named."""
+    named, fork_rng, single = [], torch.random.fork_rng, tiny(pictures, batch_size=9, epochs=1)
+    monkeypatch.setattr(
+        torch.random, "fork_rng", lambda devices=None, **k: named.append(devices) or fork_rng(devices, **k)
+    )
+    fit(single, tmp_path / "run", device="cpu")
+    step_times(single, 1, device="cpu")
+    assert len(named) >= 2 and not any(devices is None or list(devices) for devices in named)
+
+
 def test_the_largest_seed(pictures, tmp_path):
     assert fit(tiny(pictures, seed=(1 << 32) - 1), tmp_path / "run", device="cpu", max_hours=0).steps == 1
 
@@ -361,7 +374,7 @@ def test_tensorboard_shows_nothing_twice(pictures, whole, tmp_path):
     early = (folder / "state.pt").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_save", lambda self: None)  # as if it had died before
-        patch.setattr(Trainer, "_stop", lambda self, *_: "a test" if self.step == 30 else None)
+        patch.setattr(Trainer, "_reason_to_stop", lambda self, *_: "a test" if self.step == 30 else None)
         fit(tiny(pictures), folder, device="cpu")
     assert (folder / "state.pt").read_bytes() == early
     run = fit(tiny(pictures), folder, device="cpu")
@@ -521,11 +534,12 @@ def test_a_finished_run_is_returned_at_once_and_untouched(tmp_path):
 def test_a_run_that_somebody_else_finished_meanwhile_is_told_of(whole, tmp_path, monkeypatch):
     folder, told = tmp_path / "run", []
 
-    def alone_in(where):
-        shutil.copytree(whole.dir, where, dirs_exist_ok=True)
-        return lock.alone_in(where)
+    def alone_in(group, where, doing):
+        shutil.copytree(whole.dir, where)
+        return held(group, where, doing)
 
-    monkeypatch.setattr(loop, "alone_in", alone_in)
+    held = Group.alone_in
+    monkeypatch.setattr(Group, "alone_in", alone_in)
     run = fit(
         whole.experiment, folder, device="cpu", on_log=lambda run, rows, _: told.append((run, len(rows)))
     )
@@ -542,6 +556,18 @@ def test_init_starts_from_a_runs_weights(pictures, whole, tmp_path):
     end = weights(run)
     for name, value in weights(whole).items():
         torch.testing.assert_close(end[name], value, atol=1e-25, rtol=0)
+
+
+def test_init_means_the_codec_of_that_name_whatever_else_the_experiment_says(capsys):
+    for name in ("demo", "demo-linformer"):
+        exp = baseline("sample", attention="linformer", init=name)
+        net, start = dict(loop.initial_net(exp).named_parameters()), load(name).net.state_dict()
+        fitting = [key for key in net if key in start and net[key].shape == start[key].shape]
+        assert all(torch.equal(net[key], start[key]) for key in fitting)
+        new = len(net) - len(fitting)
+        assert (new == 0) == (name == "demo-linformer")
+        said = capsys.readouterr().out
+        assert said == "" if new == 0 else f"init='demo': {new} weights start from random weights: " in said
 
 
 def test_init_of_another_size_or_from_nowhere(pictures, whole, tmp_path):

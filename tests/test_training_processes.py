@@ -16,9 +16,10 @@ from taco_nb.errors import DataError, SettingError
 from taco_nb.experiment import baseline
 from taco_nb.files import REPOSITORY
 from taco_nb.metrics import perception
+from taco_nb.processes import run_in_processes
 from taco_nb.text import clip_model, text_tower
 from taco_nb.training import fit
-from taco_nb.training.loop import Batches, read_run, shares
+from taco_nb.training.loop import Batches, read_run, saved_steps, split_evenly
 from taco_nb.training.loss import JointLoss
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -67,8 +68,8 @@ def experiment(pictures, **changes):
 
 
 @pytest.mark.parametrize("size, parts", [(8, 2), (8, 3), (1, 4), (0, 2), (7, 7)])
-def test_shares_are_all_of_it_in_order_and_nearly_equal(size, parts):
-    cut = shares(size, parts)
+def test_parts_are_all_of_it_in_order_and_nearly_equal(size, parts):
+    cut = split_evenly(size, parts)
     assert [i for share in cut for i in share] == list(range(size)) and len(cut) == parts
     assert max(map(len, cut)) - min(map(len, cut)) <= 1
 
@@ -82,7 +83,7 @@ def test_processes_share_each_batch(processes):
     for step, batch in enumerate(whole):
         parts = [own[step] for own in split]
         assert all(parts)
-        counted = [part for part, share in zip(parts, shares(len(batch), processes)) if share]
+        counted = [part for part, share in zip(parts, split_evenly(len(batch), processes)) if share]
         assert sum(counted, []) == batch
 
 
@@ -201,7 +202,7 @@ def both(pictures, clip, home, shared):
         (home / f"{name}.json").write_text(exp.to_json())
     fit(experiments["resumed"], home / "resumed-two", device="cpu", max_hours=0)
     with launched(2, home / "two.py", home, "two", *experiments) as process:
-        _, said = process.communicate(timeout=300)
+        _, said = process.communicate(timeout=600)
     assert process.returncode == 0, said[-4000:]
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
         patch.setattr(sys, "argv", ["", str(home), "one", *experiments])
@@ -242,13 +243,22 @@ def test_one_of_two_processes_writes(both):
 
 
 def test_two_processes_from_a_notebook(pictures, both, home, capsys):
-    """`num_processes` starts them; what is wrong with one of them is said here as if it had happened here."""
+    """`num_processes` starts them; what they say, and what is wrong with one of them, is told here."""
     one, _ = both["plain"]
-    two = fit(one.experiment, home / "notebook", device="cpu", num_processes=2)
-    assert_close(two, one)
+    begun = fit(one.experiment, home / "notebook", device="cpu", num_processes=2, max_hours=0)
+    assert (begun.steps, begun.total_steps) == (1, 6)
+    said = capsys.readouterr().out
+    assert "Training notebook in 2 processes on the CPU in float32.\n" in said
+    assert said.count("Stopped by max_hours after step 1 of 6") == 1
+    told = []
+    two = fit(
+        one.experiment, home / "notebook", device="cpu", num_processes=2, on_log=lambda *now: told.append(now)
+    )
     assert two.dir == home / "notebook" and two.finished
-    said = capsys.readouterr()
-    assert "Finished: 6 steps" in said.out and "6/6" in said.err and "loss=" in said.err
+    assert_close(two, one)
+    assert [(run, len(rows)) for run, rows, _ in told] == [(two, len(two.log))]
+    bar = capsys.readouterr().err
+    assert "training notebook on 2 processes: 100%" in bar and "6/6" in bar and "loss=" in bar
     assert fit(one.experiment, home / "notebook", device="cpu", num_processes=2) == two
 
     lost = shutil.copytree(pictures, home / "lost")
@@ -256,6 +266,22 @@ def test_two_processes_from_a_notebook(pictures, both, home, capsys):
         picture.write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"lost.*cannot be read as an image"):
         fit(experiment(lost), home / "lost-run", device="cpu", num_processes=2)
+
+
+def fit_in_own_folder(exp, home):
+    """`fit`, in a folder that the other processes do not see, as on machines that share no disk."""
+    fit(exp, home / os.environ["RANK"], device="cpu")
+
+
+def test_processes_that_do_not_see_the_same_state_do_not_go_on(pictures, tmp_path):
+    exp = experiment(pictures)
+    fit(exp, tmp_path / "0", device="cpu", max_hours=0)
+    with pytest.raises(
+        SettingError, match="would go on from different steps.*on a disk that all of them share"
+    ):
+        arguments = {"exp": exp, "home": tmp_path}
+        run_in_processes("test_training_processes:fit_in_own_folder", arguments, 2, "training", "step")
+    assert saved_steps(tmp_path / "0") == (1, 6)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from taco_nb.command import Command, data_dir_option
+from taco_nb.command import Command, data_dir_option, device_option
 from taco_nb.errors import SettingError
 
 
@@ -16,24 +16,31 @@ from taco_nb.errors import SettingError
 @click.argument("sets", nargs=-1)
 @click.option("--out", metavar="FOLDER", help="Where to keep the evaluation; a run's own folder by default.")
 @data_dir_option
-@click.option("--captions", help="published or context; by default those that the codec was trained on.")
+@click.option(
+    "--captions", help="Which captions: published or context. By default what the codec was trained on."
+)
 @click.option(
     "--caption", default="first", show_default=True, help="Which of an image's captions: first, last or best."
 )
-@click.option("--limit", type=int, help="The first so many images of each set.")
+@click.option("--limit", type=int, help="Measure only this many images of each set.")
 @click.option("--batch-size", default=16, show_default=True, help="Crops that are coded together.")
 @click.option("--patch-size", default=256, show_default=True, help="Side of FID's patches on whole images.")
 @click.option(
-    "--mode", type=click.Choice(["exact", "fast"]), default="exact", show_default=True, help="Of g_a and g_s."
+    "--mode",
+    type=click.Choice(["exact", "fast"]),
+    default="exact",
+    show_default=True,
+    help="fast computes g_a and g_s in bfloat16 where that is quicker.",
 )
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--text-encoder", help="Replaces the text tower that the weights name.")
+@device_option
+@click.option("--text-encoder", help="Use this text tower in place of the one that the weights name.")
 def evaluate(
     codec, sets, out, data_dir, captions, caption, limit, batch_size, patch_size, mode, device, text_encoder
 ) -> None:
-    """Measure CODEC (a run's folder, a checkpoint file or a bundled codec's name) on the data SETS, by real files.
+    """Measure a codec on data sets, with real files.
 
-    Without SETS, those of the paper: kodak, clic and coco.
+    CODEC is a run's folder, a checkpoint file or a bundled codec's name. Without SETS, it is measured on those of the paper:
+    kodak, clic and coco.
     """
     from accelerate import PartialState
 

@@ -1,7 +1,8 @@
-"""`make bench`: the speed of the codec beside CompressAI's ELIC, which is the same codec without the text.
+"""`taco-nb bench`: the speed and memory of the codec beside CompressAI's ELIC, which is the same codec without the text.
 
-All weights are random, of the paper's size, and brought to about the same rate; no time depends on what they have learned.
-Encoding is from an 8-bit image to the bytes of a file, decoding back to the image. The text tower is the untrained one.
+All weights are random, of the paper's size, and scaled so that the files have about the same rate; what they would have
+learned changes no time. Encoding takes an 8-bit image to the bytes of a file, and decoding takes these to the image.
+The captions go through an untrained text tower.
 """
 
 from __future__ import annotations
@@ -9,38 +10,39 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from PIL import Image
+from torch.utils.benchmark import Timer
+from tqdm import tqdm
 
 from taco_nb.codec import Codec, has_fast_bfloat16, pad
 from taco_nb.data.images import to_image, to_rgb, to_tensor
 from taco_nb.files import atomic_write, bundled
 from taco_nb.model import TACO, rans
 from taco_nb.provenance import provenance
-from taco_nb.timing import compare, resident, training_step
-
-if TYPE_CHECKING:
-    import pandas as pd
+from taco_nb.timing import process_memory, time_in_turn, training_step
 
 REFERENCE = "Elic2022Official"
 CAPTION = "a cup of coffee on a wooden table"
 SIZE = (768, 512)
-"""Of a Kodak image."""
+"""Width and height of a Kodak image."""
 
 
 def photograph(width: int, height: int) -> Image.Image:
-    """A bundled photograph at any size."""
+    """Return a bundled photograph, resized."""
     return to_rgb(bundled("sample/images/coffee.png")).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def paper_codecs(device: str) -> dict[str, Codec]:
-    """Both modes around one paper-size network with random weights, at about 0.3 bits per pixel."""
+    """Return both modes, "exact" and "fast", around one paper-size network with random weights, at about 0.3 bpp."""
     torch.manual_seed(0)
     net = TACO()
     with torch.no_grad():
@@ -49,93 +51,84 @@ def paper_codecs(device: str) -> dict[str, Codec]:
     return {mode: Codec(net, "untrained-512", mode=mode) for mode in ("exact", "fast")}
 
 
-def elic(device: str) -> torch.nn.Module:
-    """CompressAI's ELIC with random weights."""
-    from compressai.models import Elic2022Official
+class Elic:
+    """CompressAI's ELIC with random weights, encoding and decoding in our codec's terms."""
 
-    torch.manual_seed(0)
-    net = Elic2022Official().eval().to(device)
-    net.update()
-    return net
+    def __init__(self, device: str):
+        from compressai.models import Elic2022Official
+
+        torch.manual_seed(0)
+        self.net = Elic2022Official().eval().to(device)
+        self.net.update()
+        self.device = device
+
+    @torch.inference_mode()
+    def encode_batch(self, images: list[Image.Image], captions: list[str]) -> dict[str, Any]:
+        """Return what CompressAI's `compress` gives, strings and a shape. ELIC reads no captions."""
+        return self.net.compress(torch.stack([pad(to_tensor(image)) for image in images]).to(self.device))
+
+    @torch.inference_mode()
+    def decode_batch(self, coded: dict[str, Any]) -> torch.Tensor:
+        return self.net.decompress(coded["strings"], coded["shape"])["x_hat"].cpu()
+
+    def encode(self, image: Image.Image, caption: str) -> dict[str, Any]:
+        return self.encode_batch([image], [caption])
+
+    def decode(self, coded: dict[str, Any]) -> Image.Image:
+        return to_image(self.decode_batch(coded)[0])
 
 
-@torch.inference_mode()
-def elic_encode(net: torch.nn.Module, image: Image.Image, device: str) -> dict[str, Any]:
-    """As its authors' `compress` gives them: strings and shape."""
-    return net.compress(pad(to_tensor(image)[None].to(device)))
+def speed(device: str, repeats: int, training_repeats: int, bar: tqdm | None = None) -> pd.DataFrame:
+    """Time ELIC and both modes in turn at encoding, at decoding and at a training step: a row per task and codec.
 
-
-@torch.inference_mode()
-def elic_decode(net: torch.nn.Module, coded: dict[str, Any]) -> Image.Image:
-    return to_image(net.decompress(coded["strings"], coded["shape"])["x_hat"][0].cpu())
-
-
-def speed(device: str, repeats: int, training_repeats: int) -> pd.DataFrame:
-    """Encode, decode and a training step of the reference and of both modes, in turn: a row per task and codec.
-
-    A training step is forward, rate and distortion, backward and Adam on 256x256 crops, one on a processor and eight on a
-    GPU; "exact" is float32 and "fast" bfloat16 autocast where the device has it.
+    On a GPU, batches of 32 crops are coded too. A training step is forward pass, rate and distortion, backward pass and
+    Adam, on one 256x256 crop on a processor and on eight on a GPU; "exact" trains in float32, and "fast" autocasts to
+    bfloat16 where the device is quicker at it. `bar` moves by one after each of the tasks.
     """
-    import pandas as pd
+    codecs = {REFERENCE: Elic(device), **paper_codecs(device)}
+    image, rows = photograph(*SIZE), []
 
-    image, peer, codecs = photograph(*SIZE), elic(device), paper_codecs(device)
-    coded, files = (
-        elic_encode(peer, image, device),
-        {mode: c.encode(image, CAPTION) for mode, c in codecs.items()},
-    )
-    sizes = {REFERENCE: sum(len(string) for strings in coded["strings"] for string in strings)}
-    sizes |= {mode: len(data) for mode, data in files.items()}
-    encode = {REFERENCE: lambda: elic_encode(peer, image, device)}
-    encode |= {mode: lambda codec=codec: codec.encode(image, CAPTION) for mode, codec in codecs.items()}
-    decode = {REFERENCE: lambda: elic_decode(peer, coded)}
-    decode |= {
-        mode: lambda codec=codec, mode=mode: codec.decode(files[mode]) for mode, codec in codecs.items()
-    }
-    tasks = {"encode": compare(encode, device, repeats), "decode": compare(decode, device, repeats)}
-    if device == "cuda":
-        tasks |= _batches(device, repeats, peer, codecs)
-    net = codecs["exact"].net
-    crops = torch.rand(8 if device == "cuda" else 1, 3, 256, 256, device=device).to(
-        memory_format=torch.channels_last
-    )
-    text = torch.randn(len(crops), 38, net.config.text_dim, device=device)
-    train = {REFERENCE: training_step(peer, crops), "exact": training_step(net, crops, text)}
-    train["fast"] = training_step(net, crops, text, bfloat16=has_fast_bfloat16(device))
-    tasks["training step"] = compare(train, device, training_repeats)
-    rows = [
-        {"task": task, "codec": name, **row, "bytes": sizes[name] if task == "encode" else None}
-        for task, measured in tasks.items()
-        for name, row in measured.items()
-    ]
+    def measure(
+        task: str, runs: dict[str, Callable], times: int, sizes: dict[str, int] | None = None
+    ) -> None:
+        for name, row in time_in_turn(runs, device, times).items():
+            rows.append({"task": task, "codec": name, **row, "bytes": sizes[name] if sizes else None})
+        if bar is not None:
+            bar.update()
+
+    files = {name: codec.encode(image, CAPTION) for name, codec in codecs.items()}
+    sizes = {name: _file_size(file) for name, file in files.items()}
+    measure("encode", {name: partial(c.encode, image, CAPTION) for name, c in codecs.items()}, repeats, sizes)
+    measure("decode", {name: partial(c.decode, files[name]) for name, c in codecs.items()}, repeats)
+    if device == "cuda":  # ELIC codes the images of a batch one after the other
+        crops = [photograph(256, 256)] * 32
+        encode = {name: partial(c.encode_batch, crops, [CAPTION] * 32) for name, c in codecs.items()}
+        batches = {name: run() for name, run in encode.items()}
+        decode = {
+            name: lambda c=c, batch=batches[name]: [x_hat.cpu() for x_hat in c.decode_batch(batch)]
+            for name, c in codecs.items()
+        }
+        measure("encode 32 crops", encode, repeats)
+        measure("decode 32 crops", decode, repeats)
+    net, count = codecs["exact"].net, 8 if device == "cuda" else 1
+    x = torch.rand(count, 3, 256, 256, device=device).to(memory_format=torch.channels_last)
+    text = torch.randn(count, 38, net.config.text_dim, device=device)
+    train = {REFERENCE: training_step(codecs[REFERENCE].net, x), "exact": training_step(net, x, text)}
+    train["fast"] = training_step(net, x, text, bfloat16=has_fast_bfloat16(device))
+    measure("training step", train, training_repeats)
     return pd.DataFrame(rows)
 
 
-def _batches(device: str, repeats: int, peer: torch.nn.Module, codecs: dict[str, Codec]) -> dict[str, dict]:
-    """Thirty-two COCO crops at once; the reference codes a batch one image after the other inside."""
-    crops = [photograph(256, 256)] * 32
-    x = torch.stack([to_tensor(crop) for crop in crops])
-    encode = {REFERENCE: torch.inference_mode()(lambda: peer.compress(x.to(device)))}
-    encode |= {m: lambda c=c: c.encode_batch(crops, [CAPTION] * len(crops)) for m, c in codecs.items()}
-    coded, files = encode[REFERENCE](), {mode: encode[mode]() for mode in codecs}
-    decode = {
-        REFERENCE: torch.inference_mode()(
-            lambda: peer.decompress(coded["strings"], coded["shape"])["x_hat"].cpu()
-        )
-    }
-    decode |= {
-        m: lambda c=c, m=m: [x_hat.cpu() for x_hat in c.decode_batch(files[m])] for m, c in codecs.items()
-    }
-    return {
-        "encode 32 crops": compare(encode, device, repeats),
-        "decode 32 crops": compare(decode, device, repeats),
-    }
+def _file_size(file: bytes | dict[str, Any]) -> int:
+    """Return the bytes of a `.taco` file, or of ELIC's strings."""
+    if isinstance(file, bytes):
+        return len(file)
+    return sum(len(string) for strings in file["strings"] for string in strings)
 
 
 @torch.inference_mode()
-def parts(codec: Codec, device: str, repeats: int) -> pd.DataFrame:
-    """Where a codec's time goes, each part timed by itself: transfers, transforms, entropy networks, coder."""
-    import pandas as pd
-
+def parts(codec: Codec, device: str) -> pd.DataFrame:
+    """Time each part of a codec by itself, in milliseconds: transforms, entropy networks, coder, and a GPU's transfers."""
     net, x = codec.net, pad(to_tensor(photograph(*SIZE))[None])
     text, on_device = (
         codec.conditioning([CAPTION]),
@@ -145,18 +138,13 @@ def parts(codec: Codec, device: str, repeats: int) -> pd.DataFrame:
     with in_precision():
         y = net.g_a(on_device, *text).float()
     coded = net.quantize(y)
-
-    def g_a() -> None:
-        with in_precision():
-            net.g_a(on_device, *text)
-
-    def g_s() -> None:
-        with in_precision():
-            net.g_s(coded.y_hat)
-
     symbols, indexes = (torch.cat(steps).cpu() for steps in (coded.y, coded.indexes))
     tables, lengths = net.tables().y, [len(part) for part in coded.y]
     stream = rans.encode(symbols, indexes, tables)
+
+    def transform(network: torch.nn.Module, *inputs: torch.Tensor) -> None:
+        with in_precision():
+            network(*inputs)
 
     def read() -> None:
         decoder = rans.Decoder(stream, tables, len(indexes))
@@ -164,85 +152,67 @@ def parts(codec: Codec, device: str, repeats: int) -> pd.DataFrame:
             decoder.read(part)
 
     runs: dict[str, Callable[[], Any]] = {
-        "g_a": g_a,
+        "g_a": lambda: transform(net.g_a, on_device, *text),
         "entropy networks": lambda: net.quantize(y),
         "coder, encoding": lambda: rans.encode(symbols, indexes, tables),
         "coder, decoding": read,
-        "g_s": g_s,
+        "g_s": lambda: transform(net.g_s, coded.y_hat),
     }
     if device == "cuda":
         runs["transfers"] = lambda: (x.to(device), on_device.cpu(), y.cpu(), symbols.to(device))
-    measured = compare({name: torch.inference_mode()(run) for name, run in runs.items()}, device, repeats)
-    return pd.DataFrame([{"part": name, "codec": codec.mode, **row} for name, row in measured.items()])
+    threads = torch.get_num_threads()  # a Timer's own default is one
+    timers = {name: Timer("run()", globals={"run": run}, num_threads=threads) for name, run in runs.items()}
+    medians = {name: 1e3 * timer.blocked_autorange().median for name, timer in timers.items()}
+    return pd.DataFrame({"part": medians.keys(), "codec": codec.mode, "median_ms": medians.values()})
 
 
-def peak_memory(codec: str, width: int, height: int) -> float:
-    """MiB that a process of its own takes at most, PyTorch and weights included, to encode and decode one image.
+def peak_memory(name: str, width: int, height: int) -> float:
+    """Return the MiB that a process takes at most to encode and decode one image, PyTorch and weights included.
 
-    NaN where the system does not tell it.
+    The process is a new one, so that nothing else counts. The result is NaN where the system does not tell it.
     """
-    command = [sys.executable, "-W", "ignore", "-m", "taco_nb.tools.bench", codec, str(width), str(height)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_code_one_image, name, width, height).result()
 
 
-def _print_peak(name: str, width: int, height: int) -> None:
+def _code_one_image(name: str, width: int, height: int) -> float:
     image = photograph(width, height)
-    if name == REFERENCE:
-        peer = elic("cpu")
-        elic_decode(peer, elic_encode(peer, image, "cpu"))
-    else:
-        codec = paper_codecs("cpu")[name]
-        codec.decode(codec.encode(image, CAPTION))
+    codec = Elic("cpu") if name == REFERENCE else paper_codecs("cpu")[name]
+    codec.decode(codec.encode(image, CAPTION))
     try:
-        print(resident("VmHWM") / 1024)
+        return process_memory("VmHWM")
     except OSError:
-        print(math.nan)
-
-
-def memory(sizes: list[tuple[int, int]]) -> pd.DataFrame:
-    """Peak memory on the processor per codec and image size, which should not grow faster than the image."""
-    import pandas as pd
-    from tqdm.auto import tqdm
-
-    jobs = [
-        (name, *size)
-        for size in sizes
-        for name in (REFERENCE, "exact", "fast")
-        if name != REFERENCE or size == SIZE
-    ]
-    rows = [
-        {"codec": name, "size": f"{width} x {height}", "peak_mib": peak_memory(name, width, height)}
-        for name, width, height in tqdm(jobs, desc="memory", unit="process")
-    ]
-    return pd.DataFrame(rows)
+        return math.nan
 
 
 def bench(device: str, repeats: int, out: Path, large: bool) -> None:
     """Print the tables of speed and memory, and write them as CSV files into the folder `out`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    table = speed(device, repeats, max(3, repeats // 3))
-    where = parts(paper_codecs(device)["fast"], device, repeats)
-    peaks = memory([SIZE, (2048, 1536), *([(6000, 4000)] if large else [])])
-    about = provenance()
+    # Memory should not grow faster than the image, which is shown for our codec; one size does for ELIC.
+    sizes = [SIZE, (2048, 1536), *([(6000, 4000)] if large else [])]
+    memory_of = [(REFERENCE, *SIZE), *((mode, *size) for size in sizes for mode in ("exact", "fast"))]
+    tasks, rows = 5 if device == "cuda" else 3, []
+    with tqdm(desc="bench", unit="measurement", total=tasks + 1 + len(memory_of)) as bar:
+        table = speed(device, repeats, max(3, repeats // 3), bar)
+        where = parts(paper_codecs(device)["fast"], device)
+        bar.update()
+        for name, width, height in memory_of:
+            peak = peak_memory(name, width, height)
+            rows.append({"codec": name, "size": f"{width} x {height}", "peak_mib": peak})
+            bar.update()
+    peaks, about = pd.DataFrame(rows), provenance()
     hardware = about["hardware"]
-    wide = table.pivot(index="codec", columns="task", values=["speedup", "median_ms"]).loc[
-        [REFERENCE, "exact", "fast"]
-    ]
+    wide = table.pivot(index="codec", columns="task", values=["speedup", "median_ms"])
     print(f"{hardware['cpu']}, {hardware['threads']} threads, {device} {hardware['gpus']}")
     print(
-        f"{SIZE[0]} x {SIZE[1]} pixels, medians of {repeats} runs; speedup over {REFERENCE} in the same run\n"
+        f"{SIZE[0]} x {SIZE[1]} pixels, medians of {repeats} runs; speedup is over {REFERENCE}'s runs beside them\n"
     )
-    print(
-        wide.round(2).to_string(), "\n\n", where[["part", "median_ms"]].round(1).to_string(index=False), "\n"
-    )
+    print(wide.loc[[REFERENCE, "exact", "fast"]].round(2).to_string(), "\n")
+    print(where[["part", "median_ms"]].round(1).to_string(index=False), "\n")
     print(peaks.round(0).to_string(index=False))
     for name, frame in (("speed", table), ("parts", where), ("memory", peaks)):
         with atomic_write(out / f"{name}.csv", "w") as file:
             frame.to_csv(file, index=False)
     with atomic_write(out / "bench.json", "w") as file:
         json.dump({"device": device, "size": SIZE, "load": os.getloadavg(), **about}, file, indent=1)
-
-
-if __name__ == "__main__":
-    _print_peak(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,21 +1,24 @@
-"""The bundled demo codecs: how runs become such, with cards that say what they are, and where they stand.
+"""`taco-nb bundle` makes bundled codecs of finished runs, with cards that say what they are, and shows where they stand.
 
     taco-nb bundle                                    # all bundled codecs beside JPEG, WebP and AVIF on Kodak
     taco-nb bundle demo-mine=runs/mine ... --data "500 photographs of ..., for research use"
 
-A card is measured, never typed: real files on the sample's validation images, and on Kodak where that is there.
+Nobody types the figures of a card: they are measured on real files, of the sample's validation images and of Kodak where
+it is there.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 
 from taco_nb import checkpoint
@@ -28,27 +31,15 @@ from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.metrics.rate import bd_rate, few_points, rate_at
 from taco_nb.provenance import provenance
-from taco_nb.training.start import family, initial_weights
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 LARGEST = 8_000_000
-"""Bytes that one bundled codec may have."""
+"""The bytes that one bundled codec may have, since all of them travel with the repository."""
 PEER_QUALITIES = (1, *QUALITIES)
-"""Of the other codecs' own scales: the lowest too, for the PSNR of a demo codec is low."""
+"""Qualities on the other codecs' own scales. The lowest is among them because the demo codecs' PSNR is low."""
 RECIPE = (
-    "sizes",
-    "lmbda",
-    "crop",
-    "batch_size",
-    "optimizer",
-    "learning_rate",
-    "schedule",
-    "precision",
-    "seed",
-)
-"""The settings that a card gives of each run on the way to a codec, beside its ablations."""
+    "sizes", "lmbda", "crop", "batch_size", "optimizer", "learning_rate", "schedule", "precision", "seed",
+)  # fmt: skip
+"""The settings that a card gives for each run on the way to a codec, beside its ablations."""
 NOT_TO_BE_CLAIMED = (
     "anything about text in image compression, TACO or the report: the text tower knows no meanings, the training set is "
     "tiny and the training short"
@@ -62,12 +53,12 @@ def bundle(
     *,
     data_dir: str | os.PathLike | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Write of each finished run {name: folder} a codec `name.safetensors`, kernels in half precision, into the folder
-    `shelf`, with its card `name.json`; the cards.
+    """Write a codec `name.safetensors` and its card `name.json` for each finished run {name: folder}; return the cards.
 
-    `data` says in words what they were trained on and under which terms. Steps and hours of what a run started from are
-    counted in. Raises `SettingError` for a run that is not finished or a file above `LARGEST`, `CheckpointError` for one
-    that cannot be read; nothing is written then.
+    The files go into the folder `shelf`, with the kernels in half precision. `data` says in words what the runs were trained
+    on and under which terms. A card counts the steps and hours of the runs that a run started from. Raises `SettingError`
+    for a run that is not finished or a file above `LARGEST`, and `CheckpointError` for a run that cannot be read; then
+    nothing is written.
     """
     with tempfile.TemporaryDirectory(dir=shelf, prefix=".") as scratch:
         made = {name: Path(scratch, f"{name}.safetensors") for name in runs}
@@ -75,10 +66,12 @@ def bundle(
         codecs = {name: load(path) for name, path in made.items()}
         table, _ = standing(list(codecs.values()), _sets(data_dir))
         for name, card in cards.items():
-            rows = table[table["codec"] == name].drop(columns="codec").to_dict("records")
-            results = {
-                row.pop("dataset"): {key: _rounded(value) for key, value in row.items()} for row in rows
-            }
+            results = {}
+            for row in table[table["codec"] == name].drop(columns="codec").to_dict("records"):
+                # JSON has no NaN; null says that another codec's curve does not reach this PSNR.
+                row = {key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}
+                row = {key: None if x != x else x for key, x in row.items()}
+                results[row.pop("dataset")] = row
             first = {"sha256": sha256(made[name]), "what": _what(codecs[name]), "data": data}
             cards[name] = {**first, **card, "results": results, "not_to_be_used_to_claim": NOT_TO_BE_CLAIMED}
         for name, path in made.items():
@@ -89,30 +82,27 @@ def bundle(
 
 
 def _compact(run: Path, name: str, path: Path, data_dir: str | os.PathLike | None) -> dict[str, Any]:
-    """Write the run's weights in half precision to `path`; what its card says of the way there."""
+    """Write a run's weights in half precision to `path`, and return what the card says of how they were trained."""
     net, about = checkpoint.load_net(run / checkpoint.WEIGHTS)
-    if about.get("steps", 0) != about.get("total_steps", 1):
-        raise SettingError(
-            f"{run} is not a finished run: {about.get('steps', 0)} steps of {about.get('total_steps')}."
-        )
-    exp, history = (
-        Experiment().replace(**about["experiment"]),
-        _history(run / checkpoint.WEIGHTS, about, data_dir),
-    )
+    done, wanted = about.get("steps", 0), about.get("total_steps", 1)
+    if done != wanted:
+        raise SettingError(f"{run} is not a finished run: {done} steps of {wanted}.")
+    exp = Experiment().replace(**about["experiment"])
+    history = _history(run / checkpoint.WEIGHTS, about, data_dir)
     steps, hours = (sum(link[key] for link in history) for key in ("steps", "hours"))
-    # where things lay is nobody's business
+    # A published file does not name the folders of the machine that it was made on.
     exp = exp.replace(train_data=Path(exp.train_data).name, init=Path(exp.init).name)
     experiment = json.loads(exp.to_json())
     about |= {"name": name, "experiment": experiment, "steps": steps, "total_steps": steps, "hours": hours}
     checkpoint.save_weights(path, net, about, torch.float16)
-    if path.stat().st_size > LARGEST:
+    if (size := path.stat().st_size) > LARGEST:
         raise SettingError(
-            f"{name} has {path.stat().st_size:,} bytes, more than the {LARGEST:,} of a demo codec."
+            f"{name} has {size:,} bytes, more than the {LARGEST:,} that a bundled codec may have."
         )
+    perception = "".join(f" + {key}" for key in ("k_P", "k_J") if getattr(exp, key))
     return {
         "lmbda": exp.lmbda,
-        "loss": "lmbda * 255^2 * MSE + bpp"
-        + "".join(f" + {key}" for key in ("k_P", "k_J") if getattr(exp, key)),
+        "loss": f"lmbda * 255^2 * MSE + bpp{perception}",
         "steps": steps,
         "hours": round(hours, 2),
         "history": history,
@@ -126,7 +116,7 @@ def _compact(run: Path, name: str, path: Path, data_dir: str | os.PathLike | Non
 def _history(
     weights: Path, about: dict[str, Any], data_dir: str | os.PathLike | None
 ) -> list[dict[str, Any]]:
-    """The runs that led to these weights, the first one first; a bundled codec's are on its card."""
+    """Return the runs that led to these weights, the earliest first; a bundled codec has them on its card."""
     if weights.with_suffix(".json").is_file():
         return checkpoint.card_of(weights)["history"]
     exp = Experiment().replace(**about["experiment"])
@@ -134,66 +124,63 @@ def _history(
     told = {*RECIPE, *exp.ablations}
     settings = {name: value for name, value in json.loads(exp.to_json()).items() if name in told}
     link = {"run": run, "steps": about["steps"], "hours": round(about["hours"], 2), "settings": settings}
-    before = initial_weights(exp, data_dir)
-    return [*(_history(before, checkpoint.read_weights(before)[1], data_dir) if before else []), link]
+    if not exp.init:
+        return [link]
+    before = checkpoint.find(exp.init, data_dir)
+    return [*_history(before, checkpoint.read_weights(before)[1], data_dir), link]
+
+
+def _ablations(codec: Codec) -> dict[str, Any]:
+    """Return in what a codec's training differs from the baseline's; nothing for a baseline."""
+    return Experiment().replace(**codec.about["experiment"]).ablations
 
 
 def _what(codec: Codec) -> str:
-    kind = ", ".join(f"{name}={value}" for name, value in experiment_of(codec).ablations.items())
+    kind = ", ".join(f"{name}={value}" for name, value in _ablations(codec).items())
     kind = kind or "baseline (softmax attention, published captions)"
     return f"TACO at small size, {sum(p.numel() for p in codec.net.parameters()) / 1e6:.2f} million parameters, {kind}"
 
 
 def _sets(data_dir: str | os.PathLike | None) -> list[CaptionedImages]:
-    """The sample's validation pictures, and Kodak where it is there."""
+    """Return the sample's validation pictures, and Kodak where it is there."""
     sets = datasets("sample", data_dir=data_dir)
     try:
         return sets + datasets("kodak", data_dir=data_dir)
     except DataError as error:
-        print(f"Not on the cards: {error}")
+        print(f"The cards say nothing of Kodak. {error}")
         return sets
 
 
 def standing(codecs: Sequence[Codec], sets: Sequence[CaptionedImages]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Where codecs stand beside this machine's JPEG, WebP and AVIF, real files all of them.
+    """Return where codecs stand beside this machine's JPEG, WebP and AVIF, all of them measured on real files.
 
-    The first table has a row per codec and data set: bpp, psnr and ms_ssim, means over images, and per peer "JPEG, %" and
-    so on, the codec's rate less the peer's in percent of it, at the codec's mean PSNR (NaN where the peer's curve does
-    not reach it). The second has a row per data set and peer: the BD-rate (PSNR) of the curve through those codecs that are
-    baselines, NaN for fewer than two of them; both curves' numbers of points; and a note where these are too few.
+    The first table has a row per codec and data set: bpp, psnr and ms_ssim are means over the images, and "JPEG, %" and so
+    on say by how many percent the codec's rate is above (or, negative, below) that of JPEG at the codec's mean PSNR. NaN
+    says that JPEG's curve does not reach that PSNR.
+
+    The second has a row per data set and other codec: the BD-rate (PSNR) of the curve through those of `codecs` that are
+    baselines, NaN if they are fewer than two; both curves' numbers of points; and a note where these are too few.
     """
-    import pandas as pd
-
-    ours = means(pd.concat([evaluate(codec, sets) for codec in codecs], ignore_index=True))
+    # Without networks, for none of their figures (LPIPS, FID and so on) is wanted here.
+    ours = means(pd.concat([evaluate(codec, sets, networks={}) for codec in codecs], ignore_index=True))
     theirs = means(evaluate_peers(sets, PEER_QUALITIES))
     curves = {key: curve.sort_values("bpp") for key, curve in theirs.groupby(["dataset", "codec"])}
-    baselines = [codec.name for codec in codecs if not experiment_of(codec).ablations]
+    baselines = [codec.name for codec in codecs if not _ablations(codec)]
     rows, gaps = [], []
     for dataset, group in ours.groupby("dataset", sort=False):
-        for row in group.to_dict("records"):
-            at = {
-                f"{peer}, %": 100 * (row["bpp"] / _rate_at(curves[dataset, peer], row["psnr"]) - 1)
-                for peer in available_peers()
-            }
-            rows.append(
-                {key: row[key] for key in ("codec", "dataset", "images", "bpp", "psnr", "ms_ssim")} | at
-            )
+        for row in group[["codec", "dataset", "images", "bpp", "psnr", "ms_ssim"]].to_dict("records"):
+            for peer in available_peers():
+                rate = _rate_at(curves[dataset, peer], row["psnr"])
+                row[f"{peer}, %"] = 100 * (row["bpp"] / rate - 1)
+            rows.append(row)
         points = group[group["codec"].isin(baselines)]
         for peer in available_peers():
-            curve = curves[dataset, peer]
-            several = len(points) > 1
-            gaps.append(
-                {
-                    "dataset": dataset,
-                    "peer": peer,
-                    "BD-rate (PSNR), %": bd_rate(curve["bpp"], curve["psnr"], points["bpp"], points["psnr"])
-                    if several
-                    else float("nan"),
-                    "points of the peer": len(curve),
-                    "points": len(points),
-                    "note": few_points(len(curve), len(points)),
-                }
-            )
+            gap, curve = math.nan, curves[dataset, peer]
+            if len(points) > 1:
+                gap = bd_rate(curve["bpp"], curve["psnr"], points["bpp"], points["psnr"])
+            row = {"dataset": dataset, "peer": peer, "BD-rate (PSNR), %": gap}
+            row |= {"points of the peer": len(curve), "points": len(points)}
+            gaps.append({**row, "note": few_points(len(curve), len(points))})
     return pd.DataFrame(rows), pd.DataFrame(gaps)
 
 
@@ -201,36 +188,20 @@ def _rate_at(curve: pd.DataFrame, psnr: float) -> float:
     try:
         return rate_at(curve["bpp"], curve["psnr"], psnr)
     except SettingError:  # beyond the ends of the peer's curve
-        return float("nan")
-
-
-def baselines(data_dir: str | os.PathLike | None = None, device: str = "cpu") -> list[Codec]:
-    """The bundled codecs that are baselines, by rising lambda: together a rate-distortion curve."""
-    lmbdas = {name: exp.lmbda for name, exp in family(data_dir).items() if not exp.ablations}
-    return [load(name, device=device, data_dir=data_dir) for name in sorted(lmbdas, key=lmbdas.get)]
-
-
-def experiment_of(codec: Codec) -> Experiment:
-    """How a codec was trained, by its own words."""
-    return Experiment().replace(**codec.about.get("experiment", {}))
-
-
-def _rounded(value: float) -> float | None:
-    """As JSON holds it, which knows no NaN."""
-    return None if value != value else round(value, 4)
+        return math.nan
 
 
 def print_standing(data_dir: str | os.PathLike | None = None) -> None:
     """Print where every bundled codec stands beside JPEG, WebP and AVIF on Kodak."""
-    shelf = bundled("checkpoints", data_dir)
-    codecs = [load(path.stem, data_dir=data_dir) for path in sorted(shelf.glob("*.safetensors"))]
-    table, gaps = standing(codecs, datasets("kodak", data_dir=data_dir))
-    print(table.round(4).to_string(index=False))
+    kodak = datasets("kodak", data_dir=data_dir)
+    codecs = [load(name, data_dir=data_dir) for name in checkpoint.bundled_codecs(data_dir)]
+    table, gaps = standing(codecs, kodak)
+    print(table.round(4).to_string(index=False), "\n")
     print(gaps.round(1).to_string(index=False))
 
 
 def bundle_named(runs: Sequence[str], data: str, data_dir: str | os.PathLike | None = None) -> None:
-    """Bundle runs given as "NAME=RUN", and print their cards. Raises `SettingError` for another form."""
+    """Bundle runs that are given as "NAME=RUN", and print their cards. Raises `SettingError` for another form."""
     if bad := [run for run in runs if not re.fullmatch(r"[\w-]+=.+", run)]:
         raise SettingError(f"{bad[0]!r} is not NAME=RUN, such as demo-mine=runs/mine.")
     named = dict(run.split("=", 1) for run in runs)

@@ -1,8 +1,8 @@
-"""An executed notebook as one HTML file that opens without a network: `taco-nb export out/01_baseline.ipynb`.
+"""`taco-nb export out/01_baseline.ipynb` writes an executed notebook as one HTML file that opens without a network.
 
-nbconvert lays the page out. What its page would fetch is brought along or made needless: plotly's script is embedded once,
-formulas become MathML, which browsers set by themselves, and a widget, which needs a kernel, is replaced by the static
-picture that it also yields.
+nbconvert lays out the page, and it embeds the pictures of the text. It would still fetch MathJax, require.js and a widget
+manager, and no option embeds these. So formulas become MathML, which browsers set by themselves; plotly's script is put
+into the page once; and in place of a widget, which needs a kernel, stands the static picture that it also gives.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from nbformat import NotebookNode
 
 _PLOTLY, _WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
-_PICTURES = ("image/png", "image/jpeg")  # lossless where a picture comes as both
-_PLOTLY_SCRIPT = re.compile(
-    r"<script[^>]*>\s*/\*\*\s*\* plotly\.js v\d.*?</script>", re.DOTALL
-)  # of its notebook renderer
+_PICTURES = ("image/png", "image/jpeg")
+"""The first of them is lossless, and taken where an output has both."""
+_PLOTLY_SCRIPT = re.compile(r"<script[^>]*>\s*/\*\*\s*\* plotly\.js v\d.*?</script>", re.DOTALL)
+"""The whole of plotly, which its notebook renderer puts into an output."""
 _SCRIPT = re.compile(r"<script.*?</script>", re.DOTALL)
 _TEMPLATE = """{%- extends 'index.html.j2' -%}
 {%- block html_head_js_requirejs -%}{%- endblock -%}
@@ -39,22 +39,21 @@ _TEMPLATE = """{%- extends 'index.html.j2' -%}
 {%- endblock -%}
 """
 _FETCHING = ("src", "data", "poster", "background", "href", "xlink:href")
-"""Attributes that name what a page fetches; in a link, what it leads to."""
-_CANDIDATE = re.compile(
-    r"[\s,]*(\S*[^\s,])(?:,|[^,]*)"
-)  # of a srcset: an address, perhaps a width or density
-_BROUGHT_ALONG = ("data:", "#")
+"""The attributes that name what a page fetches. A link's `href` is only followed on a click, and may lead anywhere."""
+_CANDIDATE = re.compile(r"[\s,]*(\S*[^\s,])(?:,|[^,]*)")
+"""One entry of a srcset: an address, perhaps followed by a width or density."""
 _FETCHING_CSS = re.compile(r"""@import\s|url\((?!\s*(?:["']?\s*(?:data:|#|\))|""|''))""", re.IGNORECASE)
+"""CSS that fetches: any @import, and any url(...) but an embedded one, one into the page itself, and an empty one."""
 
 
 def export_html(notebook_path: str | os.PathLike, html_path: str | os.PathLike | None = None) -> Path:
-    """Write the executed notebook as one HTML file, beside it unless `html_path` says where, and return that file's path.
+    """Write an executed notebook as one HTML file, and return its path: `html_path`, or beside the notebook.
 
-    Figures stay interactive; pictures have alt texts, their own (`IPython.display.Image(..., alt=...)`) or the heading they
-    stand under.
-    Raises `DataError` for a file that is no notebook, a formula that cannot be turned into MathML, and a page whose HTML or
-    CSS would fetch something, each named; whatever stood at `html_path` is then untouched. Scripts are not inspected.
+    Figures stay interactive. Every picture has an alternative text: its own (`IPython.display.Image(..., alt=...)`) or the
+    heading above it. Raises `DataError` for a file that is no notebook, for a formula that cannot be turned into MathML, and
+    for HTML or CSS that would fetch something (what scripts do is not examined); an older file at `html_path` then stays.
     """
+    import bs4
     import nbformat
 
     source = Path(notebook_path)
@@ -65,8 +64,14 @@ def export_html(notebook_path: str | os.PathLike, html_path: str | os.PathLike |
         raise DataError(f"There is no notebook {source}.") from None
     except Exception as error:  # nbformat passes on whatever JSON and its schema raise
         raise DataError(f"{source} cannot be read as a notebook: {str(error).splitlines()[0]}") from None
+    resources = {"metadata": {"name": source.stem, "path": str(source.resolve().parent)}}
+    resources["plotly_script"] = _plotly_script(notebook)
+    headings = _make_static(notebook)
+    notebook.metadata["title"] = headings[0] if headings else source.stem
+    notebook.metadata.pop("widgets", None)
     try:
-        page = _page(notebook, source)
+        page, _ = _exporter().from_notebook_node(notebook, resources)
+        _refuse_fetching(bs4.BeautifulSoup(page, "html.parser"))
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
     with atomic_write(target, "w") as file:
@@ -74,29 +79,18 @@ def export_html(notebook_path: str | os.PathLike, html_path: str | os.PathLike |
     return target
 
 
-def _page(notebook: NotebookNode, source: Path) -> str:
-    import bs4
-
+def _plotly_script(notebook: NotebookNode) -> str:
+    """Return the script element that draws plotly's figures, or "" where the notebook has none."""
     outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
-    script = ""
-    if any(_PLOTLY in data or "Plotly.newPlot" in data.get("text/html", "") for data in outputs):
-        from plotly.offline import get_plotlyjs
+    if not any(_PLOTLY in data or "Plotly.newPlot" in data.get("text/html", "") for data in outputs):
+        return ""
+    from plotly.offline import get_plotlyjs
 
-        script = f"<script>{get_plotlyjs()}</script>"
-    headings = _prepare(notebook)
-    notebook.metadata["title"] = headings[0] if headings else source.stem
-    notebook.metadata.pop("widgets", None)
-    resources = {
-        "metadata": {"name": source.stem, "path": str(source.resolve().parent)},
-        "plotly_script": script,
-    }
-    page, _ = _exporter().from_notebook_node(notebook, resources)
-    _refuse_fetching(bs4.BeautifulSoup(page, "html.parser"))
-    return page
+    return f"<script>{get_plotlyjs()}</script>"
 
 
-def _prepare(notebook: NotebookNode) -> list[str]:
-    """Leave in each output what a page without kernel and network can show; returns the notebook's headings."""
+def _make_static(notebook: NotebookNode) -> list[str]:
+    """Leave in each output what a page without kernel and network can show, and return the notebook's headings."""
     headings: list[str] = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -109,24 +103,22 @@ def _prepare(notebook: NotebookNode) -> list[str]:
 
 
 def _static(output: NotebookNode, where: str) -> Iterator[NotebookNode]:
+    """Yield the output as a page can show it, under the heading `where`, or nothing if it cannot."""
     data = output.get("data", {})
     if _PLOTLY in data:
         data = output.data = {"text/html": _figure(data[_PLOTLY], where)}
-    elif _WIDGET in data:
-        del data[_WIDGET]
-        if data.keys() <= {"text/plain"}:
-            return  # a progress bar, or another whose text is the name of a Python class
+    elif data.pop(_WIDGET, None) is not None and data.keys() <= {"text/plain"}:
+        return  # a progress bar, or another widget whose only text is the name of its Python class
     elif _PLOTLY_SCRIPT.search(data.get("text/html", "")):
         data["text/html"] = _PLOTLY_SCRIPT.sub("", data["text/html"])
         if not _SCRIPT.sub("", data["text/html"]).strip():
             return
-    if "text/html" not in data:
+    if "text/html" not in data:  # nbconvert prefers HTML, and gives its own pictures no alternative text
         svg, kind = data.get("image/svg+xml"), next((kind for kind in _PICTURES if kind in data), "")
         alt = html.escape(output.get("metadata", {}).get(kind, {}).get("alt", where), quote=True)
         if svg:  # in the page itself, so that its text can be searched and read aloud
-            output.data = {
-                "text/html": f'<div role="img" aria-label="{alt}">{svg[svg.index("<svg") :]}</div>'
-            }
+            picture = f'<div role="img" aria-label="{alt}">{svg[svg.index("<svg") :]}</div>'
+            output.data = {"text/html": picture}
         elif kind:
             code = data[kind].replace("\n", "")
             output.data = {"text/html": f'<img alt="{alt}" src="data:{kind};base64,{code}"/>'}
@@ -145,6 +137,7 @@ def _figure(figure: dict[str, Any], where: str) -> str:
 
 
 def _exporter() -> Any:
+    """Return nbconvert's exporter, with our template and with formulas as MathML."""
     from jinja2 import pass_context
     from math_core import LatexError, LatexToMathML
     from nbconvert import HTMLExporter
@@ -171,31 +164,25 @@ def _exporter() -> Any:
 
         @pass_context
         def markdown2html(self, context: Any, source: str) -> str:
-            renderer = Renderer(
-                escape=False,
-                attachments=context.get("cell", {}).get("attachments", {}),
-                embed_images=True,
-                path=context["resources"]["metadata"]["path"],
-                exclude_anchor_links=True,
+            attachments = context.get("cell", {}).get("attachments", {})
+            path = context["resources"]["metadata"]["path"]
+            how = {"escape": False, "embed_images": True, "exclude_anchor_links": True}
+            return MarkdownWithMath(renderer=Renderer(attachments=attachments, path=path, **how)).render(
+                source
             )
-            return MarkdownWithMath(renderer=renderer).render(source)
 
     return Exporter()
 
 
 def _refuse_fetching(page: Any) -> None:
-    """Raise `DataError` if the page names something that is not in it; what its scripts would fetch is not looked into."""
+    """Raise `DataError` if the page's HTML or CSS names something that is not in the page."""
     addresses, styles = [], [style.string or "" for style in page("style")]
     for tag in page(True):
         attributes = {} if tag.name in ("a", "area") else tag.attrs
         addresses += [attributes[name].strip() for name in _FETCHING if attributes.get(name)]
         addresses += _CANDIDATE.findall(attributes.get("srcset") or "")
         styles.append(tag.get("style") or "")
-    addresses = [
-        address for address in addresses if address and not address.lower().startswith(_BROUGHT_ALONG)
-    ]
-    addresses += [style for style in styles if _FETCHING_CSS.search(style)]
-    if addresses:
-        raise DataError(
-            f"the page would fetch {addresses[0][:200]!r}, and could not without a network. Embed it."
-        )
+    fetched = [one for one in addresses if one and not one.lower().startswith(("data:", "#"))]
+    fetched += [style for style in styles if _FETCHING_CSS.search(style)]
+    if fetched:
+        raise DataError(f"the page would fetch {fetched[0][:200]!r}, and cannot without a network. Embed it.")

@@ -1,13 +1,15 @@
-"""Notebooks over lambda: `taco-nb sweep notebooks/0[1-4]_*.ipynb --out runs -p profile paper`.
+"""`taco-nb sweep notebooks/0[1-4]_*.ipynb --out runs -p profile paper` runs notebooks at several lambda.
 
-Each lambda is a task of its own, with its own folder below `out`, and runs its notebooks in turn, so that the ablations of
-one lambda find the baseline that the first of them trained. Tasks share nothing: run all in sequence, or each as a job of
-a Slurm array (`--task $SLURM_ARRAY_TASK_ID`). What is done is skipped; what was stopped, or failed, is run again, and the
-training inside it goes on where it was.
+Each lambda has a folder of its own, in which the notebooks run one after the other, so that an ablation finds the baseline
+that an earlier notebook has trained. The lambdas share nothing: run them in sequence, or each as a job of a Slurm array
+(`--task $SLURM_ARRAY_TASK_ID`). A second call skips what is done and runs again what failed or was stopped; training goes
+on where it was.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -16,25 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from taco_nb.errors import CheckpointError, SettingError, check_known
+from taco_nb.files import atomic_write
 
 LMBDAS = (0.0004, 0.0008, 0.0016, 0.004, 0.009, 0.015)
-_HOW = (
-    "max_hours",
-    "device",
-    "num_processes",
-    "num_workers",
-    "accumulation",
-)  # parameters that are no part of a result
+_HOW = ("max_hours", "device", "num_processes", "num_workers", "accumulation")
+"""Parameters that say how to compute and not what: with other values of them, a result is still the same result."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One notebook at one lambda."""
+    """One notebook at one lambda. `folder` is the lambda's: its runs and its executed notebooks are kept there."""
 
     notebook: Path
     lmbda: float
     folder: Path
-    """Where its runs and its executed notebook are kept, with those of the other notebooks at this lambda."""
     parameters: Mapping[str, Any]
 
     @property
@@ -42,28 +39,47 @@ class Member:
         return self.folder / self.notebook.name
 
     @property
-    def given(self) -> dict[str, Any]:
-        return {**self.parameters, "lmbda": self.lmbda, "out_dir": str(self.folder)}
+    def marker(self) -> Path:
+        """The file that says that the notebook ran to its end. Papermill's own records do not: where a kernel dies, or
+        Ctrl-C stops it, they call every cell completed."""
+        return self.folder / f"{self.notebook.stem}.done.json"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on: the parameters and the notebook's cells."""
+        import nbformat
+
+        cells = [cell.source for cell in nbformat.read(self.notebook, as_version=4).cells]
+        of_result = {name: value for name, value in self.parameters.items() if name not in _HOW}
+        return {"parameters": of_result, "cells": hashlib.sha256(json.dumps(cells).encode()).hexdigest()}
 
     @property
     def done(self) -> bool:
-        """Whether this very notebook was run to its end with these parameters, and left no training unfinished."""
-        import nbformat
-
+        """Whether this very notebook has run to its end with these parameters, and left no training unfinished."""
         try:
-            executed = nbformat.read(self.executed, as_version=4)
-            ran = all(
-                c.metadata.papermill.status == "completed" for c in executed.cells if c.cell_type == "code"
-            )
-            own = [
-                c.source for c in executed.cells if "injected-parameters" not in c.metadata.get("tags", [])
-            ]
-            same = own == [cell.source for cell in nbformat.read(self.notebook, as_version=4).cells]
-            were = executed.metadata.papermill.parameters
-            of_result = [{k: v for k, v in given.items() if k not in _HOW} for given in (were, self.given)]
-            return ran and same and of_result[0] == of_result[1] and not unfinished(self.folder)
-        except (OSError, ValueError, AttributeError):
-            return False  # there is none, or half of one
+            marked = json.loads(self.marker.read_text(encoding="utf-8")) == self.identity
+        except (OSError, ValueError):  # it has not run, or the marker is damaged
+            return False
+        return marked and self.executed.is_file() and not unfinished_runs(self.folder)
+
+    def run(self, parameters: Mapping[str, Any]) -> str:
+        """Execute the notebook. Return why it is not done, or "" if it is."""
+        import papermill
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.marker.unlink(missing_ok=True)
+        given = {**parameters, "lmbda": self.lmbda, "out_dir": str(self.folder)}
+        try:
+            papermill.execute_notebook(str(self.notebook), str(self.executed), given, progress_bar=False)
+            with atomic_write(self.marker, "w") as file:
+                json.dump(self.identity, file)
+        except (
+            Exception
+        ) as error:  # a cell's own, a dead kernel's, a full disk's: whatever it is, the others go on
+            name, said = (getattr(error, part, "") for part in ("ename", "evalue"))  # of a cell's own
+            return f"{name}: {said}" if name else f"{type(error).__name__}: {error}"
+        left = ", ".join(unfinished_runs(self.folder))
+        return f"{left} not trained to the end; run the sweep again to go on" if left else ""
 
     def __str__(self) -> str:
         return f"lambda {self.lmbda:g}, {self.notebook.stem}"
@@ -74,8 +90,13 @@ def members(
     lmbdas: Sequence[float] = LMBDAS,
     out_dir: str | os.PathLike = "runs",
     parameters: Mapping[str, Any] | None = None,
+    task: int | None = None,
 ) -> list[Member]:
-    """All of a sweep, lambda by lambda. Raises `SettingError` for a notebook that is not there or lacks a parameter."""
+    """Return all that a sweep consists of, lambda by lambda, or only what `task` is: the lambda of this number, from 0.
+
+    Raises `SettingError` for a notebook that does not exist or has no such parameter, for a lambda or a notebook that is
+    given twice, and for a task that does not exist.
+    """
     import papermill
 
     parameters, out = dict(parameters or {}), Path(out_dir).expanduser().resolve()
@@ -86,80 +107,55 @@ def members(
         known = list(papermill.inspect_notebook(str(path)))
         check_known([*parameters, "lmbda", "out_dir"], known, f"{path.name} has no parameter")
     if taken := {"lmbda", "out_dir"} & parameters.keys():
-        raise SettingError(f"{', '.join(sorted(taken))} is the sweep's to set: use --lmbda and --out.")
+        raise SettingError(f"The sweep itself sets {' and '.join(sorted(taken))}: use --lmbda and --out.")
     if len(set(lmbdas)) < len(lmbdas) or len({path.name for path in paths}) < len(paths):
         raise SettingError("A lambda or a notebook is given twice.")
-    return [Member(path, lmbda, out / f"lmbda-{lmbda:g}", parameters) for lmbda in lmbdas for path in paths]
-
-
-def sweep(
-    notebooks: Sequence[str | os.PathLike],
-    lmbdas: Sequence[float] = LMBDAS,
-    out_dir: str | os.PathLike = "runs",
-    parameters: Mapping[str, Any] | None = None,
-    task: int | None = None,
-) -> dict[str, str]:
-    """Run every notebook at every lambda, or those of the lambda that `task` counts from 0; returns what failed, and why.
-
-    Executed notebooks are kept as `out_dir/lmbda-<lambda>/<notebook>`, their runs beside them. A member that fails is named,
-    and the others go on. A parameter `max_hours` is for the whole call; what it leaves no time for counts as failed.
-    Raises `SettingError` as `members` does, and for a task that does not exist.
-    """
-    from tqdm.auto import tqdm
-
-    todo = members(notebooks, lmbdas, out_dir, parameters)
     if task is not None:
         if not 0 <= task < len(lmbdas):
             raise SettingError(
-                f"Tasks count from 0 to {len(lmbdas) - 1}, one for each lambda, but {task} was asked for."
+                f"Tasks run from 0 to {len(lmbdas) - 1}, one per lambda; {task} is none of them."
             )
-        todo = [member for member in todo if member.lmbda == lmbdas[task]]
+        lmbdas = [lmbdas[task]]
+    return [Member(path, lmbda, out / f"lmbda-{lmbda:g}", parameters) for lmbda in lmbdas for path in paths]
+
+
+def sweep(todo: Sequence[Member]) -> dict[str, str]:
+    """Run what is not done yet of the `members` of a sweep. Return what failed, and why.
+
+    If one fails, the others go on. The parameter `max_hours` is for the whole call: each notebook gets what the earlier ones
+    have left of it, and what there is no time left for counts as failed.
+    """
+    from tqdm.auto import tqdm
+
     failed, began = {}, None
-    for member in tqdm(todo, desc="sweep", unit="notebook"):
+    for member in (bar := tqdm(todo, desc="sweep", unit="notebook")):
         if member.done:
             tqdm.write(f"{member}: done already")
             continue
-        given = member.given
-        if began is None:
+        bar.set_description(str(member))
+        given = dict(member.parameters)
+        if began is None:  # the clock of max_hours starts with the first notebook that has to run
             began = time.monotonic()
         elif given.get("max_hours") is not None:
             given["max_hours"] -= (time.monotonic() - began) / 3600
             if given["max_hours"] <= 0:
-                failed[str(member)] = "not begun, max_hours are over; run the sweep again to go on"
+                failed[str(member)] = "not begun, since max_hours are over; run the sweep again to go on"
                 continue
-        if reason := _run(member, given):
+        if reason := member.run(given):
             failed[str(member)] = reason
         tqdm.write(f"{member}: {reason or 'done'}")
     return failed
 
 
-def _run(member: Member, given: Mapping[str, Any]) -> str:
-    """Execute one notebook; returns why it is not done, or ""."""
-    import papermill
-
-    member.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        papermill.execute_notebook(str(member.notebook), str(member.executed), given, progress_bar=False)
-        left = ", ".join(unfinished(member.folder))
-        return f"{left} not trained to the end; run the sweep again to go on" if left else ""
-    except (
-        Exception
-    ) as error:  # a cell's own, a dead kernel's, a full disk's: whatever it is, the others go on
-        said = [
-            getattr(error, name, "") for name in ("ename", "evalue")
-        ]  # of the cell that stopped a notebook
-        return ": ".join(said) if all(said) else f"{type(error).__name__}: {error}"
-
-
-def unfinished(folder: Path) -> list[str]:
-    """Names of the runs below `folder` whose training has not ended."""
+def unfinished_runs(folder: Path) -> list[str]:
+    """Return the names of the runs in `folder` whose training has not ended."""
     from taco_nb.training.loop import EXPERIMENT, read_run
 
     left = []
     for path in sorted(folder.glob(f"*/{EXPERIMENT}")):
         try:
             finished = read_run(path.parent).finished
-        except CheckpointError:  # begun, and killed before it had any weights
+        except CheckpointError:  # it was killed before it had any weights
             finished = False
         if not finished:
             left.append(path.parent.name)

@@ -1,6 +1,7 @@
-"""Training: `fit` turns an `Experiment` into a `Run`; on the command line, `python -m taco_nb.training`.
+"""Training: `fit` turns an `Experiment` into a `Run`; on the command line, `taco-nb train` does.
 
-The names below are imported when they are first used, so that the command line can listen for signals before PyTorch loads.
+The names below are imported when they are first used, so that the command line can listen for signals before PyTorch
+loads.
 """
 
 from importlib import import_module

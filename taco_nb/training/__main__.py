@@ -6,13 +6,14 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import click
 
-from taco_nb.command import Command, data_dir_option
+from taco_nb.command import Command, data_dir_option, device_option
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.experiment import Experiment, baseline
-from taco_nb.training.signals import on_warning
+from taco_nb.processes import stop_requests
 
 UNFINISHED = 3
 """The exit status of `--status` while there is something left to do."""
@@ -20,7 +21,8 @@ UNFINISHED = 3
 EXAMPLES = """\b
 examples:
   taco-nb train --profile sample --set epochs=2 --out runs/try
-  accelerate launch --num_processes 4 --multi_gpu -m taco_nb.training --profile paper --out runs/paper
+  taco-nb train --profile paper --num-processes 4 --out runs/paper
+  accelerate launch --multi_gpu --num_processes 4 -m taco_nb.training --profile paper --out runs/paper
   taco-nb train --out runs/paper              (goes on with it)
   taco-nb train --out runs/paper --status
 
@@ -33,48 +35,57 @@ between two steps, and the same command goes on with it. The exit status is 0 in
 @click.command(cls=Command, epilog=EXAMPLES)
 @click.option("--out", required=True, type=Path, metavar="FOLDER", help="The run's folder.")
 @click.option(
-    "--profile", type=click.Choice(["auto", "paper", "sample"]), help="Start from this profile's baseline."
+    "--profile", type=click.Choice(["auto", "paper", "sample"]), help="Train this profile's baseline."
 )
+@click.option("--experiment", type=Path, metavar="FILE", help="Train what this experiment.json says.")
 @click.option(
-    "--experiment", type=Path, metavar="FILE", help="An experiment.json; default: the folder's own."
-)
-@click.option(
-    "--set",
-    "changes",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Change a setting of the experiment; repeatable.",
+    "--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change a setting; may be repeated."
 )
 @data_dir_option
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-@click.option("--max-hours", type=float, metavar="HOURS", help="Stop cleanly after so long.")
+@device_option
+@click.option("--max-hours", type=float, metavar="HOURS", help="Save and stop after this many hours.")
+@click.option("--save-minutes", default=5.0, show_default=True, metavar="MINUTES", help="How often to save.")
 @click.option(
-    "--save-minutes", default=5.0, show_default=True, metavar="MINUTES", help="Save every so often."
+    "--num-processes", default=1, show_default=True, metavar="N", help="Share each batch among N processes."
 )
 @click.option(
-    "--num-workers", type=int, metavar="N", help="Processes that load images, for each that trains."
+    "--num-workers", type=int, metavar="N", help="Processes that load images, for each process that trains."
 )
 @click.option(
     "--accumulation",
     default=1,
     show_default=True,
     metavar="N",
-    help="Cut each process's share of a batch in N.",
+    help="Compute a batch in N pieces, to need less memory.",
 )
 @click.option("--status", is_flag=True, help="Train nothing; say how far the run has come.")
 @click.pass_context
-def train(context, out, profile, experiment, changes, status, data_dir, **how) -> None:
-    """Train a TACO as an experiment says, into a folder, or go on with the run that is there."""
+def train(
+    context: click.Context,
+    out: Path,
+    profile: str | None,
+    experiment: Path | None,
+    changes: tuple[str, ...],
+    status: bool,
+    data_dir: str | None,
+    **resources: Any,
+) -> None:
+    """Train a codec, or go on with a run.
+
+    Say what to train by --profile or --experiment, and by --set; or give only --out, to go on with the run in that folder.
+    """
     if profile and experiment:
         raise click.UsageError("Give --profile or --experiment, not both.")
-    with on_warning(lambda _: None):  # what comes while PyTorch loads, `fit` acts on
+    with stop_requests():  # those that come while PyTorch loads; `fit` looks for them
         import torch
 
         from taco_nb.training.loop import fit
 
         if status:
             context.exit(_status(out))
-        run = fit(_experiment(out, profile, experiment, changes, data_dir), out, data_dir=data_dir, **how)
+        run = fit(
+            _experiment(out, profile, experiment, changes, data_dir), out, data_dir=data_dir, **resources
+        )
         if run.finished and os.environ.get("RANK", "0") == "0":
             click.echo(f"Finished: {run.total_steps} steps, in {run.dir}.")
         if torch.distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""The training loop. It reads from top to bottom; accelerate carries it to other devices and over several processes.
+"""The training loop, which reads from top to bottom: `fit`, the `Trainer` and its step, then what a step is made of.
 
 A run is a folder: `experiment.json`, `state.pt` (all that is needed to go on), `log.csv`, `tensorboard/`, and in the end
 `weights.safetensors`. Every number that a step draws depends on the seed, the step and the image alone. So a run that was
@@ -8,43 +8,55 @@ processes or into pieces that fit into memory, changes the order of sums and not
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import hashlib
+import json
 import math
 import os
+import shlex
 import signal
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from taco_nb import checkpoint
 from taco_nb.codec import Codec, load
-from taco_nb.data import TrainPairs, training_pairs
+from taco_nb.data import TrainPairs, datasets, training_pairs
+from taco_nb.data.images import to_tensor
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.experiment import Experiment
-from taco_nb.files import atomic_write
+from taco_nb.files import atomic_write, sha256
 from taco_nb.model import TACO
-from taco_nb.processes import check_device
+from taco_nb.processes import (
+    Group,
+    arithmetic,
+    check_device,
+    cpu_count,
+    ignore_stop_signals,
+    launched_processes,
+    progress_bar,
+    run_in_processes,
+    stop_requests,
+)
 from taco_nb.text import Conditioning, KeywordWeights, text_tower
 from taco_nb.text.chat_keywords import chat_keywords
-from taco_nb.training.board import Board
-from taco_nb.training.launch import launch
-from taco_nb.training.lock import alone_in
 from taco_nb.training.loss import JointLoss, TacoLoss
-from taco_nb.training.noise import image_noise
-from taco_nb.training.signals import ignore_warnings, on_warning
-from taco_nb.training.start import initial_net, training_digest
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch.utils.tensorboard import SummaryWriter
 
 DECAYS = (45 / 50, 48 / 50)
 """Where the learning rate falls to a tenth, as shares of the run: the reference's epochs 45 and 48 of 50."""
@@ -54,7 +66,12 @@ LOG_STEPS = 20
 """A row of the log is the mean over so many steps, or over a 40th of a short run."""
 PICTURES = 20
 """How often in a run TensorBoard gets a picture."""
-EXPERIMENT, _STATE, _LOG = "experiment.json", "state.pt", "log.csv"
+PICTURE_SIDE = 256
+"""The side of that picture, or the training crops' where they are smaller, so that it costs no more than a few steps."""
+EXPERIMENT, STATE, LOG = "experiment.json", "state.pt", "log.csv"
+
+
+# What is given and what comes back ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,7 @@ class Run:
     dir: Path
     experiment: Experiment
     steps: int
-    """Steps taken so far."""
+    """How many steps have been taken so far."""
     total_steps: int
     data_dir: str | os.PathLike | None = None
     """The data folder that `fit` was given; the codec reads a language model's keywords there."""
@@ -83,11 +100,27 @@ class Run:
         """The means of the loss's terms over every few steps, with step, epoch, learning rate and seconds."""
         import pandas as pd
 
-        return pd.read_csv(self.dir / _LOG)
+        return pd.read_csv(self.dir / LOG)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """With what, where and for how long a run is computed: nothing of this decides what the result is. See `fit`."""
+
+    data_dir: str | os.PathLike | None = None
+    device: str = "auto"
+    max_hours: float | None = None
+    save_minutes: float = 5.0
+    num_workers: int | None = None
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        _check_count("num_workers", self.num_workers or 0, least=0)
+        _check_count("accumulation", self.accumulation, least=1)
 
 
 OnLog = Callable[[Run, "list[dict[str, float]]", Callable[[], Codec]], None]
-"""What `fit` tells: the run so far, the rows of its log, and a function that gives the codec as it stands."""
+"""What `fit` calls: with the run so far, the rows of its log, and a function that gives the codec as it stands."""
 
 
 def fit(
@@ -109,319 +142,306 @@ def fit(
     SIGUSR1, the run is saved between two steps and returned unfinished; the same call goes on with it. The state is
     saved every `save_minutes`.
 
-    How a result is computed, and not what it is: `num_processes` share each batch, on a GPU each where they are on GPUs;
-    `num_workers` load the images of each (None: none on a CPU, up to 8 on a GPU); `accumulation` is into how many pieces
-    a process's share of a batch is cut to need less memory. In a process that `accelerate launch` has started,
-    `num_processes` has been decided and is left at 1.
+    The rest changes how a result is computed, and not what it is. `num_processes` share each batch, each on a GPU of its
+    own where there are GPUs; in a process that a launcher such as accelerate's has started it is ignored. `num_workers`
+    load the images of each process (None: none on a CPU, up to 8 on a GPU). `accumulation` says into how many pieces a
+    process cuts its share of a batch, to need less memory.
 
-    `on_log` is told of each row of the log, with the run so far and a function that gives its codec as it stands (see
-    `taco_nb.widgets.training_monitor`); of a run that is finished already, or trained by several processes, once in the end.
+    `on_log` is called with each row of the log (see `taco_nb.widgets.training_monitor`), and once in the end where the
+    run was finished already or was trained by several processes.
 
     Raises `SettingError` if the folder holds another experiment's run or another process trains there, if the training
     data changed since it was begun, or if the loss stops being a finite number; `CheckpointError` for a damaged state;
-    `ProcessError` where one of several processes dies; what `exp` needs and lacks besides.
+    `ProcessError` where one of several processes dies; and the errors of whatever `exp` needs and lacks.
     """
-    started = time.monotonic()
-    folder = Path(out_dir)
-    for name, value, least in (("num_processes", num_processes, 1), ("num_workers", num_workers or 0, 0),
-                               ("accumulation", accumulation, 1)):  # fmt: skip
-        if type(value) is not int or value < least:
-            raise SettingError(f"{name} must be a whole number of {least} or above, but is {value!r}.")
-    run = _finished(folder, exp)
-    if not run and num_processes > 1:
-        run = launch(
-            exp, folder, num_processes, data_dir=data_dir, device=device, max_hours=max_hours, save_minutes=save_minutes,
-            num_workers=num_workers, accumulation=accumulation,
-        )  # fmt: skip
-    if not run:
-        signals: list[int] = []
+    started, folder = time.monotonic(), Path(out_dir)
+    resources = Resources(data_dir, device, max_hours, save_minutes, num_workers, accumulation)
+    _check_count("num_processes", num_processes, least=1)
+    launched = launched_processes()
+    run = finished_run(folder, exp)
+    if run is None and num_processes > 1 and launched == 1:
+        check_device(device, num_processes)
+        arguments = {"exp": exp, "out_dir": folder, **asdict(resources)}
+        run_in_processes(f"{__name__}:fit", arguments, num_processes, f"training {folder.name}", "step")
+        run = read_run(folder)
+    if run is None:
+        accelerator = make_accelerator(device, exp.precision)
+        gpus = [accelerator.device] if accelerator.device.type == "cuda" else []
         with (
-            on_warning(signals.append),
-            torch.random.fork_rng(),
-        ):  # the caller's random numbers are the caller's
-            trainer = Trainer(exp, folder, data_dir, device, num_workers, accumulation)
-            with trainer.alone():
-                run = _finished(folder, exp)  # by somebody else, in the meantime
-                if not run:
-                    return trainer.run(started, max_hours, save_minutes, signals, on_log)
+            stop_requests() as requests,
+            torch.random.fork_rng(gpus),
+        ):  # the caller's random numbers stay as they are
+            trainer = Trainer(exp, folder, resources, accelerator)
+            with trainer.group.alone_in(folder, "training"):
+                # another process may have finished it before it gave the folder free
+                run = trainer.group.from_main(finished_run(folder, exp))
+                if run is None:
+                    return trainer.run(started, requests, on_log)
     run = replace(run, data_dir=data_dir)
     if on_log:
         on_log(run, run.log.to_dict("records"), lambda: run.codec)
     return run
 
 
+def _check_count(name: str, value: Any, least: int) -> None:
+    if type(value) is not int or value < least:  # isinstance would let True pass
+        raise SettingError(f"{name} must be a whole number of {least} or above, but is {value!r}.")
+
+
+# The loop and its step ------------------------------------------------------------------------------------------------
+
+
 class Trainer:
-    """A run in this process, alone or as one of several that `accelerate launch` has started. Writes nothing before `run`."""
+    """A run in this process, alone or as one of several that share every batch. It writes nothing before `run`.
+
+    `timed` is called with the name of each part of a step, for a context in which that part runs: a stopwatch.
+    """
 
     def __init__(
         self,
         exp: Experiment,
         folder: Path,
-        data_dir: str | os.PathLike | None = None,
-        device: str = "auto",
-        num_workers: int | None = None,
-        accumulation: int = 1,
+        resources: Resources,
+        accelerator: Accelerator,
+        timed: Callable[[str], AbstractContextManager] = nullcontext,
     ):
-        self.exp, self.folder, self.data_dir, self.accumulation = exp, folder, data_dir, accumulation
-        self.accelerator = _accelerator(device, exp.precision)
-        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
-        on_gpu = self.accelerator.device.type == "cuda"
+        self.exp, self.folder, self.resources, self.timed = exp, folder, resources, timed
+        self.accelerator, self.group = accelerator, Group(accelerator.state)
+        on_gpu = accelerator.device.type == "cuda"
         self.device = (
-            self.accelerator.device if on_gpu else torch.device("cpu")
+            accelerator.device if on_gpu else torch.device("cpu")
         )  # which accelerate may call "cpu:0"
-        self.is_main = self.accelerator.is_main_process
-        # decisions are made on the CPU, so that no GPU has to be waited for
-        self.group = torch.distributed.new_group(backend="gloo") if self.processes > 1 else None
+        self.arithmetic = arithmetic(self.device, exp.precision)
 
-        self.pairs = training_pairs(exp.train_data, exp.crop, data_dir, exp.seed, exp.captions)
-        self.batches = Batches(len(self.pairs), exp.batch_size, exp.seed, self.rank, self.processes)
+        self.pairs = training_pairs(exp.train_data, exp.crop, resources.data_dir, exp.seed, exp.captions)
+        self.batches = Batches(len(self.pairs), exp.batch_size, exp.seed, self.group.rank, self.group.size)
         self.total = exp.epochs * len(self.batches)
-        self.log_steps = max(1, min(LOG_STEPS, self.total // 40))
-        self.picture_steps = max(1, self.total // PICTURES)
-        if num_workers is None:
-            num_workers = min(8, (os.cpu_count() or 1) // torch.cuda.device_count()) if on_gpu else 0
+        workers = resources.num_workers
+        if workers is None:  # one process computes on each GPU, and they share the processor's cores
+            workers = min(8, cpu_count() // torch.cuda.device_count()) if on_gpu else 0
         self.loader = DataLoader(
             self.pairs,
             batch_sampler=self.batches,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            worker_init_fn=ignore_warnings,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=ignore_stop_signals,
             pin_memory=on_gpu,
         )
 
-        net = (
-            initial_net(exp, data_dir, say=self.is_main)
-            .to(self.device, memory_format=torch.channels_last)
-            .train()
-        )
+        net = initial_net(exp, resources.data_dir, say=self.group.is_main)
+        net = net.to(self.device, memory_format=torch.channels_last).train()
+        optimizers = make_optimizers(exp, net)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch is about to rename broadcast_buffers
-            self.net, self.optimizer, self.aux_optimizer = self.accelerator.prepare(
-                net, *make_optimizers(exp, net)
-            )
-        self.bare_net = net
-        self.keywords = fit_keywords(exp, self.pairs, data_dir)
-        self.data = training_digest(exp, self.pairs, data_dir)
+            self.net, self.optimizer, self.aux_optimizer = accelerator.prepare(net, *optimizers)
+        self.bare_net = net  # without what accelerate has put around it
+
+        self.keywords = fit_keywords(exp, self.pairs, resources.data_dir)
         tower = text_tower(exp.text_encoder, length=exp.text_tokens, device=str(self.device))
-        self.conditioning = Conditioning(tower, exp.text_length, exp.text_pooling, self.keywords)
         if tower.dim != net.config.text_dim:
             raise SettingError(
                 f"{exp.text_encoder} is {tower.dim} wide, but sizes say text_dim={net.config.text_dim}."
             )
+        self.conditioning = Conditioning(tower, exp.text_length, exp.text_pooling, self.keywords)
         self.loss = make_loss(exp, self.device)
+        self.data_digest = training_digest(exp, self.pairs, resources.data_dir)
         self.step, self.rows, self.sums, self.seconds = 0, [], Counter(), 0.0
-        self.part = contextlib.nullcontext
-        """Called with the name of each part of a step, for whoever wants to know how long they take."""
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the folder's lock: the main process does, and tells the others if it cannot."""
-        with contextlib.ExitStack() as stack:
-            refusal = [None]
-            if self.is_main:
-                try:
-                    stack.enter_context(alone_in(self.folder))
-                except SettingError as error:
-                    refusal = [str(error)]
-            if self.processes > 1:
-                torch.distributed.broadcast_object_list(refusal, group=self.group)
-            if refusal[0]:
-                raise SettingError(refusal[0])
-            yield
+    def run(self, started: float, requests: Sequence[int], on_log: OnLog | None = None) -> Run:
+        """Train from where the folder's state stands to the end, or until the time is over or a stop is requested.
 
-    def run(
-        self,
-        started: float,
-        max_hours: float | None,
-        save_minutes: float,
-        signals: Sequence[int],
-        on_log: OnLog | None = None,
-    ) -> Run:
-        from tqdm.auto import tqdm
-
-        if self.is_main:
-            with atomic_write(self.folder / EXPERIMENT, "w") as file:
-                file.write(self.exp.to_json())
-        self._restore()
-        saved = clock = time.monotonic()
-        stopped = None
-        with contextlib.ExitStack() as stack:
-            bar = stack.enter_context(
-                tqdm(total=self.total, initial=self.step, desc=f"training {self.folder.name}", unit="step",
-                     disable=not self.is_main)
-            )  # fmt: skip
-            if self.is_main:
-                board = stack.enter_context(Board(self.folder, self.step, self.exp.crop, self.data_dir))
+        `started` is when the time began to count, by `time.monotonic`. `requests` is the list of `stop_requests`.
+        """
+        self._begin()
+        log_every, picture_every = max(1, min(LOG_STEPS, self.total // 40)), max(1, self.total // PICTURES)
+        is_main, what, stopped = self.group.is_main, f"training {self.folder.name}", None
+        saved = before = time.monotonic()
+        with ExitStack() as stack:
+            bar = progress_bar(
+                total=self.total, initial=self.step, desc=what, unit="step", disable=not is_main
+            )
+            stack.enter_context(bar)
+            board = stack.enter_context(self._open_tensorboard()) if is_main else None
             for x, captions in self.batches_to_come():
                 self.train_step(x, captions)
                 bar.update()
                 now = time.monotonic()
-                self.seconds, clock = self.seconds + now - clock, now
-                if self.step % self.log_steps == 0 or self.step == self.total:
-                    row = self._log()
+                self.seconds, before = self.seconds + now - before, now
+                last = self.step == self.total
+                if self.step % log_every == 0 or last:
+                    row = self._log_row()  # by all processes, so that all see a run that diverges
                     bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", "bpp", "mse")})
-                    if self.is_main:
-                        board.add_row(row)
-                        if on_log:
-                            on_log(
-                                Run(self.folder, self.exp, self.step, self.total, self.data_dir),
-                                self.rows,
-                                self._codec,
-                            )
-                if self.is_main and (self.step % self.picture_steps == 0 or self.step == self.total):
-                    board.add_picture(self.bare_net, self.conditioning, self.step)
-                if self.is_main and now - saved >= 60 * save_minutes and self.step < self.total:
+                    if is_main:
+                        for name in row.keys() - {"step", "seconds"}:
+                            board.add_scalar(f"training/{name}", row[name], self.step)
+                    if is_main and on_log:
+                        on_log(self._run(), self.rows, self._codec)
+                if is_main and (self.step % picture_every == 0 or last):
+                    board.add_image("validation", self._picture(), self.step)
+                if is_main and now - saved >= 60 * self.resources.save_minutes and not last:
                     self._save()
                     board.flush()
                     saved = time.monotonic()
-                if stopped := self._stop(
-                    signals, max_hours is not None and now - started >= 3600 * max_hours
-                ):
+                if stopped := self._reason_to_stop(requests, now - started):
                     break
-            if self.is_main:
+            if is_main:
                 self._save()
                 self._export()
-            if self.is_main and stopped and self.step < self.total:
-                again = f"python -m taco_nb.training --out {self.folder}"
-                print(
-                    f"Stopped by {stopped} after step {self.step} of {self.total}; the same call, or {again}, goes on."
-                )
+        if is_main and stopped and self.step < self.total:
+            again = ["taco-nb", "train", "--out", str(self.folder)]
+            again += ["--data-dir", str(self.resources.data_dir)] if self.resources.data_dir else []
+            so_far = f"Stopped by {stopped} after step {self.step} of {self.total}"
+            print(f"{so_far}; the same call, or {shlex.join(again)}, goes on.")
         self.accelerator.free_memory()
-        return Run(self.folder, self.exp, self.step, self.total, self.data_dir)
+        return self._run()
 
-    def _codec(self) -> Codec:
-        """The codec as it stands, on a copy of the weights, so that training is not disturbed."""
-        codec = Codec(
-            copy.deepcopy(self.bare_net),
-            self.exp.text_encoder,
-            self.exp.text_tokens,
-            text_length=self.exp.text_length,
-            text_pooling=self.exp.text_pooling,
-            name=self.folder.name,
-        )
-        codec.conditioning = (
-            self.conditioning
-        )  # with the tower and the keyword weights that are loaded already
-        return codec
+    def _begin(self) -> None:
+        """Claim the folder for the experiment, say what computes it, and go on from the state that is there."""
+        if self.group.is_main:
+            with atomic_write(self.folder / EXPERIMENT, "w") as file:
+                file.write(self.exp.to_json())
+            several = "" if self.group.size == 1 else "es"
+            print(f"Training {self.folder.name} in {self.group.size} process{several} on {self.arithmetic}.")
+        self._restore()
 
-    def _stop(self, signals: Sequence[int], late: bool) -> str | None:
-        """Why to stop here, if so: what any of the processes was told, so that all of them end with the same step."""
-        reason = torch.tensor(
-            signals[0] if signals else int(late)
-        )  # no signal of `on_warning` has the number 1
-        if self.processes > 1:
-            torch.distributed.all_reduce(reason, torch.distributed.ReduceOp.MAX, self.group)
-        return {0: None, 1: "max_hours"}[n] if (n := int(reason)) < 2 else signal.Signals(n).name
-
-    def batches_to_come(self) -> Iterator[tuple[torch.Tensor, list[str]]]:
-        """This process's share of every batch from the present step on."""
+    def batches_to_come(self) -> Iterator[tuple[Tensor, list[str]]]:
+        """Give this process's share of every batch from the present step on: images (n, 3, H, W) and n captions."""
         while self.step < self.total:
             self.batches.epoch, self.batches.skip = divmod(self.step, len(self.batches))
             self.pairs.set_epoch(self.batches.epoch)
             yield from self.loader
 
-    def train_step(self, x: torch.Tensor, captions: Sequence[str]) -> None:
-        """One step of both optimizers, on this process's share of the next batch.
+    def train_step(self, x: Tensor, captions: Sequence[str]) -> None:
+        """Take one step with both optimizers, on this process's share of the next batch.
 
-        The loss is one of the whole batch. What is a mean over images is a weighted sum over pieces and processes. J
-        compares every image with all others, but its slope in an image's embedding is the same wherever the others were
-        embedded, and through it J is descended piece by piece (Gao et al. 2021, arXiv:2101.06983). To know the embeddings
-        before there is a slope, a share in several pieces is reconstructed once more, without a gradient.
+        The loss is one of the whole batch. Its terms are means over images, and so weighted sums over pieces and
+        processes; but for J, which compares every image with all others, and is descended by its slopes (`_joint`).
         """
         rate = self.exp.learning_rate * learning_rate_factor(self.exp.schedule, self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        pieces, at_once = self._pieces(x, captions), self.accumulation == 1
-        if self.exp.k_J:
-            with torch.set_grad_enabled(at_once):
-                outs = [self._reconstruct(piece) for piece in pieces]
-            joint, slopes = self._joint(pieces, [out["seen"] for out in outs])
-
-        sums = 0.0
-        for i, piece in enumerate(pieces):
-            with self.accelerator.no_sync(self.net) if i + 1 < len(pieces) else contextlib.nullcontext():
-                out = outs[i] if self.exp.k_J and at_once else self._reconstruct(piece)
-                with self.part("losses"), self.accelerator.autocast():
+        pieces, sums = self._pieces(x, captions), 0.0
+        joint = {"joint": self._joint(pieces)} if self.exp.k_J else {}
+        for piece in pieces:
+            # Processes exchange gradients in a backward pass. Once a step, with the last piece, is enough.
+            with nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(self.net):
+                out = piece.out or self._reconstruct(piece)
+                with self.timed("losses"), self.accelerator.autocast():
                     means = self.loss.means(out, piece.x)
                     objective = piece.share * self.loss.total(means)
                     if self.exp.k_J:
-                        objective = (
-                            objective + self.exp.k_J * (out["seen"][: len(slopes[i])] * slopes[i]).sum()
-                        )
-                with self.part("backward"):
-                    self.accelerator.backward(self.processes * objective)  # of which DDP takes the mean
+                        objective = objective + self.exp.k_J * (out["seen"] * piece.slope).sum()
+                with self.timed("backward"):
+                    # Times the processes, since they take the mean of gradients whose sum is wanted.
+                    self.accelerator.backward(self.group.size * objective)
             sums += piece.share * torch.stack(list(means.values())).detach()
-        terms = dict(zip(means, self.accelerator.reduce(sums, "sum")))
-        terms |= {"joint": joint} if self.exp.k_J else {}
+        terms = dict(zip(means, self.accelerator.reduce(sums, "sum"))) | joint
 
-        with self.part("optimizer"):
+        with self.timed("optimizer"):
             self.accelerator.clip_grad_norm_(self.net.parameters(), self.exp.gradient_clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            aux_loss = self.bare_net.aux_loss()  # of weights alone: the same in every process
+            # The second optimizer moves the quantiles alone, which say between which integers z can lie. Its loss depends
+            # on weights and no image, so it is the same in every process and nothing need be exchanged.
+            aux_loss = self.bare_net.aux_loss()
             aux_loss.backward()
             self.aux_optimizer.step()
             self.aux_optimizer.zero_grad()
         self.step += 1
-        self.sums.update({"loss": self.loss.total(terms), **terms, "aux": aux_loss.detach(), "steps": 1})
         self.learning_rate = rate
+        self.sums.update({"loss": self.loss.total(terms), **terms, "aux": aux_loss.detach(), "steps": 1})
 
-    def _pieces(self, x: torch.Tensor, captions: Sequence[str]) -> list[_Piece]:
-        """This process's share of the next batch, cut into pieces, with all that frozen networks say of them."""
+    def _pieces(self, x: Tensor, captions: Sequence[str]) -> list[_Piece]:
+        """Cut this process's share of the next batch into pieces, each with all that frozen networks say of it."""
         size = self.batches.size(self.step)
-        own = shares(size, self.processes)[self.rank]
+        own = split_evenly(size, self.group.size)[self.group.rank]
         x = x.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         pieces = []
-        for part in shares(len(captions), min(self.accumulation, len(captions))):
-            piece = _Piece(x[part.start : part.stop], len(part) / size if own else 0.0)
+        for part in split_evenly(len(captions), min(self.resources.accumulation, len(captions))):
             said = captions[part.start : part.stop]
-            piece.seeds = [_mixed(self.exp.seed, self.step, own.start + i) for i in part]
-            with self.part("text"):
+            piece = _Piece(
+                x[part.start : part.stop],
+                share=len(part) / size if own else 0.0,
+                noise_seeds=[mixed_seed(self.exp.seed, self.step, own.start + i) for i in part],
+            )
+            with self.timed("text"):
                 piece.text, piece.mask = self.conditioning(said)
                 if self.exp.k_J:
+                    # J reads captions by the same tower, which need not run again where these are its states.
                     plain = self.exp.text_length == "truncate" and self.exp.text_pooling == "none"
-                    piece.words = self.loss.joint.embed_text(said, piece.text if plain else None)
+                    piece.caption_embeddings = self.loss.joint.embed_text(said, piece.text if plain else None)
             if self.exp.k_J:
-                with self.part("losses"), self.accelerator.autocast(), torch.no_grad():
-                    piece.original = self.loss.joint.embed(piece.x)
+                with self.timed("losses"), self.accelerator.autocast(), torch.no_grad():
+                    piece.embeddings = self.loss.joint.embed(piece.x)
             pieces.append(piece)
         return pieces
 
     def _reconstruct(self, piece: _Piece) -> dict[str, Any]:
-        """What the network makes of a piece; where J wants to know, also how CLIP sees that."""
-        with self.part("model"), image_noise(self.bare_net, piece.seeds):
+        """Return what the network makes of a piece and, where J is in the loss, how CLIP sees it, as "seen" (n, d)."""
+        with self.timed("model"), image_noise(self.bare_net, piece.noise_seeds):
             out = self.net(piece.x, piece.text, piece.mask)
         if self.exp.k_J:
-            with self.part("losses"), self.accelerator.autocast():
+            with self.timed("losses"), self.accelerator.autocast():
                 out["seen"] = self.loss.joint.embed(out["x_hat"])
         return out
 
-    def _joint(
-        self, pieces: list[_Piece], seen: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """J of the whole batch, and its slopes in the embeddings of each of this process's pieces."""
-        image = self._gathered(torch.cat(seen).detach()).requires_grad_()
-        original, text = (
-            self._gathered(torch.cat([getattr(p, name) for p in pieces])) for name in ("original", "words")
-        )
+    def _joint(self, pieces: list[_Piece]) -> Tensor:
+        """Return J of the whole batch, and give each piece its slope in that piece's embeddings (n, d).
+
+        J needs the embeddings of all images at once, whose graphs do not fit into memory where a batch is cut in pieces.
+        But the chain rule needs of the other images only the slope in one's own embedding. So all pieces are first
+        reconstructed without a graph, for the slopes, and then once more, one by one, with a graph through which each
+        goes back with its slope (GradCache: Gao et al. 2021, arXiv:2101.06983). A single piece keeps its first graph.
+        """
+        with torch.set_grad_enabled(len(pieces) == 1):
+            outs = [self._reconstruct(piece) for piece in pieces]
+        if len(pieces) == 1:
+            pieces[0].out = outs[0]
+        image = self._of_whole_batch(torch.cat([out["seen"] for out in outs]).detach()).requires_grad_()
+        original = self._of_whole_batch(torch.cat([piece.embeddings for piece in pieces]))
+        text = self._of_whole_batch(torch.cat([piece.caption_embeddings for piece in pieces]))
         joint = JointLoss.of_embeddings(image, original, text)
         (slope,) = torch.autograd.grad(joint, image)
-        own = shares(len(image), self.processes)[self.rank]
-        return joint.detach(), list(
-            slope[own.start : own.stop].split([len(piece.x) for piece in pieces] if own else 1)
-        )
+        at = split_evenly(len(image), self.group.size)[self.group.rank].start
+        for piece in pieces:
+            piece.slope = slope[at : at + len(piece.x)] if piece.share else torch.zeros_like(outs[0]["seen"])
+            at += len(piece.x)
+        return joint.detach()
 
-    def _gathered(self, own: torch.Tensor) -> torch.Tensor:
-        """A row for each image of this process's share, (n, d) -> those of the whole batch, (B, d)."""
-        if self.processes == 1:
-            return own
-        counts = [len(share) for share in shares(self.batches.size(self.step), self.processes)]
-        most = max(counts)  # processes exchange tensors of one shape
-        padded = torch.nn.functional.pad(own[: counts[self.rank]], (0, 0, 0, most - counts[self.rank]))
-        gathered = self.accelerator.gather(padded).split(most)
-        return torch.cat([rows[:count] for rows, count in zip(gathered, counts)])
+    def _of_whole_batch(self, own: Tensor) -> Tensor:
+        """Put together the rows of all processes, of which this one brings a row for each of its images, (n, d) -> (B, d)."""
+        size = self.batches.size(self.step)
+        mine = split_evenly(size, self.group.size)[self.group.rank]
+        rows = own.new_zeros(size, own.shape[1])
+        rows[mine.start : mine.stop] = own[: len(mine)]
+        return self.accelerator.reduce(
+            rows, "sum"
+        )  # the others' rows are zero here, and these are zero there
 
-    def _log(self) -> dict[str, float]:
+    def _reason_to_stop(self, requests: Sequence[int], seconds: float) -> str | None:
+        """Say why to stop here, if so: whatever any process was told, so that all of them end with the same step."""
+        hours = self.resources.max_hours
+        late = hours is not None and seconds >= 3600 * hours
+        number = self.group.largest(requests[0] if requests else int(late))
+        if number > 1:  # which no signal that asks for a stop has
+            return signal.Signals(number).name
+        return "max_hours" if number else None
+
+    def _run(self) -> Run:
+        return Run(self.folder, self.exp, self.step, self.total, self.resources.data_dir)
+
+    def _codec(self) -> Codec:
+        """Return the codec as it stands, on a copy of the weights, so that training is not disturbed."""
+        exp, keywords = self.exp, self.keywords and self.keywords.to_json()
+        return Codec(
+            copy.deepcopy(self.bare_net), exp.text_encoder, exp.text_tokens, text_length=exp.text_length,
+            text_pooling=exp.text_pooling, keywords=keywords, name=self.folder.name,
+        )  # fmt: skip
+
+    # What is kept of it
+
+    def _log_row(self) -> dict[str, float]:
+        """Add a row to the log: the means since the last one."""
         self._check_finite()
         count = self.sums.pop("steps")
         means = {name: float(total) / count for name, total in self.sums.items()}
@@ -434,16 +454,37 @@ class Trainer:
     def _check_finite(self) -> None:
         """Keep a run that has diverged out of the log, and from being saved over the state it had before."""
         sums = {name: float(total) for name, total in self.sums.items()}
-        if not all(map(math.isfinite, sums.values())) or not all(
-            p.isfinite().all() for p in self.net.parameters()
-        ):
+        finite = all(map(math.isfinite, sums.values()))
+        if not finite or not all(weight.isfinite().all() for weight in self.net.parameters()):
             raise SettingError(
                 f"The loss or the weights are no finite numbers any more at step {self.step} (sums since the last row "
                 f"of the log: {sums}). Lower learning_rate and give another out_dir; what was saved before is kept in "
                 f"{self.folder}."
             )
 
+    def _open_tensorboard(self) -> SummaryWriter:
+        """Open the run's event files, for `tensorboard --logdir runs`, and the picture that they are to show.
+
+        What a run that was killed had logged beyond the state it resumes from is not shown twice.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        # a bundled picture that no run is trained on, and that is there whatever data sets are
+        (dataset,) = datasets("sample", data_dir=self.resources.data_dir, limit=1)
+        self.sample = dataset.centre_crop(min(PICTURE_SIDE, self.exp.crop))[0]
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
+
+    @torch.no_grad()
+    def _picture(self) -> Tensor:
+        """Return the picture and, beside it, what the network makes of it, (3, H, 2W)."""
+        self.bare_net.eval()
+        x = to_tensor(self.sample.image)[None].to(self.device)
+        x_hat = self.bare_net(x, *self.conditioning([self.sample.captions[0]]))["x_hat"].clamp(0, 1)
+        self.bare_net.train()
+        return torch.cat([x, x_hat], -1)[0]
+
     def _save(self) -> None:
+        """Write all that is needed to go on, and the log."""
         self._check_finite()
         state = {
             "net": self.bare_net.state_dict(),
@@ -451,47 +492,52 @@ class Trainer:
             "aux_optimizer": self.aux_optimizer.state_dict(),
             "step": self.step,
             "total_steps": self.total,
-            "data": self.data,
+            "data": self.data_digest,
             "rows": self.rows,
             "sums": dict(self.sums),
             "seconds": self.seconds,
         }
-        with atomic_write(self.folder / _STATE) as file:
+        with atomic_write(self.folder / STATE) as file:
             torch.save(state, file)
         import pandas as pd
 
         columns = ["step", "epoch", *self.loss.names, "aux", "lr", "seconds"]
-        with atomic_write(self.folder / _LOG, "w") as file:
+        with atomic_write(self.folder / LOG, "w") as file:
             pd.DataFrame(self.rows, columns=columns).to_csv(file, index=False)
 
     def _restore(self) -> None:
-        path = self.folder / _STATE
-        if not path.is_file():
-            return
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            self.bare_net.load_state_dict(state["net"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.aux_optimizer.load_state_dict(state["aux_optimizer"])
-            self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
-            self.sums, data = Counter(state["sums"]), state["data"]
-        except Exception as error:
-            raise _damaged(path, error) from error
-        if data != self.data:
+        """Go on from the state in the folder, if there is one."""
+        path, data = self.folder / STATE, self.data_digest
+        if path.is_file():
+            with _named_where_damaged(path):
+                state = torch.load(path, map_location=self.device, weights_only=True)
+                self.bare_net.load_state_dict(state["net"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.aux_optimizer.load_state_dict(state["aux_optimizer"])
+                self.step, self.rows, self.seconds = state["step"], state["rows"], state["seconds"]
+                self.sums, data = Counter(state["sums"]), state["data"]
+        if data != self.data_digest:
             raise SettingError(
                 f"The run in {self.folder} was begun on other training data or other initial weights: the images or captions "
                 f"of {self.exp.train_data!r}, or what init={self.exp.init!r} names, have changed. Restore them, or give "
                 "another out_dir."
             )
+        if not self.group.all_equal(self.step):
+            raise SettingError(
+                f"The processes would go on from different steps, process {self.group.rank} from step {self.step}: they "
+                f"do not see the same {self.folder}. Give an out_dir on a disk that all of them share."
+            )
 
     def _export(self) -> None:
+        """Write the weights as a codec."""
         about = {
             "name": self.folder.name,
-            "experiment": asdict(self.exp),
+            "experiment": json.loads(self.exp.to_json()),
             "steps": self.step,
             "total_steps": self.total,
             "hours": self.seconds / 3600,
             "device": str(self.device),
+            "arithmetic": self.arithmetic,
             "keywords": self.keywords and self.keywords.to_json(),
         }
         checkpoint.save_weights(self.folder / checkpoint.WEIGHTS, self.bare_net.eval(), about)
@@ -499,66 +545,135 @@ class Trainer:
 
 @dataclass
 class _Piece:
-    """Images that are computed together, and what stays the same however often they are."""
+    """Images that are computed together, and what stays the same however often they are. n is their number."""
 
-    x: torch.Tensor
+    x: Tensor
     share: float
-    """Of the whole batch; 0 for what only keeps a process busy that has no image of its own."""
-    seeds: list[int] = field(default_factory=list)
-    """Of each image's noise."""
-    text: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    words: torch.Tensor | None = None
-    """The captions' embeddings, for J."""
-    original: torch.Tensor | None = None
-    """The images' embeddings, for J."""
+    """How much of the whole batch they are; 0 for an image that only keeps busy a process that has none of its own."""
+    noise_seeds: list[int]
+    text: Tensor | None = None
+    mask: Tensor | None = None
+    caption_embeddings: Tensor | None = None
+    """How CLIP sees the captions, for J: (n, d)."""
+    embeddings: Tensor | None = None
+    """How CLIP sees the images, for J: (n, d)."""
+    slope: Tensor | None = field(default=None, repr=False)
+    """The slope of J in how CLIP sees the reconstructions: (n, d)."""
+    out: dict[str, Any] | None = None
+    """What the network makes of it, with its graph, where that is known already."""
+
+
+# Batches, noise and weights -------------------------------------------------------------------------------------------
 
 
 class Batches(Sampler):
-    """The index batches of one epoch, in an order that depends on (seed, epoch) alone, the first `skip` left out.
+    """The batches of one epoch, as indices, in an order that depends on (seed, epoch) alone, without the first `skip`.
 
-    Of several `processes`, the one of this `rank` gets its share of each batch. Where an epoch's last batch has fewer
-    images than there are processes, those without an image get the first, to compute it without effect.
+    Where several `processes` share each batch, the one of this `rank` gets its part. Where an epoch's last batch has fewer
+    images than there are processes, those without an image get the first, and compute it without effect: all must take
+    part in the exchange of gradients.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1):
-        self.count, self.batch_size, self.seed, self.rank, self.processes = (
-            count,
-            batch_size,
-            seed,
-            rank,
-            processes,
-        )
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.processes = rank, processes
         self.epoch = self.skip = 0
 
     def __len__(self) -> int:
-        """Batches in a whole epoch."""
+        """Return the number of batches in a whole epoch."""
         return -(-self.count // self.batch_size)
 
     def size(self, step: int) -> int:
-        """Images in the batch of a step, counted from the start of the run: the last of an epoch may have fewer."""
+        """Return how many images the batch of a step has; the step counts from the start of the run."""
         return min(self.batch_size, self.count - step % len(self) * self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(_mixed(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
         order = torch.randperm(self.count, generator=generator)
         for batch in order.split(self.batch_size)[self.skip :]:
-            own = shares(len(batch), self.processes)[self.rank] or range(1)
+            own = split_evenly(len(batch), self.processes)[self.rank] or range(1)
             yield batch[own.start : own.stop].tolist()
 
 
-def shares(size: int, parts: int) -> list[range]:
-    """The positions 0 to `size` cut into so many parts, in order, as equal as can be; some are empty if parts > size."""
+def split_evenly(size: int, parts: int) -> list[range]:
+    """Cut the positions 0 to `size` into so many ranges, in order and nearly equal; some are empty if parts > size."""
     return [range(size * i // parts, size * (i + 1) // parts) for i in range(parts)]
 
 
-def make_optimizers(exp: Experiment, net: TACO) -> tuple[torch.optim.Optimizer, torch.optim.Adam]:
-    """The optimizer that `exp` names of all weights but z's quantiles, and the one of those.
+def mixed_seed(*numbers: int) -> int:
+    """Return a seed that depends on all the numbers, in the 32 bits that are all torch's CPU generator keeps of one."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
-    "muon" (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) moves each kernel, flattened to a matrix of rows
-    per channel, by the orthogonal matrix nearest to its gradient's running mean. Steps are as long as Adam's in the root
-    mean square (Liu et al. 2025, arXiv:2502.16982), so a learning rate of Adam's suits it. Biases, and the model of z, which
-    is one small network for each channel and no matrix, are moved by Adam with Nesterov's momentum.
+
+@contextmanager
+def image_noise(net: TACO, seeds: Sequence[int]) -> Iterator[None]:
+    """Within the block, `net` in training mode draws the noise of image i of its batch from `seeds[i]` alone.
+
+    In training, uniform noise stands for rounding, which has no slope (Balle et al. 2017, arXiv:1611.01704). CompressAI
+    draws it for a batch as a whole, so that what an image gets would depend on those beside it, and the result of a step
+    on how its batch is divided among processes. Only noise is replaced here; rounding stays CompressAI's.
+    """
+    device = net.medians().device
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    gaussian, bottleneck = net.gaussian_conditional, net.entropy_bottleneck
+
+    def uniform(shape: Sequence[int], dim: int) -> Tensor:
+        """Noise in [-1/2, 1/2), of the same shape for each image, stacked along `dim`."""
+        return torch.stack([torch.rand(shape, generator=g, device=device) for g in generators], dim) - 0.5
+
+    def quantize_y(y: Tensor, mode: str, means: Tensor | None = None) -> Tensor:
+        if mode != "noise":
+            return type(gaussian).quantize(gaussian, y, mode, means)
+        return y + uniform(y.shape[1:], 0)
+
+    def quantize_z(z: Tensor, mode: str, means: Tensor | None = None) -> Tensor:
+        if mode != "noise":
+            return type(bottleneck).quantize(bottleneck, z, mode, means)
+        channels, _, values = z.shape  # the bottleneck flattens a batch to (channels, 1, images * positions)
+        return z + uniform((channels, values // len(generators)), 1).reshape(z.shape)
+
+    gaussian.quantize, bottleneck.quantize = quantize_y, quantize_z
+    try:
+        yield
+    finally:
+        del gaussian.quantize, bottleneck.quantize
+
+
+def initial_net(exp: Experiment, data_dir: str | os.PathLike | None = None, say: bool = True) -> TACO:
+    """Return the network that `exp` starts from: random weights drawn from its seed, those that fit replaced by `exp.init`'s.
+
+    Weights that find no partner are named in a line, if `say`. Raises `CheckpointError` if most do not.
+    """
+    torch.default_generator.manual_seed(
+        exp.seed
+    )  # not torch.manual_seed, which sets those of all GPUs as well
+    net = TACO(exp.model_config())
+    if exp.init:
+        new, unused = checkpoint.load_fitting(net, checkpoint.find(exp.init, data_dir))
+        for names, fate in ((new, "start from random weights"), (unused, "were not used")):
+            if names and say:
+                print(f"init={exp.init!r}: {len(names)} weights {fate}: {', '.join(names)}")
+    return net
+
+
+def training_digest(exp: Experiment, pairs: TrainPairs, data_dir: str | os.PathLike | None) -> str:
+    """Return a digest of what a run is trained on: the initial weights, the images' names and their captions."""
+    digest = hashlib.sha256(sha256(checkpoint.find(exp.init, data_dir)).encode() if exp.init else b"")
+    for i, name in enumerate(pairs.dataset.names):
+        digest.update(json.dumps([name, pairs.dataset.captions(i)]).encode())
+    return digest.hexdigest()
+
+
+# Optimizers, loss and what accelerates them ---------------------------------------------------------------------------
+
+
+def make_optimizers(exp: Experiment, net: TACO) -> tuple[torch.optim.Optimizer, torch.optim.Adam]:
+    """Return the optimizer that `exp` names, for all weights but z's quantiles, and Adam for those.
+
+    "muon" (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) moves each kernel, flattened to a matrix with a
+    row per channel, by the orthogonal matrix nearest to its gradient's running mean. Its steps have the root mean square
+    of Adam's (Liu et al. 2025, arXiv:2502.16982), so a learning rate that suits Adam suits it. Biases, and the model of z,
+    which is one small network for each channel and no matrix, are moved by Adam with Nesterov's momentum.
     """
     weights = dict(net.named_parameters())
     aux = torch.optim.Adam([weights.pop("entropy_bottleneck.quantiles")], exp.aux_learning_rate, fused=True)
@@ -572,7 +687,7 @@ def make_optimizers(exp: Experiment, net: TACO) -> tuple[torch.optim.Optimizer, 
 
 
 def learning_rate_factor(schedule: str, step: int, total: int) -> float:
-    """The share of its highest value that the learning rate has at a step, 0 <= step < total.
+    """Return which part of its highest value the learning rate has at a step, 0 <= step < total.
 
     "steps" falls to a tenth at each of `DECAYS`; "cosine" rises linearly over `WARM_UP`, then falls along half a period
     (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts).
@@ -582,15 +697,10 @@ def learning_rate_factor(schedule: str, step: int, total: int) -> float:
     return min((step + 1) / (WARM_UP * total), 1) * (1 + math.cos(math.pi * step / total)) / 2
 
 
-def _mixed(*numbers: int) -> int:
-    """A seed that depends on all of them, in the 32 bits that are all torch's CPU generator keeps of one."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
-
-
 def fit_keywords(
     exp: Experiment, pairs: TrainPairs, data_dir: str | os.PathLike | None = None
 ) -> KeywordWeights | None:
-    """Keyword weights fitted on the training captions, each counted once; None where `exp` does not pool by them."""
+    """Fit keyword weights on the training captions, each counted once; return None where `exp` does not pool by them."""
     if exp.text_pooling == "none":
         return None
     captions = (caption for i in range(len(pairs.dataset)) for caption in pairs.dataset.captions(i))
@@ -599,7 +709,7 @@ def fit_keywords(
 
 
 def make_loss(exp: Experiment, device: torch.device) -> TacoLoss:
-    """The loss of `exp`, with the frozen networks that its terms need. Raises `MissingWeightsError`."""
+    """Return the loss of `exp`, with the frozen networks that its terms need. Raises `MissingWeightsError`."""
     lpips = joint = None
     if exp.k_P:
         from taco_nb.metrics.perception import Lpips
@@ -612,28 +722,33 @@ def make_loss(exp: Experiment, device: torch.device) -> TacoLoss:
     return TacoLoss(exp.lmbda, exp.k_P, exp.k_J, lpips, joint)
 
 
-def _accelerator(device: str, precision: str) -> Any:
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState
-
+def make_accelerator(device: str, precision: str) -> Accelerator:
+    """Return accelerate's view of the device and of the processes that a launcher has started. Raises `SettingError`."""
     check_device(device)
     AcceleratorState._reset_state(reset_partial_state=True)  # one process may train several experiments
     return Accelerator(
         cpu=device == "cpu" or not torch.cuda.is_available(),
         mixed_precision="bf16" if precision == "bfloat16" else "no",
         kwargs_handlers=[
+            # The only buffers are the entropy coder's tables, which training does not change.
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         ],
     )
 
 
-def _finished(folder: Path, exp: Experiment) -> Run | None:
-    """The run of `exp` in the folder, if nothing is left to do. Raises `SettingError` if it is another experiment's."""
+# What is in a run's folder --------------------------------------------------------------------------------------------
+
+
+def finished_run(folder: Path, exp: Experiment) -> Run | None:
+    """Return the run of `exp` in the folder if nothing is left to do.
+
+    Raises `SettingError` if the folder holds the run of another experiment.
+    """
     if folder.exists() and not folder.is_dir():
         raise SettingError(
-            f"out_dir={str(folder)!r} is a file. Give a folder, or the name of one that is to be made."
+            f"out_dir={str(folder)!r} is a file. Give a folder, or the name of one to be made."
         )
-    claim, weights = folder / EXPERIMENT, folder / checkpoint.WEIGHTS
+    claim = folder / EXPERIMENT
     if not claim.is_file():
         return None
     try:
@@ -643,37 +758,37 @@ def _finished(folder: Path, exp: Experiment) -> Run | None:
     if differences := there.diff(exp):
         said = "; ".join(f"{name} is {was!r} there, {now!r} here" for name, (was, now) in differences.items())
         raise SettingError(f"{folder} holds the run of another experiment ({said}). Give another out_dir.")
-    if weights.is_file():
-        run = read_run(folder)
-        return run if run.finished else None
-    return None
+    run = read_run(folder) if (folder / checkpoint.WEIGHTS).is_file() else None
+    return run if run and run.finished else None
 
 
 def read_run(folder: str | os.PathLike) -> Run:
-    """The run in a folder, as far as it has come. Raises `CheckpointError` if it has no weights there yet."""
+    """Return the run in a folder, as far as it has come. Raises `CheckpointError` if it has no weights there yet."""
     _, about = checkpoint.read_weights(Path(folder) / checkpoint.WEIGHTS)
     exp = Experiment.from_json(Path(folder, EXPERIMENT).read_text(encoding="utf-8"))
     return Run(Path(folder), exp, about.get("steps", 0), about.get("total_steps", 1))
 
 
 def saved_steps(folder: str | os.PathLike) -> tuple[int, int] | None:
-    """The steps taken when the run in a folder was last saved, however it ended, and all; None if it never was.
+    """Return how many steps the run in a folder had taken when it was last saved, and of how many; None if it never was.
 
     Raises `CheckpointError` for a damaged state.
     """
-    path = Path(folder, _STATE)
+    path = Path(folder, STATE)
     if not path.is_file():
         return None
-    try:
-        state = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=True
-        )  # of which no weight is read
+    with _named_where_damaged(path):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # which reads no weights
         return state["step"], state["total_steps"]
+
+
+@contextmanager
+def _named_where_damaged(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong in reading a state, for which torch and pickle have errors of many kinds, into one."""
+    try:
+        yield
     except Exception as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    """Torch and pickle each have errors of their own for a damaged state."""
-    reason = str(error).split("\n")[0]
-    return CheckpointError(f"{path} cannot be read ({reason}). Delete it to start this run again.")
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(
+            f"{path} cannot be read ({reason}). Delete it to start this run again."
+        ) from error

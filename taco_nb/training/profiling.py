@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from taco_nb.experiment import Experiment
-from taco_nb.training.loop import Trainer
+from taco_nb.training.loop import Resources, Trainer, make_accelerator
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,21 +31,24 @@ def step_times(
     num_workers: int | None = None,
     accumulation: int = 1,
 ) -> pd.DataFrame:
-    """Where the time of a training step goes: the first steps of `exp`, timed part by part; nothing is written.
+    """Take the first steps of `exp` and return where their time goes, part by part; nothing is written.
 
     Columns: part, ms (the mean over so many steps, after two to warm up) and share of the step, in [0, 1]. "data" is the
     wait for the images, "text" the frozen text towers, "model" the network forward, "losses" the loss with its frozen
-    networks, forward; "backward" goes back through both; "optimizer" is both Adams. "other" is what is between them.
+    networks, forward; "backward" goes back through both; "optimizer" is both optimizers. "other" is what lies between.
     On a GPU each part is waited for, which a real run does not do: there the parts overlap, and a step is shorter.
     """
     import pandas as pd
     from tqdm.auto import tqdm
 
-    with torch.random.fork_rng():
-        trainer = Trainer(exp, Path(os.devnull), data_dir, device, num_workers, accumulation)
+    resources = Resources(data_dir, device, num_workers=num_workers, accumulation=accumulation)
+    accelerator = make_accelerator(device, exp.precision)
+    gpus = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        watch = _Stopwatch(accelerator.device)
+        trainer = Trainer(exp, Path(os.devnull), resources, accelerator, timed=watch)
         warm_up = min(WARM_UP_STEPS, trainer.total - 1)
         steps = min(steps, trainer.total - warm_up)
-        watch = trainer.part = _Stopwatch(trainer.device)
         batches = trainer.batches_to_come()
         for step in tqdm(range(warm_up + steps), desc="timing steps", unit="step"):
             if step == warm_up:
@@ -55,7 +58,7 @@ def step_times(
                     x, captions = next(batches)
                 trainer.train_step(x, captions)
         batches.close()
-        trainer.accelerator.free_memory()
+        accelerator.free_memory()
     whole = watch.seconds.pop("step")
     spent = {part: watch.seconds[part] for part in PARTS}
     spent["other"] = whole - sum(spent.values())
@@ -64,10 +67,11 @@ def step_times(
 
 
 def activation_memory(exp: Experiment, images: int, device: str = "cpu") -> int:
-    """Bytes that autograd keeps of a forward pass of `images` crops through the network, to go backward with.
+    """Return how many bytes autograd keeps of a forward pass of `images` crops through the network, to go backward with.
 
-    Counted, not measured: every storage that is saved, once, but for the weights. It grows with the images of a piece,
-    and `accumulation` makes pieces smaller. Weights, gradients and Adam's two moments take 16 bytes a parameter besides.
+    They are counted, not measured: every storage that is saved, once, except the weights. The number grows with the images
+    of a piece, and `accumulation` makes pieces smaller. Weights, gradients and Adam's two moments take 16 bytes a parameter
+    besides.
     """
     from taco_nb.model import TACO
 
@@ -89,7 +93,11 @@ def activation_memory(exp: Experiment, images: int, device: str = "cpu") -> int:
 
 
 class _Stopwatch:
-    """Seconds by the name of a part; a part in several pieces is their sum."""
+    """Seconds by the name of a part; those of a part that runs several times are added up.
+
+    A stopwatch rather than `torch.profiler`, which notes each of the thousands of operations of a step: on a CPU that takes
+    time of its own from the parts with many small ones, and on a GPU it tells when kernels ran, not how long a part took.
+    """
 
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, defaultdict(float)

@@ -127,7 +127,7 @@ def where_the_text_looks(
 ) -> Look:
     """Show a caption's tokens to pick from, and over the picture where the picked token attends, for one or several codecs.
 
-    `looks` maps a codec's label to its attentions on this image and caption (`taco_nb.inspection.attentions`). Each map is
+    `looks` maps a label to what `taco_nb.inspection.look_at_attention` gives for a codec, this image and caption. Each map is
     scaled from its own least to its own greatest value, which stand below it. With `weights`, tokens are shaded by theirs.
     """
     spans = [span for span in tower.spans(caption) if span is not None]
@@ -144,7 +144,7 @@ def _json(name: str, content: dict[str, Any]) -> str:
 def spectrum(groups: Mapping[str, Sequence[Attention]]) -> Figure:
     """Draw how much of each attention matrix its first singular values hold, for several codecs side by side.
 
-    `groups` maps a codec's label to its three attentions (see `taco_nb.inspection.attentions`).
+    `groups` maps a codec's label to its three attentions (see `taco_nb.inspection.look_at_attention`).
     """
     import plotly.graph_objects as go
 
