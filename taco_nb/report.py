@@ -374,7 +374,7 @@ def _label(exp: Experiment | None, about: Mapping[str, Any], epochs: float) -> s
     changed = {
         name: now for name, (_, now) in plain.diff(exp).items() if name not in ("lmbda", "epochs", *SWITCHES)
     }
-    if starts_from_sibling(exp):
+    if starts_from_sibling(exp) and starts_from_sibling(plain):
         changed.pop("init", None)
     changed |= {name: now for name, now in changed.pop("sizes", {}).items() if now != plain.sizes.get(name)}
     varied = [f"{name}={'none' if now == '' else now}" for name, now in changed.items()]
