@@ -93,7 +93,7 @@ def _check_gpu(index: int) -> None:
 
 
 def arithmetic(device: torch.device, precision: str) -> str:
-    """Say in a few words on what, and in which numbers, the transforms are computed.
+    """Return a few words that say on what, and in which numbers, the transforms are computed.
 
     On a GPU "float32" is not the whole truth: from Ampere on, cuDNN computes convolutions of float32 tensors in TF32, which
     keeps 10 bits of each factor, unless `torch.backends.cudnn` says otherwise. Raises `SettingError` for bfloat16 on a GPU

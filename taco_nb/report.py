@@ -371,7 +371,7 @@ def _label(exp: Experiment | None, about: Mapping[str, Any], epochs: float) -> s
     changed |= {
         name: now for name, now in changed.pop("sizes", {}).items() if now != getattr(plain.sizes, name)
     }
-    if starts_from_sibling(exp):
+    if starts_from_sibling(exp) and starts_from_sibling(plain):
         changed.pop("init", None)
     varied = [f"{name}={'none' if now == '' else now}" for name, now in changed.items()]
     profile = [] if exp.profile == "paper" else [exp.profile]

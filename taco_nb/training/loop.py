@@ -105,7 +105,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Resources:
-    """With what, where and for how long a run is computed: nothing of this decides what the result is. See `fit`."""
+    """These say with what, where and for how long a run is computed, not what its result is. `fit` explains them."""
 
     data_dir: str | os.PathLike | None = None
     device: str = "auto"
@@ -167,13 +167,11 @@ def fit(
     if run is None:
         accelerator = make_accelerator(device, exp.precision)
         gpus = [accelerator.device] if accelerator.device.type == "cuda" else []
-        with (
-            stop_requests() as requests,
-            torch.random.fork_rng(gpus),
-        ):  # the caller's random numbers stay as they are
+        # The caller's random numbers stay as they are. Without the names of GPUs, those of all would be fetched.
+        with stop_requests() as requests, torch.random.fork_rng(gpus):
             trainer = Trainer(exp, folder, resources, accelerator)
             with trainer.group.alone_in(folder, "training"):
-                # another process may have finished it before it gave the folder free
+                # Another process may have finished the run, and then left the folder.
                 run = trainer.group.from_main(finished_run(folder, exp))
                 if run is None:
                     return trainer.run(started, requests, on_log)
@@ -208,16 +206,15 @@ class Trainer:
         self.exp, self.folder, self.resources, self.timed = exp, folder, resources, timed
         self.accelerator, self.group = accelerator, Group(accelerator.state)
         on_gpu = accelerator.device.type == "cuda"
-        self.device = (
-            accelerator.device if on_gpu else torch.device("cpu")
-        )  # which accelerate may call "cpu:0"
+        # Of several processes accelerate calls the device of one "cpu:0", which is no name of a device elsewhere.
+        self.device = accelerator.device if on_gpu else torch.device("cpu")
         self.arithmetic = arithmetic(self.device, exp.precision)
 
         self.pairs = training_pairs(exp.train_data, exp.crop, resources.data_dir, exp.seed, exp.captions)
         self.batches = Batches(len(self.pairs), exp.batch_size, exp.seed, self.group.rank, self.group.size)
         self.total = exp.epochs * len(self.batches)
         workers = resources.num_workers
-        if workers is None:  # one process computes on each GPU, and they share the processor's cores
+        if workers is None:  # the processes, one on each GPU, share the cores
             workers = min(8, cpu_count() // torch.cuda.device_count()) if on_gpu else 0
         self.loader = DataLoader(
             self.pairs,
@@ -305,7 +302,7 @@ class Trainer:
         self._restore()
 
     def batches_to_come(self) -> Iterator[tuple[Tensor, list[str]]]:
-        """Give this process's share of every batch from the present step on: images (n, 3, H, W) and n captions."""
+        """Yield this process's share of every batch from the present step on: images (n, 3, H, W) and n captions."""
         while self.step < self.total:
             self.batches.epoch, self.batches.skip = divmod(self.step, len(self.batches))
             self.pairs.set_epoch(self.batches.epoch)
@@ -314,8 +311,8 @@ class Trainer:
     def train_step(self, x: Tensor, captions: Sequence[str]) -> None:
         """Take one step with both optimizers, on this process's share of the next batch.
 
-        The loss is one of the whole batch. Its terms are means over images, and so weighted sums over pieces and
-        processes; but for J, which compares every image with all others, and is descended by its slopes (`_joint`).
+        The loss is that of the whole batch. Its terms are means over images, so they are weighted sums over pieces and
+        processes. Only J compares every image with all others; it is descended by its slopes, see `_joint`.
         """
         rate = self.exp.learning_rate * learning_rate_factor(self.exp.schedule, self.step, self.total)
         for group in self.optimizer.param_groups:
@@ -332,7 +329,7 @@ class Trainer:
                     if self.exp.k_J:
                         objective = objective + self.exp.k_J * (out["seen"] * piece.slope).sum()
                 with self.timed("backward"):
-                    # Times the processes, since they take the mean of gradients whose sum is wanted.
+                    # DDP takes the mean of the processes' gradients. Their sum is wanted: hence the factor.
                     self.accelerator.backward(self.group.size * objective)
             sums += piece.share * torch.stack(list(means.values())).detach()
         terms = dict(zip(means, self.accelerator.reduce(sums, "sum"))) | joint
@@ -341,8 +338,8 @@ class Trainer:
             self.accelerator.clip_grad_norm_(self.net.parameters(), self.exp.gradient_clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            # The second optimizer moves the quantiles alone, which say between which integers z can lie. Its loss depends
-            # on weights and no image, so it is the same in every process and nothing need be exchanged.
+            # The second optimizer moves z's quantiles alone: the median and the tails of its distribution, from which the
+            # coder's tables are made. Its loss depends on weights and on no image, so it is the same in every process.
             aux_loss = self.bare_net.aux_loss()
             aux_loss.backward()
             self.aux_optimizer.step()
@@ -388,10 +385,11 @@ class Trainer:
     def _joint(self, pieces: list[_Piece]) -> Tensor:
         """Return J of the whole batch, and give each piece its slope in that piece's embeddings (n, d).
 
-        J needs the embeddings of all images at once, whose graphs do not fit into memory where a batch is cut in pieces.
-        But the chain rule needs of the other images only the slope in one's own embedding. So all pieces are first
-        reconstructed without a graph, for the slopes, and then once more, one by one, with a graph through which each
-        goes back with its slope (GradCache: Gao et al. 2021, arXiv:2101.06983). A single piece keeps its first graph.
+        J compares the embeddings of all images, and a batch is cut in pieces because their graphs do not fit into memory
+        together. But by the chain rule an image needs of the others only the slope of J in its own embedding. So all
+        pieces are reconstructed without a graph, which gives the slopes; then each is reconstructed once more, with a
+        graph, and goes backward from its slope (GradCache: Gao et al. 2021, arXiv:2101.06983). A single piece keeps the
+        graph of the first time.
         """
         with torch.set_grad_enabled(len(pieces) == 1):
             outs = [self._reconstruct(piece) for piece in pieces]
@@ -414,18 +412,17 @@ class Trainer:
         mine = split_evenly(size, self.group.size)[self.group.rank]
         rows = own.new_zeros(size, own.shape[1])
         rows[mine.start : mine.stop] = own[: len(mine)]
-        return self.accelerator.reduce(
-            rows, "sum"
-        )  # the others' rows are zero here, and these are zero there
+        # Each row is zero in all processes but its own.
+        return self.accelerator.reduce(rows, "sum")
 
     def _reason_to_stop(self, requests: Sequence[int], seconds: float) -> str | None:
         """Say why to stop here, if so: whatever any process was told, so that all of them end with the same step."""
         hours = self.resources.max_hours
         late = hours is not None and seconds >= 3600 * hours
         number = self.group.largest(requests[0] if requests else int(late))
-        if number > 1:  # which no signal that asks for a stop has
+        if number > 1:
             return signal.Signals(number).name
-        return "max_hours" if number else None
+        return "max_hours" if number else None  # no signal that asks for a stop has the number 1
 
     def _run(self) -> Run:
         return Run(self.folder, self.exp, self.step, self.total, self.resources.data_dir)
@@ -437,8 +434,6 @@ class Trainer:
             copy.deepcopy(self.bare_net), exp.text_encoder, exp.text_tokens, text_length=exp.text_length,
             text_pooling=exp.text_pooling, keywords=keywords, name=self.folder.name,
         )  # fmt: skip
-
-    # What is kept of it
 
     def _log_row(self) -> dict[str, float]:
         """Add a row to the log: the means since the last one."""
@@ -458,7 +453,7 @@ class Trainer:
         if not finite or not all(weight.isfinite().all() for weight in self.net.parameters()):
             raise SettingError(
                 f"The loss or the weights are no finite numbers any more at step {self.step} (sums since the last row "
-                f"of the log: {sums}). Lower learning_rate and give another out_dir; what was saved before is kept in "
+                f"of the log: {sums}). Lower learning_rate and give another out_dir. What was saved before is kept in "
                 f"{self.folder}."
             )
 
@@ -469,7 +464,7 @@ class Trainer:
         """
         from torch.utils.tensorboard import SummaryWriter
 
-        # a bundled picture that no run is trained on, and that is there whatever data sets are
+        # This bundled picture is there whatever data sets are, and no run is trained on it.
         (dataset,) = datasets("sample", data_dir=self.resources.data_dir, limit=1)
         self.sample = dataset.centre_crop(min(PICTURE_SIDE, self.exp.crop))[0]
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
@@ -545,7 +540,7 @@ class Trainer:
 
 @dataclass
 class _Piece:
-    """Images that are computed together, and what stays the same however often they are. n is their number."""
+    """These are n images that are computed together, with all that stays the same however often they are."""
 
     x: Tensor
     share: float

@@ -95,8 +95,8 @@ def activation_memory(exp: Experiment, images: int, device: str = "cpu") -> int:
 class _Stopwatch:
     """Seconds by the name of a part; those of a part that runs several times are added up.
 
-    A stopwatch rather than `torch.profiler`, which notes each of the thousands of operations of a step: on a CPU that takes
-    time of its own from the parts with many small ones, and on a GPU it tells when kernels ran, not how long a part took.
+    `torch.profiler` would note each of some 23,000 operations in a step, and take longer to add them up than the steps take.
+    On a GPU it tells when kernels ran; a stopwatch that waits for the GPU tells how long a part took.
     """
 
     def __init__(self, device: torch.device):
