@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from statistics import median
@@ -18,42 +18,6 @@ import taco_nb
 from taco_nb.files import REPOSITORY
 
 HEAVY = ("torch", "compressai", "open_clip", "pandas", "plotly")
-TO_MEND: dict[str, dict[str, str]] = {
-    "upwards": {
-        "taco_nb.pretrained -> taco_nb.tools.download": "data",
-        "taco_nb.pretrained -> taco_nb.tools.sources": "data",
-        "taco_nb.text.chat_keywords -> taco_nb.tools.captions.cache": "text",
-        "taco_nb.text.chat_keywords -> taco_nb.tools.captions.captioner": "text",
-        "taco_nb.text.chat_keywords -> taco_nb.tools.captions.openai_captioner": "text",
-    },
-    "layers": {},
-    "circles": {"taco_nb.training.launch": "training", "taco_nb.training.loop": "training"},
-    "names": {
-        "Part": "evaluation", "alone_in": "training", "attentions": "model", "bench": "tools", "bundle": "tools",
-        "compare": "tools", "data_url": "captions", "evaluate": "evaluation", "measure": "evaluation", "shares": "tools",
-        "shown": "data", "sweep": "tools", "train": "training",
-    },
-    "private": {
-        "taco_nb.text.chat_keywords: taco_nb.text.clip._check_captions": "text",
-        "taco_nb.text.keywords: taco_nb.text.clip._check_captions": "text",
-        "taco_nb.text.long: taco_nb.text.clip._check_captions": "text",
-        "taco_nb.text.long: taco_nb.text.clip._tokenizer": "text",
-        "taco_nb.tools.captions.coca: taco_nb.text.clip._tokenizer": "captions",
-        "taco_nb.tools.captions.coca: taco_nb.text.clip._check_device": "captions",
-    },
-    "loaded": {
-        "taco_nb.tools": "data",
-        "taco_nb.tools.captions": "text",
-        "taco_nb.tools.captions.batch": "text",
-        "taco_nb.tools.captions.cache": "text",
-        "taco_nb.tools.captions.captioner": "text",
-        "taco_nb.tools.captions.coca": "text",
-        "taco_nb.tools.captions.openai_captioner": "text",
-        "taco_nb.tools.download": "data",
-    },
-    "systems": {"taco_nb.tools.captions.cache -> fcntl": "captions"},
-}  # fmt: skip
-"""Known faults of the structure, by test, each with who mends it. It must become empty."""
 SOURCES = {folder: sorted((REPOSITORY / folder).rglob("*.py")) for folder in ("taco_nb", "tests")}
 
 
@@ -199,11 +163,6 @@ def arrows() -> set[tuple[str, str]]:
     return {(module, other) for module, other in pairs if part(module) != part(other)}
 
 
-def new(kind: str, found: Iterable[str]) -> list[str]:
-    """What was found beyond what is known and will be mended."""
-    return sorted(set(found) - TO_MEND[kind].keys())
-
-
 def test_every_part_has_its_place_in_the_order():
     assert {part(module) for module in MODULES} - {"taco_nb"} <= set(ORDER)
 
@@ -214,7 +173,7 @@ def test_no_module_imports_upwards():
         for module, other in arrows()
         if other == "taco_nb" or ORDER.index(part(other)) > ORDER.index(part(module))
     }
-    assert new("upwards", upwards) == []
+    assert sorted(upwards) == []
 
 
 def test_the_model_reads_no_files_and_metrics_know_no_models():
@@ -226,7 +185,7 @@ def test_the_model_reads_no_files_and_metrics_know_no_models():
         for name in names
         if part(module) == "model" and name.partition(".")[0] in READS_FILES
     }
-    assert new("layers", wrong) == []
+    assert sorted(wrong) == []
 
 
 def test_no_two_modules_import_each_other():
@@ -240,7 +199,7 @@ def test_no_two_modules_import_each_other():
             todo += further
         if start in reached:
             circles.add(start)
-    assert new("circles", circles) == []
+    assert sorted(circles) == []
 
 
 def test_no_two_functions_or_classes_have_one_name():
@@ -249,7 +208,7 @@ def test_no_two_functions_or_classes_have_one_name():
         for node in tree.body:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 homes.setdefault(node.name, []).append(module)
-    assert new("names", {n for n, h in homes.items() if len(h) > 1 and not n.startswith("_")}) == []
+    assert sorted({n for n, h in homes.items() if len(h) > 1 and not n.startswith("_")}) == []
 
 
 def test_no_private_name_is_imported_elsewhere():
@@ -261,7 +220,7 @@ def test_no_private_name_is_imported_elsewhere():
         for alias in node.names
         if alias.name.startswith("_")
     }
-    assert new("private", private) == []
+    assert sorted(private) == []
 
 
 def test_codec_training_and_evaluation_need_nothing_of_the_tools():
@@ -274,19 +233,13 @@ def test_codec_training_and_evaluation_need_nothing_of_the_tools():
     assert "taco_nb.training" in loaded and "taco_nb.codec" in loaded
     of_tools = {name for name in loaded if name.startswith("taco_nb.tools")}
     of_tools |= {"openai", "pooch", "nbformat", "papermill", "bs4"}.intersection(loaded)
-    assert new("loaded", of_tools) == []
+    assert sorted(of_tools) == []
 
 
 def test_nothing_but_tools_is_of_one_operating_system():
     """A library may import such a module where it exists; ours may not."""
     of_one_system = {"fcntl", "grp", "msvcrt", "pwd", "resource", "termios", "winreg"}
-    assert (
-        new("systems", {f"{m} -> {o}" for m, others in IMPORTS.items() for o in others & of_one_system}) == []
-    )
-
-
-def test_every_known_fault_of_the_structure_has_somebody_who_mends_it():
-    assert all(owner for faults in TO_MEND.values() for owner in faults.values())
+    assert sorted({f"{m} -> {o}" for m, others in IMPORTS.items() for o in others & of_one_system}) == []
 
 
 # --- The tests --------------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def _asking_options(function: Any) -> Any:
     return click.argument("dataset")(function)
 
 
-@main.command(cls=Command)
+@main.command("caption", cls=Command)
 @_asking_options
 @click.option("--out", type=Path, required=True, help="The captions file to write, as data sets read it.")
 @click.option(
@@ -201,7 +201,7 @@ def _asking_options(function: Any) -> Any:
     "--retry-flagged", is_flag=True, help="Ask again for captions that speak of the asker or the task."
 )
 @click.pass_context
-def caption(
+def caption_command(
     context, dataset, out, captioner, count, cache, model, base_url, no_wait, confirm, retry_failed, retry_flagged,
     limit, data_dir,
 ) -> None:  # fmt: skip
@@ -225,12 +225,13 @@ def caption(
     context.exit(1 if confirm and not report.complete else 0)
 
 
-@main.command(cls=Command)
+@main.command("keywords", cls=Command)
 @_asking_options
 @click.option(
-    "--captions", type=click.Choice(["published", "context"]), default="published", show_default=True
-)
-def keywords(dataset, captions, limit, base_url, confirm, data_dir) -> None:
+    "--captions", type=click.Choice(["published", "context"]), default="published", show_default=True,
+    help="The kind of captions to ask about.",
+)  # fmt: skip
+def keywords_command(dataset, captions, limit, base_url, confirm, data_dir) -> None:
     """Have a language model choose the keywords of DATASET's captions, for keyword_sources="tfidf+llm".
 
     The answers go to chat_keywords.sqlite in the data folder; no caption is asked about, and paid for, twice. The key is
