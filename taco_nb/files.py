@@ -39,10 +39,12 @@ def bundled(name: str, data_dir: str | os.PathLike | None = None) -> Path:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
+def atomic_write(path: str | os.PathLike, mode: str = "wb", durable: bool = True) -> Iterator[IO]:
     """Open a temporary neighbour of `path` for writing; it takes the name `path` only once it is whole and on disk.
 
-    If the block raises, or the process dies in it, whatever stood at `path` before stands there still.
+    If the block raises, or the process dies in it, whatever stood at `path` before stands there still. With
+    `durable=False` the disk is not waited for: after a power failure the file may be empty. That suits thousands of small
+    files that are checked when they are read, and can be made again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,8 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,13 +43,15 @@ class CaptionedImages(Dataset):
 
     `dataset[i]` is a `Sample` and raises `DataError`, naming the file, if the image cannot be read. `name` is the data
     set's name, `skipped` how many images `centre_crop` has left out, `captioned` the kind of its captions: "published", those
-    that came with it, or "context".
+    that came with it, "context", or "replaced", from a file that somebody has put in their place. `captions_file` is that
+    file's name.
     """
 
     def __init__(self, name: str, entries: Iterable[Entry]):
         self.name = name
         self.skipped = 0
         self.captioned = "published"
+        self.captions_file = ""
         self._entries = sorted(entries)
         self._crop: int | None = None
 
@@ -72,6 +74,10 @@ class CaptionedImages(Dataset):
     def names(self) -> tuple[str, ...]:
         """The file names, in order."""
         return tuple(entry.name for entry in self._entries)
+
+    def path(self, i: int) -> Path:
+        """Return where the file of image i lies."""
+        return self._entries[i].path
 
     def captions(self, i: int) -> tuple[str, ...]:
         """The captions of image i, without opening it."""
@@ -115,17 +121,26 @@ class CaptionedImages(Dataset):
             raise DataError(f"Missing captions: {source} has no entry for {few(missing)} of {self.name}.")
         view = copy.copy(self)
         view._entries = [entry._replace(captions=by_name[entry.name]) for entry in self._entries]
+        view.captioned, view.captions_file = "replaced", Path(source).name
         return view
 
-    def checksum(self) -> str:
-        """SHA-256 over names, image files and captions, so that an evaluation can say exactly what it ran on."""
+    def captions_digest(self) -> str:
+        """Return a SHA-256 over the names and captions, in whatever file and layout they came."""
+        listed = [[entry.name, entry.captions] for entry in self._entries]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+    def checksum(self, digest_of: Callable[[Path], str] = sha256) -> str:
+        """Return a SHA-256 over names, image files and captions, which says exactly what an evaluation ran on.
+
+        `digest_of` gives the SHA-256 of an image file, for callers that know it without reading the file again.
+        """
         from tqdm.auto import tqdm
 
         digest = hashlib.sha256()
         for name, path, captions, _ in tqdm(
             self._entries, f"reading {self.name}", unit="image", leave=False, delay=2
         ):
-            digest.update(json.dumps([name, sha256(path), captions]).encode())
+            digest.update(json.dumps([name, digest_of(path), captions]).encode())
         return digest.hexdigest()
 
 
@@ -150,6 +165,7 @@ class CaptionedFolder(CaptionedImages):
         if missing := images.keys() - by_name.keys():
             raise DataError(f"Missing captions: {source} has no entry for {few(missing)} in {root}.")
         super().__init__(name or root.resolve().name, (Entry(n, images[n], by_name[n]) for n in by_name))
+        self.captions_file = source.name
 
 
 def _captions_by_name(source: Path) -> dict[str, tuple[str, ...]]:

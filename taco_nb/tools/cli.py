@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from taco_nb.command import Command, data_dir_option
-from taco_nb.evaluation.__main__ import evaluate
+from taco_nb.evaluation.__main__ import evaluate_command_line
 from taco_nb.training.__main__ import train
 
 
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 main.add_command(train)
-main.add_command(evaluate)
+main.add_command(evaluate_command_line)
 
 
 def _profile_option(function: Any) -> Any:
