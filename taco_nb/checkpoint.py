@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from taco_nb.errors import CheckpointError, SettingError
+from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.model import TACO, ModelConfig
 from taco_nb.model.taco import modern_key
@@ -22,8 +23,15 @@ from taco_nb.model.taco import modern_key
 WEIGHTS = "weights.safetensors"
 _FORMAT = "taco_nb weights 1"
 _GAUSSIAN_TABLES = ("_offset", "_quantized_cdf", "_cdf_length")
-_NUMPY_SCALARS = [np.core.multiarray.scalar, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType]
-"""What training loops put into checkpoints beside tensors, such as the best PSNR so far; unpickling them runs no code."""
+_scalar = np.float64(0).__reduce__()[0]
+_NUMPY_SCALARS = [
+    (_scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 names it in a pickle,
+    (_scalar, "numpy._core.multiarray.scalar"),  # and as NumPy 2 does
+    np.dtype,
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+]
+"""What training loops put into checkpoints beside tensors, such as the best PSNR so far. Unpickling them runs no code."""
 
 
 def save_weights(
@@ -31,36 +39,39 @@ def save_weights(
 ) -> None:
     """Write the network's weights and what is known `about` them, atomically.
 
-    `dtype` is that of the kernels; biases, norms and the small model of z stay in float32. The Gaussian model's coder
-    tables follow from its fixed table of scales alone and are left out; those of z, which follow from the weights, are
-    kept, so that a file stays decodable wherever it goes.
+    `dtype` is the type of the kernels; biases, norms and the small model of z stay in float32. The Gaussian model's coder
+    tables follow from its fixed table of scales alone and are left out. Those of z are kept: they follow from the weights
+    by arithmetic that another machine may round otherwise, and then it could not decode the files.
     """
     net.tables()
-    state = {
-        key: value.cpu().to(
-            dtype if value.ndim > 1 and not key.startswith("entropy_bottleneck") else value.dtype
+    state = {}
+    for key, value in net.state_dict().items():
+        if key in {f"gaussian_conditional.{table}" for table in _GAUSSIAN_TABLES}:
+            continue
+        is_kernel = value.ndim > 1 and not key.startswith("entropy_bottleneck")
+        # a copy, since safetensors refuses tensors that share memory
+        state[key] = (
+            value.cpu().to(dtype if is_kernel else value.dtype).clone(memory_format=torch.contiguous_format)
         )
-        for key, value in net.state_dict().items()
-        if key not in {f"gaussian_conditional.{table}" for table in _GAUSSIAN_TABLES}
-    }
-    state = {
-        key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()
-    }  # none may be shared
     metadata = {"format": _FORMAT, "config": json.dumps(asdict(net.config)), "about": json.dumps(about)}
     with atomic_write(path) as file:
         file.write(save(state, metadata))
 
 
 def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A state dict and what is known about it, from `.safetensors` or from a reference's `.pth.tar`.
+    """Return a state dict and what is known about it, from `.safetensors` or from a reference's `.pth.tar`.
 
-    Pickles are read with `weights_only`, so a checkpoint from a stranger cannot run code. Raises `CheckpointError`.
+    Pickles are read with `weights_only`, so a checkpoint from a stranger cannot run code. The prefix that
+    `torch.compile` puts before names is removed. Raises `CheckpointError`.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint at {path}.")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
+    state, about = (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
+    return {key.replace("_orig_mod.", ""): value for key, value in state.items()}, about
+
+
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with torch.serialization.safe_globals(_NUMPY_SCALARS):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -96,7 +107,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_net(path: str | os.PathLike) -> tuple[TACO, dict[str, Any]]:
-    """The network in a checkpoint, in evaluation mode, and what is known about it. Raises `CheckpointError`."""
+    """Return the network in a checkpoint, in evaluation mode, and what is known about it. Raises `CheckpointError`."""
     state, about = read_weights(path)
     try:
         config = about.pop("config", None)
@@ -109,10 +120,10 @@ def load_net(path: str | os.PathLike) -> tuple[TACO, dict[str, Any]]:
 
 
 def load_fitting(net: TACO, path: str | os.PathLike) -> tuple[list[str], list[str]]:
-    """Start `net` from the weights in `path` that fit it by name and shape.
+    """Copy those weights in `path` into `net` that fit it by name and shape.
 
-    Returns the names of the net's own weights that were not in the file, and of the file's that have no place in the
-    net. Raises `CheckpointError` if fewer than half of the net's parameters fit: that is another model.
+    Returns the names of the weights of `net` that found no partner in the file, and of those in the file that found none
+    in `net`. Raises `CheckpointError` if fewer than half of the net's parameters fit: that is another model.
     """
     state = {modern_key(key): value for key, value in read_weights(path)[0].items()}
     own = dict(net.named_parameters())
@@ -127,7 +138,7 @@ def load_fitting(net: TACO, path: str | os.PathLike) -> tuple[list[str], list[st
 
 
 def card_of(codec: Path) -> dict[str, Any]:
-    """The card beside a bundled codec: its SHA-256, how it was trained, its results. Raises `CheckpointError`."""
+    """Return the card beside a bundled codec: its SHA-256, how it was trained, its results. Raises `CheckpointError`."""
     card = codec.with_suffix(".json")
     try:
         content = json.loads(card.read_text(encoding="utf-8"))
@@ -140,10 +151,21 @@ def card_of(codec: Path) -> dict[str, Any]:
     return content
 
 
-def find(source: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> Path:
-    """The checkpoint file that `source` means: a bundled codec's name, a run's folder, or a file.
+def bundled_codecs(data_dir: str | os.PathLike | None = None) -> dict[str, Experiment]:
+    """Return the bundled codecs by name, each with how it was trained, as its card says.
 
-    A bundled codec is checked against the SHA-256 in its card. Raises `CheckpointError` naming what was looked for.
+    Raises `CheckpointError` for a card that cannot be read.
+    """
+    return {
+        path.stem: Experiment().replace(**card_of(path)["experiment"])
+        for path in sorted(bundled("checkpoints", data_dir).glob("*.safetensors"))
+    }
+
+
+def find(source: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> Path:
+    """Return the checkpoint file that `source` means: a bundled codec's name, a run's folder, or a file.
+
+    A bundled codec is checked against the SHA-256 in its card. Raises `CheckpointError`, which lists what was looked for.
     """
     if not str(source):
         raise CheckpointError(

@@ -1,5 +1,7 @@
 """Several processes on one machine, for training and evaluation alike.
 
+    check_device("auto", 4)                 there is something to compute on, and this PyTorch can use it
+    launched_processes()                    how many processes a launcher such as accelerate's has started
     alone_in(folder, "training")            one process, or one group of processes, works in a folder at a time
     stop_requests()                         SIGTERM and SIGUSR1 ask for a stop between two steps, and are never fatal
     Group(state)                            the processes that share a piece of work agree on what to do next
@@ -14,24 +16,26 @@ import json
 import os
 import pickle
 import platform
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from taco_nb import errors
 from taco_nb.errors import ProcessError, SettingError, TacoError
 from taco_nb.files import atomic_write
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import PartialState
     from tqdm import tqdm
 
@@ -45,9 +49,15 @@ _PROGRESS = "TACO_NB_PROGRESS"
 
 # What there is to compute on ------------------------------------------------------------------------------------------
 
+CUDNN_SINCE_TURING = 91100
+"""From this version, 9.11, on, cuDNN knows no GPU below compute capability 7.5 (Turing), says its release notes."""
+
 
 def check_device(device: str, num_processes: int = 1) -> None:
-    """Raise `SettingError` for a device that is unknown or not on this machine, or with fewer GPUs than processes."""
+    """Raise `SettingError` for a device that cannot be computed on.
+
+    It is unknown, or not on this machine, or has fewer GPUs than processes, or has a GPU that is too old for this PyTorch.
+    """
     import torch
 
     if device not in ("auto", "cpu", "cuda"):
@@ -57,6 +67,61 @@ def check_device(device: str, num_processes: int = 1) -> None:
         raise SettingError('device="cuda", but PyTorch sees no CUDA device here. Use device="auto" or "cpu".')
     if 0 < gpus < num_processes:
         raise SettingError(f"num_processes={num_processes} needs a GPU for each, but here are {gpus}.")
+    for index in range(min(gpus, num_processes)):
+        _check_gpu(index)
+
+
+def _check_gpu(index: int) -> None:
+    """Raise `SettingError` where this PyTorch, or its cuDNN, was built for newer GPUs only."""
+    import torch
+
+    if torch.version.cuda is None:  # AMD's GPUs are counted otherwise
+        return
+    built_for = [
+        int(found[1]) for arch in torch.cuda.get_arch_list() if (found := re.match(r"sm_(\d+)", arch))
+    ]
+    oldest = min(built_for, default=0)
+    if (torch.backends.cudnn.version() or 0) >= CUDNN_SINCE_TURING:
+        oldest = max(oldest, 75)
+    major, minor = torch.cuda.get_device_capability(index)
+    if 10 * major + minor < oldest:
+        raise SettingError(
+            f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, but PyTorch {torch.__version__} "
+            f"is built for {oldest / 10} and above. Install one that is built for CUDA 12.6, which are those before 2.15 "
+            '(pip install "torch<2.15" torchvision --index-url https://download.pytorch.org/whl/cu126), or give device="cpu".'
+        )
+
+
+def arithmetic(device: torch.device, precision: str) -> str:
+    """Say in a few words on what, and in which numbers, the transforms are computed.
+
+    On a GPU "float32" is not the whole truth: from Ampere on, cuDNN computes convolutions of float32 tensors in TF32, which
+    keeps 10 bits of each factor, unless `torch.backends.cudnn` says otherwise. Raises `SettingError` for bfloat16 on a GPU
+    that only emulates it, and so is slower at it than at float32.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return f"the CPU in {precision}"
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if precision == "bfloat16":
+        if torch.version.cuda is not None and capability < (8, 0):
+            raise SettingError(
+                f'precision="bfloat16", but {name} has no arithmetic for it and would emulate it slowly. Use "float32".'
+            )
+        return f"{name} in bfloat16"
+    if torch.version.cuda is not None and capability >= (8, 0) and _convolutions_in_tf32():
+        return f"{name} in float32, its convolutions in TF32"
+    return f"{name} in float32"
+
+
+def _convolutions_in_tf32() -> bool:
+    import torch
+
+    cudnn = torch.backends.cudnn
+    if hasattr(cudnn, "conv"):  # from PyTorch 2.9 on, where the older name raises once this one was set
+        return cudnn.conv.fp32_precision == "tf32"
+    return cudnn.allow_tf32
 
 
 def cpu_count() -> int:
@@ -64,6 +129,39 @@ def cpu_count() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+# Who else was started -------------------------------------------------------------------------------------------------
+
+_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""The environment variables by which a launcher tells a process which one it is, and where the others meet."""
+
+
+def launched_processes() -> int:
+    """Return how many processes a launcher, such as accelerate's, has started together with this one: 1 without one.
+
+    Call it before anything asks accelerate, which takes a WORLD_SIZE that a job's script or a container has left in the
+    environment for a launcher's, and waits for processes that do not exist. Here only all of a launcher's variables
+    together count; where some are missing the others are removed, and a line says so.
+
+    Raises `SettingError` where `accelerate launch` was asked for several processes and has started one.
+    """
+    there = {name for name in _LAUNCHERS if name in os.environ}
+    if len(there) == len(_LAUNCHERS):
+        return int(os.environ["WORLD_SIZE"])
+    # For a single process accelerate sets a place to meet only if it was asked for more than one.
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and there == {"MASTER_ADDR", "MASTER_PORT"}:
+        raise SettingError(
+            "accelerate launch was asked for several processes, but has started one. It wants --multi_gpu for several, on "
+            "CPUs too: accelerate launch --multi_gpu --num_processes 2 -m ..."
+        )
+    if left := sorted(there & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}):
+        missing = ", ".join(sorted(set(_LAUNCHERS) - there))
+        said = ", ".join(f"{name}={os.environ.pop(name)}" for name in left)
+        print(
+            f"Computing in one process: {said} in the environment is no launcher's, as {missing} is missing."
+        )
+    return 1
 
 
 # One process at a time in a folder ------------------------------------------------------------------------------------
@@ -84,16 +182,24 @@ def alone_in(folder: Path, doing: str, wait: bool = False) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        holder = path.read_text(encoding="utf-8") or "Another process is at work"
+        holder = _read_if_there(path) or "Another process is at work"
         if not wait:
             raise SettingError(f"{holder} in {folder}. Wait for it, or give another out_dir.") from None
-        print(f"{holder} in {folder}: waiting for it to end.")
+        print(f"{holder} in {folder}: waiting for it to end.", flush=True)
         lock.acquire()
     try:
         path.write_text(f"Process {os.getpid()} on {platform.node()} is {doing}", encoding="utf-8")
         yield
     finally:
         lock.release()
+
+
+def _read_if_there(path: Path) -> str:
+    """Return the text of a file that another process writes: "" while it is not there, or, on Windows, is locked."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 # Stopping between two steps -------------------------------------------------------------------------------------------
@@ -150,7 +256,10 @@ class Group:
         import torch
 
         self.rank, self.size = state.process_index, state.num_processes
-        self._gloo = torch.distributed.new_group(backend="gloo") if self.size > 1 else None
+        self._gloo = None
+        if self.size > 1:
+            # The default of half an hour is too short to wait for one that has more to do, or that waits for a lock.
+            self._gloo = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
 
     @property
     def is_main(self) -> bool:
@@ -169,6 +278,10 @@ class Group:
         brought = torch.tensor(number)
         torch.distributed.all_reduce(brought, torch.distributed.ReduceOp.MAX, self._gloo)
         return int(brought)
+
+    def all_equal(self, number: int) -> bool:
+        """Say whether all processes bring the same number."""
+        return self.largest(number) == -self.largest(-number)
 
     def from_main(self, value: Any) -> Any:
         """Return the value that the main process brings, in every process."""
@@ -200,18 +313,21 @@ class Group:
 
 def progress_bar(**settings: Any) -> tqdm:
     """Return a tqdm bar, which in a process of `run_in_processes` is shown by the process that started it."""
-    from tqdm.auto import tqdm
-
     if _PROGRESS not in os.environ:
+        from tqdm.auto import tqdm
+
         return tqdm(**settings)
     from tqdm import tqdm as plain
 
-    class Reported(plain):
-        def display(self, *_: Any, **__: Any) -> None:
-            with atomic_write(os.environ[_PROGRESS], "w") as file:
-                json.dump({"n": self.n, "total": self.total, "postfix": self.postfix or ""}, file)
+    path = Path(os.environ[_PROGRESS])
 
-    return Reported(**settings)
+    class ReportedBar(plain):
+        def display(self, *_: Any, **__: Any) -> None:
+            now = {"n": self.n, "total": self.total, "postfix": self.postfix or ""}
+            path.with_suffix(".new").write_text(json.dumps(now), encoding="utf-8")
+            path.with_suffix(".new").replace(path)  # so that nobody reads half of it
+
+    return ReportedBar(**settings)
 
 
 def run_in_processes(target: str, arguments: dict[str, Any], count: int, what: str, unit: str) -> None:
@@ -225,105 +341,99 @@ def run_in_processes(target: str, arguments: dict[str, Any], count: int, what: s
     """
     from tqdm.auto import tqdm
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         home = Path(scratch)
         (home / "job.pickle").write_bytes(pickle.dumps((target, arguments)))
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(count),
-        ]
-        command += ["-m", "taco_nb.processes", str(home)]
-        path = os.pathsep.join(filter(None, sys.path))  # so that what is pickled here can be imported there
+        # Files rather than pipes: nothing stops for want of a reader, however much is said.
+        said, complaints = (stack.enter_context(open(home / name, "w+")) for name in ("said", "complaints"))
+        said_so_far = stack.enter_context(open(home / "said", encoding="utf-8", errors="replace"))
+        environment = {
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # what is pickled here is imported there
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cpu_count() // count))),
+        }
+        command = f"-m torch.distributed.run --standalone --nproc-per-node {count} -m taco_nb.processes"
         launcher = subprocess.Popen(
-            command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, *command.split(), str(home)],
+            env=os.environ | environment,
+            stdout=said,
+            stderr=complaints,
             start_new_session=True,  # Ctrl-C is for this process, which asks the others in a gentler way
-        )  # fmt: skip
-        last_words: deque[str] = deque(maxlen=1000)
-        readers = [
-            threading.Thread(target=_print_lines, args=(launcher.stdout,), daemon=True),
-            threading.Thread(target=_keep_lines, args=(launcher.stderr, last_words), daemon=True),
-        ]
-        with tqdm(desc=f"{what} on {count} processes", unit=unit) as bar:
-            for reader in readers:
-                reader.start()
-            try:
-                with stop_requests() as requests:
-                    asked = False
-                    while launcher.poll() is None:
-                        if requests and not asked:
-                            asked = True
-                            _ask_to_stop(launcher)
-                        _move(bar, home / "progress.json")
-                        time.sleep(0.1)
-            finally:
-                _end(launcher)
-                for reader in readers:
-                    reader.join()
-                _move(bar, home / "progress.json")
+        )
+        bar = stack.enter_context(tqdm(desc=f"{what} on {count} processes", unit=unit))
+        try:
+            with stop_requests() as requests:
+                asked = False
+                while launcher.poll() is None:
+                    asked = asked or (bool(requests) and _ask_to_stop(launcher, home, count))
+                    _show(bar, home, said_so_far)
+                    time.sleep(0.1)
+        finally:
+            _end(launcher, home, count)
+            _show(bar, home, said_so_far)
         if launcher.returncode:
-            raise _error(home, last_words)
+            raise _error(home)
 
 
-def _print_lines(stream: IO[str]) -> None:
-    for line in stream:
-        print(line, end="")
+def _show(bar: tqdm, home: Path, said_so_far: Any) -> None:
+    """Print what the processes have printed, and move the bar to where the main one's own stands."""
+    if text := said_so_far.read():
+        print(text, end="")
+    if progress := _read_if_there(home / "progress.json"):
+        now = json.loads(progress)
+        if bar.total != now["total"]:
+            bar.reset(now["total"])  # which tells a notebook's bar its length, too
+        bar.set_postfix_str(now["postfix"], refresh=False)
+        bar.update(now["n"] - bar.n)
 
 
-def _keep_lines(stream: IO[str], lines: deque[str]) -> None:
-    lines.extend(line.rstrip() for line in stream if line.strip())
+def _ask_to_stop(launcher: subprocess.Popen, home: Path, count: int) -> bool:
+    """Signal the processes that the launcher has started, if all of them listen already, and say whether they do.
 
-
-def _move(bar: tqdm, progress: Path) -> None:
-    """Move the bar to where the main process's own stands."""
-    try:
-        now = json.loads(progress.read_text(encoding="utf-8"))
-    except OSError:  # nothing is written yet
-        return
-    bar.total = now["total"]
-    bar.set_postfix_str(now["postfix"], refresh=False)
-    bar.update(now["n"] - bar.n)
-
-
-def _ask_to_stop(launcher: subprocess.Popen) -> None:
-    """Signal the processes that the launcher has started; the launcher itself would die of the signal."""
+    The launcher itself would die of the signal, and so would a process that does not listen yet.
+    """
     import psutil
 
+    if len(list(home.glob("listening-*"))) < count:
+        return False
     try:
         for child in psutil.Process(launcher.pid).children():
             child.send_signal(STOP_SIGNALS[-1])
     except psutil.NoSuchProcess:
         pass  # they have ended by themselves
+    return True
 
 
-def _end(launcher: subprocess.Popen) -> None:
-    """Leave nothing running, whatever has happened here."""
-    if launcher.poll() is None:
-        _ask_to_stop(launcher)
-        try:
+def _end(launcher: subprocess.Popen, home: Path, count: int) -> None:
+    """Leave nothing running, whatever has happened here: not even after Ctrl-C, and Ctrl-C again while they save."""
+    try:
+        if launcher.poll() is None and _ask_to_stop(launcher, home, count):
             launcher.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        if launcher.poll() is None:
             launcher.terminate()  # which makes the launcher kill its processes
             launcher.wait()
 
 
-def _error(home: Path, last_words: deque[str]) -> TacoError:
-    """Return the error that ended the first process to fail."""
-    if reports := sorted(home.glob("error-*.json"), key=lambda path: path.stat().st_mtime_ns):
-        kind, message = json.loads(reports[0].read_text(encoding="utf-8"))
-        return getattr(errors, kind)(message)
-    said = [
-        line
-        for line in last_words
-        if "Error" in line.partition(":")[0] or "Exception" in line.partition(":")[0]
-    ]
-    words = " | ".join((said or list(last_words))[-5:])
-    return ProcessError(
-        f"One of the processes died. What was saved is kept, and the same call goes on. Its last words: {words}"
-    )
+def _error(home: Path) -> TacoError:
+    """Return the error that ended the first process to fail; those of the others follow from it."""
+    reports = sorted(home.glob("error-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    told = [json.loads(path.read_text(encoding="utf-8")) for path in reports]
+    for kind, message in told:
+        if isinstance(found := getattr(errors, kind, None), type) and issubclass(found, TacoError):
+            return found(message)
+    complaints = (home / "complaints").read_text(encoding="utf-8", errors="replace")
+    if killed := re.search(
+        r"Signal \d+ \((SIG(?!TERM)\w+)\)", complaints
+    ):  # by SIGTERM the launcher ends the others
+        reason = f"was killed by {killed[1]}"
+    else:
+        reason = "died: " + (
+            ": ".join(told[0]).partition("\n")[0] if told else complaints.strip().rpartition("\n")[2]
+        )
+    return ProcessError(f"One of the processes {reason}. What was saved is kept, and the same call goes on.")
 
 
 def _work(home: Path) -> None:
@@ -331,15 +441,20 @@ def _work(home: Path) -> None:
     rank = int(os.environ["RANK"])
     if rank == 0:
         os.environ[_PROGRESS] = str(home / "progress.json")
-    target, arguments = pickle.loads((home / "job.pickle").read_bytes())
-    module, _, function = target.partition(":")
-    try:
-        with stop_requests():  # what comes while PyTorch loads counts too
+    with stop_requests():  # what comes while PyTorch loads counts too
+        (home / f"listening-{rank}").touch()
+        try:
+            target, arguments = pickle.loads((home / "job.pickle").read_bytes())
+            module, _, function = target.partition(":")
             getattr(import_module(module), function)(**arguments)
-    except TacoError as error:
-        with atomic_write(home / f"error-{rank}.json", "w") as file:
-            json.dump([type(error).__name__, str(error)], file)
-        sys.exit(1)
+            if (distributed := sys.modules.get("torch.distributed")) and distributed.is_initialized():
+                distributed.destroy_process_group()
+        except Exception as error:
+            with atomic_write(home / f"error-{rank}.json", "w") as file:
+                json.dump([type(error).__name__, str(error)], file)
+            if isinstance(error, TacoError):
+                sys.exit(1)
+            raise
 
 
 if __name__ == "__main__":

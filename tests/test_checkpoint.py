@@ -16,6 +16,7 @@ from PIL import Image
 
 from taco_nb import Codec, checkpoint, load
 from taco_nb.errors import CheckpointError, WrongWeightsError
+from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, sha256
 from taco_nb.model import TACO
 
@@ -147,6 +148,28 @@ def test_a_bare_state_dict_is_a_checkpoint(tmp_path):
     net = make_net(heads=8)
     torch.save(net.state_dict(), tmp_path / "bare.pth")
     assert load(tmp_path / "bare.pth").fingerprint == Codec(net).fingerprint
+
+
+@pytest.mark.parametrize("before, after", [("", ""), ("module.", ""), ("", "module.")])
+def test_the_weights_of_a_compiled_network_are_a_checkpoint(tmp_path, before, after):
+    """`torch.compile` puts a prefix before all names, within or around that of several processes."""
+    net = make_net(heads=8)
+    compiled = torch.compile(net).state_dict()
+    assert all(key.startswith("_orig_mod.") for key in compiled)
+    state = {f"{before}_orig_mod.{after}{key[10:]}": value for key, value in compiled.items()}
+    torch.save({"state_dict": state}, tmp_path / "compiled.pth.tar")
+    assert load(tmp_path / "compiled.pth.tar").fingerprint == Codec(net).fingerprint
+    assert checkpoint.load_fitting(make_net(1, heads=8), tmp_path / "compiled.pth.tar") == ([], [])
+
+
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_a_numpy_scalar_is_read_by_the_name_of_either_numpy(tmp_path, module):
+    """NumPy 1 and NumPy 2 write one function under two names, and the other's was refused."""
+    torch.save(reference_checkpoint(make_net()), tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "a.pth").read_bytes()
+    written = next(name for name in (b"numpy.core.multiarray", b"numpy._core.multiarray") if name in content)
+    (tmp_path / "a.pth").write_bytes(content.replace(written, module))
+    assert checkpoint.read_weights(tmp_path / "a.pth")[1]["best_psnr"] == 31.5
 
 
 class Malicious:
@@ -293,6 +316,17 @@ def shelf(saved, tmp_path) -> Path:
 
 def test_a_bundled_codec_has_a_name(shelf):
     assert load("tiny", data_dir=shelf).fingerprint == Codec(make_net()).fingerprint
+
+
+def test_the_bundled_codecs_are_listed_with_how_they_were_trained(shelf, tmp_path):
+    card = shelf / "checkpoints" / "tiny.json"
+    card.write_text(card.read_text().replace('"experiment": {}', '"experiment": {"attention": "linformer"}'))
+    assert checkpoint.bundled_codecs(shelf) == {"tiny": Experiment(attention="linformer")}
+    known = checkpoint.bundled_codecs()
+    assert known["demo"].ablations == {} and known["demo-linformer"].ablations == {"attention": "linformer"}
+    card.write_text("{}")
+    with pytest.raises(CheckpointError, match="tiny.json"):
+        checkpoint.bundled_codecs(shelf)
 
 
 def test_a_bundled_codec_is_checked(shelf):
