@@ -34,14 +34,17 @@ def evaluate_command_line(
 
     Without SETS, those of the paper: kodak, clic and coco.
     """
+    from accelerate import PartialState
+
     from taco_nb.codec import load
     from taco_nb.data import datasets
     from taco_nb.evaluation.records import means
-    from taco_nb.evaluation.run import evaluate, launch_state
-    from taco_nb.processes import check_device
+    from taco_nb.evaluation.run import evaluate
+    from taco_nb.processes import check_device, launched_processes
 
     check_device(device)
-    process = launch_state(cpu=device == "cpu")
+    launched_processes()
+    process = PartialState(cpu=device == "cpu")
     loaded = load(codec, data_dir=data_dir, mode=mode, device=str(process.device), text_encoder=text_encoder)
     out = out or (codec if Path(codec).is_dir() else None)
     if out is None:

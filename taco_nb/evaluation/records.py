@@ -108,8 +108,13 @@ class Records:
         shutil.rmtree(self._features, ignore_errors=True)
 
     def identify(self, i: int, before: Sequence[Any] = ()) -> list[Any]:
-        """Return size, time of change in ns and SHA-256 of an image file, read only if the first two are not as before."""
+        """Return size, time of change in ns and SHA-256 of an image file, read only if the first two are not as before.
+
+        Raises `DataError` where it is gone.
+        """
         path = self.dataset.path(i)
+        if not path.is_file():
+            raise DataError(f"There is no image file {path}.")
         found = path.stat()
         if list(before[:2]) == [found.st_size, found.st_mtime_ns]:
             return list(before)

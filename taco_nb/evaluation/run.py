@@ -8,13 +8,13 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from datetime import datetime, timedelta, timezone
+from contextlib import nullcontext
+from datetime import datetime, timezone
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
@@ -48,17 +48,21 @@ from taco_nb.metrics.networks import (
     state_digest,
 )
 from taco_nb.metrics.patches import PATCH_SIZE, check_patch_size
-from taco_nb.processes import alone_in, check_device, progress_bar, run_in_processes, stop_requests
+from taco_nb.processes import (
+    Group,
+    check_device,
+    launched_processes,
+    progress_bar,
+    run_in_processes,
+    stop_requests,
+)
 from taco_nb.provenance import code_digest, provenance
 
 if TYPE_CHECKING:
     import pandas as pd
-    from accelerate import PartialState
 
 BATCH_SIZE = 16
 """Crops of one size that go through the networks together."""
-PATIENCE = timedelta(days=7)
-"""How long processes wait for each other. One's share may take hours longer than another's."""
 _COMPUTES = (
     "model",
     "text",
@@ -113,20 +117,21 @@ def evaluate(
     `MissingWeightsError` for caption="best" without LPIPS, `StoppedError` when a signal asks for a stop.
     """
     check_sets(sets)
-    state = launch_state()
+    launched_processes()
+    group = Group(PartialState())
     how = {"caption": caption, "batch_size": batch_size, "patch_size": patch_size}
     found, absent = find_networks() if networks is None else given_networks(networks)
     _check_settings(how, num_processes, found, absent)
-    if state.num_processes > 1 and out_dir is None:
+    if group.size > 1 and out_dir is None:
         raise SettingError("Several processes need a folder that they share: give out_dir.")
     with tempfile.TemporaryDirectory() if out_dir is None else nullcontext(out_dir) as folder:
-        if num_processes > 1 and state.num_processes == 1:
+        if num_processes > 1 and group.size == 1:
             _evaluate_in_processes(codec, num_processes, sets, folder, {**how, "networks": networks})
         else:
-            if networks is None and state.is_main_process:
+            if networks is None and group.is_main:
                 for metric in absent:
                     say_missing(metric)
-            _Evaluation(codec, sets, Path(folder), how, (found, absent), state).run()
+            _Evaluation(codec, sets, Path(folder), how, (found, absent), group).run()
         results = read_evaluation(folder, [dataset.name for dataset in sets])
     return results.assign(codec=codec.name)  # it may have had another name when it was measured
 
@@ -169,9 +174,9 @@ class _Evaluation:
         folder: Path,
         how: Mapping[str, Any],
         networks: tuple[dict[str, Network], dict[str, str]],
-        state: PartialState | SimpleNamespace,
+        group: Group,
     ):
-        self.codec, self.sets, self.folder, self.how, self.state = codec, sets, folder, how, state
+        self.codec, self.sets, self.folder, self.how, self.group = codec, sets, folder, how, group
         self.found, self.absent = networks
         tower = Path(codec.text_encoder.partition("/")[2]).expanduser()
         keywords = codec.keywords and hashlib.sha256(codec.keywords.encode()).hexdigest()
@@ -195,24 +200,20 @@ class _Evaluation:
 
     def run(self) -> None:
         """Measure what is not measured yet, together with the other processes, if any, and write the table."""
-        with ExitStack() as stack:
-            if self.state.is_main_process:
-                stack.enter_context(alone_in(self.folder, "evaluating", wait=True))
-            self.state.wait_for_everyone()
+        with self.group.alone_in(self.folder, "evaluating", wait=True):
             before = self._before()
             new = [records for records in self.records if not _holds(records, before)]
             left = {records: _left(records) for records in new}
-            if self.state.is_main_process:
+            if self.group.is_main:
                 self._say(before, left)
-            self.state.wait_for_everyone()  # from here on, processes write
+            self.group.wait()  # for those that still look at what is there
             self._measure(left)
-            self.state.wait_for_everyone()
-            if self.state.is_main_process:
-                if new:
-                    self._finish(new, before)
-                else:
-                    write_csv(self.folder / TABLE, read_evaluation(self.folder))
-            self.state.wait_for_everyone()
+            self.group.wait()
+            if self.group.is_main and new:
+                self._finish(new, before)
+            elif self.group.is_main:
+                write_csv(self.folder / TABLE, read_evaluation(self.folder))
+            self.group.wait()
 
     def _before(self) -> dict[str, Any]:
         """Return what the folder's evaluation.json says of each of its data sets; {} where it is not to be believed."""
@@ -240,7 +241,7 @@ class _Evaluation:
 
     def _measure(self, left: Mapping[Records, set[range]]) -> None:
         """Measure this process's share of what is left. Raises `StoppedError` where a signal asks for a stop."""
-        rank, count = self.state.process_index, self.state.num_processes
+        rank, count = self.group.rank, self.group.size
         every = [(records, batch) for records in left for batch in records.batches]
         share = [(records, batch) for records, batch in every[rank::count] if batch in left[records]]
         if not share:
@@ -401,22 +402,6 @@ def _fid(records: Records, digests: Sequence[str], patch_size: int) -> tuple[flo
 # Several processes ----------------------------------------------------------------------------------------------------
 
 
-def launch_state(cpu: bool = False) -> PartialState | SimpleNamespace:
-    """Return accelerate's state where a launcher has started this process with others, else that of one process alone.
-
-    A launcher tells each process its rank. WORLD_SIZE alone was left in the environment by something else, and accelerate
-    would wait for processes that never come.
-    """
-    if {"RANK", "LOCAL_RANK"} & os.environ.keys():
-        from accelerate import PartialState
-
-        return PartialState(cpu=cpu, timeout=PATIENCE)
-    device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
-    return SimpleNamespace(
-        process_index=0, num_processes=1, is_main_process=True, device=device, wait_for_everyone=lambda: None
-    )
-
-
 def _evaluate_in_processes(
     codec: Codec,
     count: int,
@@ -460,6 +445,6 @@ def evaluate_saved(
     options: dict[str, Any],
 ) -> None:
     """Do the work of one of these processes."""
-    device = launch_state(cpu).device
+    device = PartialState(cpu=cpu).device
     net, _ = load_net(weights)
     evaluate(Codec(net.to(device), **codec), sets, out_dir, **options)

@@ -165,10 +165,13 @@ def training_curves(log: pd.DataFrame, title: str = "") -> Figure:
 
 
 def _points(curve: pd.DataFrame) -> list[str]:
-    """What each point of a curve is: its quality setting, where it has one, and the images behind the mean."""
-    qualities = curve["quality"] if "quality" in curve else [None] * len(curve)
-    return [
-        f"mean of {count} image{'s' * (count != 1)}"
-        + (f", quality {quality:.0f}" if quality == quality and quality is not None else "")
-        for quality, count in zip(qualities, curve["images"])
-    ]
+    """Say what each point of a curve is: how many images are behind its means, and its quality, where it has one."""
+    said = []
+    for point in curve.to_dict("records"):
+        text = f"mean of {point['images']} image{'s' * (point['images'] != 1)}"
+        for metric in METRICS:
+            if 0 < point.get(f"{metric}_images", 0) < point["images"]:
+                text += f" ({metric} of {point[f'{metric}_images']:.0f})"
+        quality = point.get("quality", math.nan)
+        said.append(text if math.isnan(quality) else f"{text}, quality {quality:.0f}")
+    return said

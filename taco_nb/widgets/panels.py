@@ -79,12 +79,12 @@ def _plain(metric: str) -> str:
 def _measured(figure: Figure, points: pd.DataFrame, metric: str, place: dict[str, int]) -> None:
     for label, curve in points.groupby("label", sort=False):
         symbols = ["circle" if reason == "" else "circle-open" for reason in curve["unjudged"]]
+        # a mean may be over fewer than all images, such as MS-SSIM, which small ones do not have
+        counts = curve[f"{metric}_images"] if f"{metric}_images" in curve else curve["images"]
         said = [
-            f"{run}<br>lambda {lmbda:g}, mean of {images} images"
+            f"{run}<br>lambda {lmbda:g}, mean of {count:.0f} images"
             + (f"<br>not judged: {reason}" if reason else "")
-            for run, lmbda, images, reason in curve[["run", "lmbda", "images", "unjudged"]].itertuples(
-                index=False
-            )
+            for run, lmbda, count, reason in zip(curve["run"], curve["lmbda"], counts, curve["unjudged"])
         ]
         figure.add_scatter(
             x=curve["bpp"], y=curve[metric], name=label, mode="lines+markers", marker={"size": 9, "symbol": symbols},
