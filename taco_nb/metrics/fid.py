@@ -63,7 +63,8 @@ def frechet_distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 
     metric = None
     for x, x_hat in _gathered(pairs):
-        metric = metric or FrechetInceptionDistance(feature=_Given(x.shape[1]))
+        # Of several processes one alone may compute it; torchmetrics would wait for the others to join in.
+        metric = metric or FrechetInceptionDistance(feature=_Given(x.shape[1]), sync_on_compute=False)
         metric.update(x.double(), real=True)
         metric.update(x_hat.double(), real=False)
     if metric is None or min(metric.real_features_num_samples, metric.fake_features_num_samples) < 2:
