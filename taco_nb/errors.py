@@ -18,7 +18,11 @@ class DownloadError(TacoError, RuntimeError):
 
 
 class MissingWeightsError(TacoError, RuntimeError):
-    """Pretrained weights are not on this machine and could not be fetched; the message names file, size and command."""
+    """Pretrained weights are not on this machine; the message says where they belong and which command fetches them."""
+
+
+class StorageError(TacoError, OSError):
+    """A file cannot be written: the disk is full, the folder read-only; the message names the file and the reason."""
 
 
 class CheckpointError(TacoError, ValueError):

@@ -12,11 +12,10 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from taco_nb.errors import SettingError
-from taco_nb.files import data_root
+from taco_nb.files import data_root, short_path
 
 if TYPE_CHECKING:
     from taco_nb.model import ModelConfig
@@ -238,7 +237,7 @@ def choose_profile(profile: str = "auto", data_dir: str | None = None) -> tuple[
 
     coco = data_root(data_dir) / "coco"
     missing = [] if torch.cuda.is_available() else ["no CUDA device"]
-    missing += [] if (coco / "annotations").is_dir() else [f"no MS-COCO in {shown(coco)}"]
+    missing += [] if (coco / "annotations").is_dir() else [f"no MS-COCO in {short_path(coco)}"]
     if missing:
         return "sample", (
             f'Profile "sample", because there is {" and ".join(missing)}: the bundled pictures and a small model. '
@@ -265,11 +264,3 @@ _WORDS = {"str": "text", "int": "a whole number", "float": "a number", "dict[str
 def _is(value: Any, wanted: str) -> bool:
     types = {"str": str, "int": int, "float": float, "dict[str, Any]": dict}
     return isinstance(value, types[wanted]) and not isinstance(value, bool)
-
-
-def shown(path: Path) -> str:
-    """A path as short as it can be said: relative to the working directory where it lies below it."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -1,37 +1,40 @@
-"""The pretrained networks that are downloads: what each is for, where this machine keeps it, and how to get it."""
+"""The pretrained networks that are downloads: what each is for, where this machine keeps it, and the command that gets it.
+
+Nothing here fetches anything. A codec, a training run or an evaluation looks for what it needs, and raises
+`MissingWeightsError` with the command where it is missing; `taco-nb fetch` then gets it, on a machine with a network.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
-import subprocess
-import sys
+import re
+import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from taco_nb.errors import DownloadError, MissingWeightsError
-from taco_nb.tools.download import PROGRAM, Remote, download, shown
+from taco_nb.errors import MissingWeightsError, SettingError
+from taco_nb.files import human_size
 
 
 @dataclass(frozen=True)
 class Pretrained(ABC):
-    """A pretrained network: the `name` that it is fetched by, what `use` a run has for it, and its `size` in bytes.
+    """A pretrained network: the `name` that it is fetched by, and what `use` a run has for it.
 
-    The size is exact for a single file (`Checkpoint`), and about what is fetched for the others.
+    Each kind also has a `size` in bytes, which is exact for a `Checkpoint` and about right for the others.
     """
 
     name: str
     use: str
-    size: int
 
     @property
     def command(self) -> str:
         """What to type, on a machine with a network, to have it."""
-        return f"{PROGRAM} fetch {self.name}"
+        return f"taco-nb fetch {self.name}"
 
     @property
     @abstractmethod
@@ -41,22 +44,25 @@ class Pretrained(ABC):
     @property
     @abstractmethod
     def path(self) -> Path | None:
-        """The file or folder that is there, whole; else None."""
+        """The file or folder if it is there, whole; else None."""
 
     @property
     def missing(self) -> str:
-        """One line for where it is not there: what, where it was looked for, and how to get it."""
-        return f"{self.name} ({shown(self.size)}) is not in {self.home}. To have it, run: {self.command}"
+        """One line for when it is not there: what, where it was looked for, and how to get it."""
+        return f"{self.name} ({human_size(self.size)}) is not in {self.home}. To have it, run: {self.command}"
 
-    @abstractmethod
-    def fetch(self) -> Path:
-        """The file or folder, fetched unless it is there. Raises `MissingWeightsError` where that fails."""
+    def require(self) -> Path:
+        """Return the file or folder. Raises `MissingWeightsError`, with the command that fetches it, if it is missing."""
+        if (path := self.path) is None:
+            raise MissingWeightsError(self.missing)
+        return path
 
 
 @dataclass(frozen=True)
 class Checkpoint(Pretrained):
     """A file in torch.hub's cache, where torchvision and torch-fidelity look for it."""
 
+    size: int
     url: str
     sha256: str
 
@@ -77,28 +83,27 @@ class Checkpoint(Pretrained):
 
     @property
     def missing(self) -> str:
-        return f"{self._state}. To have it, run: {self.command}"
-
-    @property
-    def _state(self) -> str:
-        half = self.file.is_file() and f"has {self.file.stat().st_size:,} bytes and cannot be whole"
-        return f"{self.file} ({self.size:,} bytes) {half or 'is not there'}"
-
-    def fetch(self) -> Path:
-        if self.path is None:
-            try:
-                download(Remote(self.url, self.size, f"sha256:{self.sha256}"), self.file)
-            except DownloadError as error:
-                raise MissingWeightsError(
-                    f"{self._state}. {error} With a network, run: {self.command} (or copy the file there from a machine "
-                    "that has it)."
-                ) from error
-        return self.file
+        size = self.file.stat().st_size if self.file.is_file() else None
+        state = "is not there" if size is None else f"has {size:,} bytes and cannot be whole"
+        return f"{self.file} ({self.size:,} bytes) {state}. To have it, run: {self.command}"
 
 
 @dataclass(frozen=True)
-class Clip(Pretrained):
-    """A CLIP model of open_clip, "model/pretrained", in Hugging Face's cache."""
+class OpenClip(Pretrained):
+    """A model of open_clip, "model/pretrained", in Hugging Face's cache: a CLIP, or a CoCa, which writes captions."""
+
+    use: str = "whatever it was asked for"
+
+    @property
+    def size(self) -> int:
+        return _float32_bytes(self.name.split("/")[0])
+
+    @property
+    def tag(self) -> dict[str, Any]:
+        """What open_clip knows of the weights: where they are, and how they were trained."""
+        import open_clip
+
+        return open_clip.get_pretrained_cfg(*self.name.split("/", 1))
 
     @property
     def home(self) -> Path:
@@ -108,28 +113,62 @@ class Clip(Pretrained):
 
     @property
     def path(self) -> Path | None:
-        import open_clip
+        from huggingface_hub import try_to_load_from_cache
 
-        found = cached_weights(open_clip.get_pretrained_cfg(*self.name.split("/")))
-        return Path(found) if found else None
+        for file in self.files:
+            if isinstance(found := try_to_load_from_cache(self.repository, file), str):
+                return Path(found)
+        return None
 
-    def fetch(self) -> Path:
-        import open_clip
-
-        tag = open_clip.get_pretrained_cfg(*self.name.split("/"))
-        return Path(
-            weights_file(tag, f"CLIP model {self.name}", lambda: round(self.size / 1e6), self.command)
+    @property
+    def missing(self) -> str:
+        return (
+            f"{self.name} ({human_size(self.size)}) is not in {self.home}; it is {self.files[0]} of {self.repository} on "
+            f"the Hugging Face Hub. To have it, run: {self.command}"
         )
+
+    @property
+    def repository(self) -> str:
+        return os.path.split(self.tag["hf_hub"])[0]
+
+    @property
+    def files(self) -> list[str]:
+        """The names that the file may have in its repository, in the order in which open_clip tries them."""
+        from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
+        file = os.path.split(self.tag["hf_hub"])[1]
+        return (
+            [str(Path(file).with_suffix(".safetensors")), file]
+            if file
+            else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
+        )
+
+
+@cache
+def _float32_bytes(model: str) -> int:
+    """Return the size of a whole open_clip model in float32, as its weights are published, without building it."""
+    import open_clip
+    import torch
+
+    config = open_clip.get_model_config(model)
+    if config["text_cfg"].get("hf_model_name"):
+        return 0  # open_clip would ask the network for this half of it
+    custom = config.pop("custom_text", False)
+    kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    with torch.device("meta"):
+        net = (open_clip.CoCa if "multimodal_cfg" in config else kind)(**config)
+    return 4 * sum(weight.numel() for weight in net.parameters())
 
 
 @dataclass(frozen=True)
 class SpacyModel(Pretrained):
     """A model of spaCy, which is a Python package."""
 
+    use: str = "named entities"
+    size: int = 12_800_000  # of en_core_web_sm; larger models have other sizes
+
     @property
     def home(self) -> Path:
-        import sysconfig
-
         return Path(sysconfig.get_path("purelib"))
 
     @property
@@ -138,73 +177,9 @@ class SpacyModel(Pretrained):
         found = importlib.util.find_spec(self.name)
         return Path(found.origin).parent if found and found.origin else None
 
-    def fetch(self) -> Path:
-        if self.path is None:
-            command = [sys.executable, "-m", "spacy", "download", self.name]
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            if done.returncode or self.path is None:
-                reason = (
-                    (done.stdout.strip() or f"spaCy ended with {done.returncode}")
-                    .splitlines()[-1]
-                    .rstrip(".")
-                )
-                raise MissingWeightsError(
-                    f"The spaCy model {self.name} could not be installed ({reason}). With a network, run: {self.command}"
-                )
-        return self.path
 
-
-def cached_weights(tag: dict[str, Any]) -> str | None:
-    """The file of one of open_clip's pretrained tags in the Hugging Face cache, or None."""
-    import huggingface_hub
-
-    repository, files = _hub_files(tag)
-    for file in files:
-        if isinstance(cached := huggingface_hub.try_to_load_from_cache(repository, file), str):
-            return cached
-    return None
-
-
-def weights_file(tag: dict[str, Any], what: str, megabytes: Callable[[], int], command: str) -> str:
-    """The file of a pretrained tag, from the Hugging Face cache or through open_clip's own download.
-
-    `what` the weights are of, their size and the `command` that fetches them are for the `MissingWeightsError` that is
-    raised where they are neither here nor to be fetched.
-    """
-    import huggingface_hub
-    import open_clip
-
-    if cached := cached_weights(tag):
-        return cached
-    repository, files = _hub_files(tag)
-    try:
-        huggingface_hub.file_exists(
-            repository, files[0]
-        )  # fails at once, where the download retries for a minute
-        return open_clip.download_pretrained(tag)
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise MissingWeightsError(
-            f"The weights of the {what} are not on this machine and could not be fetched ({reason}): "
-            f"{files[0]} of {repository} on the Hugging Face Hub, {megabytes():,} MB in float32, which this "
-            f"command fetches once there is a connection: {command}"
-        ) from None
-
-
-def _hub_files(tag: dict[str, Any]) -> tuple[str, list[str]]:
-    """The repository of a pretrained tag, and the names that its file may have there, the best first."""
-    from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-
-    repository, file = os.path.split(tag["hf_hub"])
-    return repository, (
-        [str(Path(file).with_suffix(".safetensors")), file]
-        if file
-        else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
-    )
-
-
-CLIP_B32 = Clip("ViT-B-32-quickgelu/openai", "captions, the loss J and CLIP score", 605_100_000)
-CLIP_L14 = Clip("ViT-L-14-336-quickgelu/openai", "CMMD", 1_711_800_000)
+CLIP_B32 = OpenClip("ViT-B-32-quickgelu/openai", "captions, the loss J and CLIP score")
+CLIP_L14 = OpenClip("ViT-L-14-336-quickgelu/openai", "CMMD")
 ALEXNET = Checkpoint(
     "alexnet",
     "LPIPS, as a metric and in the loss",
@@ -219,9 +194,32 @@ INCEPTION = Checkpoint(
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
     "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
 )
-EN_CORE_WEB_SM = SpacyModel("en_core_web_sm", "named entities", 12_800_000)
+EN_CORE_WEB_SM = SpacyModel("en_core_web_sm")
 
 PRETRAINED: dict[str, Pretrained] = {
     network.name: network for network in (CLIP_B32, CLIP_L14, ALEXNET, INCEPTION, EN_CORE_WEB_SM)
 }
 """What the profile "paper" uses, by name."""
+
+
+def find_pretrained(name: str) -> Pretrained | None:
+    """Return the network of this name: of `PRETRAINED`, of open_clip ("model/pretrained"), or of spaCy. Else None.
+
+    Raises `SettingError` for a name of open_clip's form that open_clip does not know.
+    """
+    if name in PRETRAINED:
+        return PRETRAINED[name]
+    if "/" in name:
+        import open_clip
+
+        model, tag = name.split("/", 1)
+        if not open_clip.get_pretrained_cfg(model, tag):
+            tags = open_clip.list_pretrained_tags_by_model(model)
+            known = (
+                f"{model} has {', '.join(tags)}"
+                if tags
+                else "open_clip.list_pretrained() lists what there is"
+            )
+            raise SettingError(f"open_clip has no pretrained model {name!r}: {known}.")
+        return OpenClip(name)
+    return SpacyModel(name) if re.fullmatch(r"[a-z]{2,3}_\w+_(sm|md|lg|trf)", name) else None

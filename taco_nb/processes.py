@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from taco_nb import errors
 from taco_nb.errors import ProcessError, SettingError, TacoError
-from taco_nb.files import atomic_write
+from taco_nb.files import atomic_write, check_writable
 
 if TYPE_CHECKING:
     import torch
@@ -176,7 +176,7 @@ def alone_in(folder: Path, doing: str, wait: bool = False) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
     path = folder / ".lock"
     lock = FileLock(path)
     try:

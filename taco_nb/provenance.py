@@ -1,10 +1,9 @@
-"""Where a number came from: versions, commit and hardware, written beside every result."""
+"""Where a number came from: versions, commit and hardware, which are written beside every result."""
 
 from __future__ import annotations
 
 import ast
 import hashlib
-import os
 import platform
 import subprocess
 from importlib import metadata
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from taco_nb.files import REPOSITORY
+from taco_nb.processes import cpu_count
 
 PACKAGES = (
     "torch", "torchvision", "compressai", "open_clip_torch", "lpips", "pytorch-msssim", "torchmetrics", "torch-fidelity",
@@ -20,7 +20,10 @@ PACKAGES = (
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of what computes, this repository's commit, and the machine, without its name or its user's."""
+    """Return the versions of what computes, this repository's commit, and the machine, without its name or its user's.
+
+    "cores" are those that this process may use, which a batch system may have limited.
+    """
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -30,7 +33,7 @@ def provenance() -> dict[str, Any]:
         "commit": commit(),
         "hardware": {
             "cpu": _cpu(),
-            "cores": os.cpu_count(),
+            "cores": cpu_count(),
             "threads": torch.get_num_threads(),
             "gpus": gpus,
         },
@@ -39,7 +42,7 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this repository, with "+changes" where the working tree differs; None outside a checkout."""
+    """Return the commit of this repository, with "+changes" if the working tree differs; None outside a checkout."""
     try:
         if Path(_git("rev-parse", "--show-toplevel")).resolve() != REPOSITORY:
             return None  # installed inside somebody else's checkout, whose commit says nothing of this code
@@ -53,7 +56,7 @@ def code_digest(*sources: str) -> str:
     """Return a SHA-256 over what these modules, and folders of modules, of this package compute.
 
     Comments, docstrings and layout do not count; any other change does, also one that happens to leave all results as
-    they are. A number of a version, to be raised by hand, would be finer, but it is what everybody forgets.
+    they are. A version number to be raised by hand would be finer, but it is what everybody forgets.
     """
     package, digest = Path(__file__).parent, hashlib.sha256()
     for source in sources:
@@ -64,7 +67,7 @@ def code_digest(*sources: str) -> str:
 
 
 class _WithoutText(ast.NodeTransformer):
-    """Removes docstrings, and other strings that stand for themselves."""
+    """Removes docstrings, and other strings that stand by themselves."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
@@ -84,7 +87,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> str:
-    """The processor's own name; Linux keeps it in a file, other systems in the platform's answer."""
+    """Return the processor's own name, which Linux keeps in a file and other systems give through `platform`."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from taco_nb.errors import DataError, SettingError
 from taco_nb.evaluation.protocol import FOLDER
 from taco_nb.evaluation.records import ABOUT, TABLE, as_table, mean_by, read_about
-from taco_nb.experiment import SWITCHES, Experiment, shown
-from taco_nb.files import bundled
-from taco_nb.metrics.rate import bd_rate
+from taco_nb.experiment import SWITCHES, Experiment
+from taco_nb.files import bundled, short_path
+from taco_nb.metrics.rate import BD_POINTS, bd_rate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,8 +35,6 @@ MEASURES = (
     "bpp", "psnr", "ms_ssim", "psnr_taco", "ms_ssim_taco", "lpips", "lpips_01", "clip_score", "fid", "cmmd",
     "encode_s", "decode_s",
 )  # fmt: skip
-BD_POINTS = 4
-"""Fewer points than Bjøntegaard's four do not fix a curve well enough to integrate a difference of a few per cent."""
 
 _VARIATIONS = (
     "linformer_k",
@@ -310,4 +308,4 @@ def _evaluated_experiment(folder: Path, about: Mapping[str, Any]) -> Experiment 
 
 def _command(words: Sequence[str] | None, folder: Path) -> str:
     """Return a command as it is typed, for a folder that may have been moved since; "" for none."""
-    return shlex.join(word.replace(FOLDER, shown(folder)) for word in words or ())
+    return shlex.join(word.replace(FOLDER, short_path(folder)) for word in words or ())

@@ -128,8 +128,7 @@ def make_networks() -> dict:
     """All that metrics look through, with random weights: how they are used can be tested, what they say means nothing."""
     import open_clip
 
-    from taco_nb.metrics.clip_score import ClipScore
-    from taco_nb.metrics.cmmd import CmmdEmbedding
+    from taco_nb.metrics.joint_space import ClipScore, CmmdEmbedding
 
     return {
         "lpips": make_lpips(),

@@ -10,8 +10,7 @@ from conftest import make_clip
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from taco_nb.metrics.clip_score import ClipScore
-from taco_nb.metrics.cmmd import BLOCK, CmmdEmbedding, cmmd
+from taco_nb.metrics.joint_space import BLOCK, ClipScore, CmmdEmbedding, cmmd
 
 
 def vectors(count: int, seed: int) -> torch.Tensor:
@@ -59,8 +58,8 @@ def test_cmmd_is_0_for_the_same_pictures_in_any_order_and_symmetric():
     assert cmmd(x, y) > 0
 
 
-def test_twice_the_same_pictures_change_nothing():
-    """Of the biased estimator alone, which has every vector's pair with itself in its means."""
+def test_doubling_both_sets_changes_nothing():
+    """This holds for the biased estimator only, whose means include the pair of every vector with itself."""
     x, y = vectors(20, 0), vectors(20, 1)
     assert cmmd(torch.cat([x, x]), torch.cat([y, y])) == pytest.approx(cmmd(x, y))
 
@@ -68,12 +67,12 @@ def test_twice_the_same_pictures_change_nothing():
 def test_blocks_change_nothing(monkeypatch):
     x, y = vectors(21, 0), vectors(34, 1)
     whole = cmmd(x, y)
-    monkeypatch.setattr("taco_nb.metrics.cmmd.BLOCK", 8)
+    monkeypatch.setattr("taco_nb.metrics.joint_space.BLOCK", 8)
     assert BLOCK > 34 and cmmd(x, y) == pytest.approx(whole, rel=1e-12)
 
 
 def test_close_sets_are_told_apart_though_their_kernels_are_nearly_1():
-    """As a good codec's are: their means agree in the first digits, which float32 would be left without."""
+    """A good codec's sets are so close that the means agree in more digits than float32 has."""
     x = vectors(400, 0)
     y = torch.nn.functional.normalize(x + 1e-3, dim=-1)
     difference = (x.double().mean(0) - y.double().mean(0)).square().sum().item()
@@ -81,12 +80,12 @@ def test_close_sets_are_told_apart_though_their_kernels_are_nearly_1():
     assert cmmd(x, y) < 1e-4
 
 
-def test_of_no_pictures_there_is_none():
+def test_no_pictures_have_no_cmmd():
     assert math.isnan(cmmd(vectors(0, 0), vectors(0, 0)))
 
 
 class Largest(TorchDispatchMode):
-    """Notes the largest tensor that anything computes."""
+    """Notes the size of the largest tensor that any operation returns."""
 
     elements = 0
 
@@ -98,7 +97,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_no_kernel_of_all_pairs_is_ever_in_memory(monkeypatch):
-    monkeypatch.setattr("taco_nb.metrics.cmmd.BLOCK", 64)
+    monkeypatch.setattr("taco_nb.metrics.joint_space.BLOCK", 64)
     with Largest() as largest:
         cmmd(vectors(300, 0), vectors(200, 1))
     assert largest.elements == 64 * 64 > 300 * 5

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop
 
 from taco_nb.data import CaptionedFolder, Coco, TrainPairs, datasets, training_pairs
-from taco_nb.data.images import to_tensor
+from taco_nb.data.captioned import NO_PICTURES, image_extensions
+from taco_nb.data.images import to_rgb, to_tensor
 from taco_nb.errors import DataError, SettingError
 from taco_nb.files import REPOSITORY
 
@@ -196,6 +198,137 @@ def test_views(tmp_path):
             dataset.centre_crop(bad)
     with pytest.raises(DataError, match="No image"):
         dataset.centre_crop(100)
+
+
+# ---- what other people's files are like
+
+NFC, NFD = "caf\u00e9.jpg", "cafe\u0301.jpg"
+
+
+@pytest.mark.parametrize("disk, key", [(NFC, NFD), (NFD, NFC), (NFD, NFD)])
+def test_names_match_however_their_accents_are_encoded(tmp_path, disk, key):
+    """In a folder's captions, in other captions for it, in MS-COCO's annotations and in Karpathy's."""
+    picture(tmp_path / "images" / disk)
+    dataset = CaptionedFolder(tmp_path / "images", write(tmp_path / "captions.json", {key: "a cup"}))
+    assert dataset.names == (NFC,) and dataset[0].captions == ("a cup",)
+    assert dataset.recaptioned(write(tmp_path / "other.json", {key: "tea"})).captions(0) == ("tea",)
+    size = {"width": 40, "height": 30}
+    content = {
+        "images": [{"id": 1, "file_name": key, **size}],
+        "annotations": [{"id": 2, "image_id": 1, "caption": "a"}],
+    }
+    write(tmp_path / "annotations" / "captions_train.json", content)
+    assert Coco(tmp_path, "train").names == (NFC,)
+    (tmp_path / "images").rename(tmp_path / "val2014")
+    image = {"filepath": "val2014", "filename": key, "cocoid": 1, "split": "val", "sentences": [{"raw": "a"}]}
+    write(tmp_path / "dataset_coco.json", {"images": [image]})
+    write(tmp_path / "annotations" / "captions_val2014.json", {"images": [{"file_name": disk, **size}]})
+    karpathy = Coco(tmp_path, "val", karpathy=True)
+    (tmp_path / "val2014" / disk).write_bytes(b"not opened, since the annotations have its size")
+    assert karpathy.names == (NFC,) and karpathy.short_side(0) == 30
+
+
+def test_two_names_that_differ_in_their_accents_encoding_only_are_named(tmp_path):
+    picture(tmp_path / NFC)
+    with pytest.raises(
+        DataError, match="the same key more than once, with its accents encoded in two ways: cafe"
+    ):
+        CaptionedFolder(tmp_path, write(tmp_path / "captions.json", {NFC: "a", NFD: "b"}))
+    picture(tmp_path / NFD)
+    if len(list(tmp_path.glob("*.jpg"))) == 2:  # not on macOS, where they are one file
+        with pytest.raises(DataError, match="two files that are both called"):
+            CaptionedFolder(tmp_path, write(tmp_path / "captions.json", {NFC: "a"}))
+
+
+def test_every_kind_of_file_that_pillow_reads_is_an_image(tmp_path):
+    """Those that it writes too, under each of their extensions, must come back; others it must know by their extension."""
+    assert {".png", ".jfif", ".jp2", ".avif", ".gif", ".psd", ".tga", ".webp"} <= image_extensions()
+    written = 0
+    for extension in sorted(image_extensions()):
+        kind = Image.registered_extensions()[extension]
+        assert kind not in NO_PICTURES
+        for mode in ("RGB", "P", "L", "1") if kind in Image.SAVE else ():
+            try:
+                Image.new(mode, (64, 64), 1).save(tmp_path / f"{written}{extension.upper()}", kind)
+            except (OSError, ValueError):  # not in this mode
+                continue
+            written += 1
+            break
+    captions = {path.name: "x" for path in tmp_path.iterdir()}
+    dataset = CaptionedFolder(tmp_path, write(tmp_path / "captions.json", captions))
+    assert len(dataset) == written > 30 and all(
+        sample.image.size == (64, 64) for sample in dataset if not sample.name.endswith(".ICNS")
+    )
+
+
+CUT = '"a cat \\ud83d"'  # an emoji of two halves, as JSON writes them, after the first
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        (f'{{"b.png": {CUT}, "a.JPG": "a"}}', "b.png"),
+        (f'{{"b.png": ["b", {CUT}], "a.JPG": "a"}}', "b.png"),
+        ('{"b.png": "b", "a\\uDC00.JPG": "a"}', "dc00.JPG"),
+    ],
+)
+def test_captions_that_no_file_can_hold_are_named_at_opening(tmp_path, text, complaint):
+    dataset = folder(tmp_path)
+    path = write(tmp_path / "captions.json", text)
+    for read in (lambda: CaptionedFolder(tmp_path, path), lambda: dataset.recaptioned(path)):
+        with pytest.raises(DataError, match=rf"captions\.json: .*{complaint}.* cannot be written as UTF-8"):
+            read()
+    write(path, text.replace("\\ud83d", "\\ud83d\\ude00").replace("\\uDC00", ""))
+    assert CaptionedFolder(tmp_path, path).captions(1)[-1] in ("a cat \U0001f600", "b")
+
+
+def test_annotations_that_no_file_can_hold_are_named_at_opening(tmp_path):
+    content = coco_files(tmp_path)
+    content["annotations"][3]["caption"] = "a cat \ud83d"
+    write(tmp_path / "annotations" / "captions_train.json", content)
+    with pytest.raises(
+        DataError, match=r"captions_train\.json: .*'image_id': 7.* cannot be written as UTF-8"
+    ):
+        Coco(tmp_path, "train")
+
+
+def test_what_an_unreadable_image_is_answered_with_helps(tmp_path):
+    """Both ways that the error names lead on, in reading; and in training, each as it says."""
+    from taco_nb import baseline, fit
+
+    for n in range(4):
+        picture(tmp_path / "data" / f"{n}.png", (64, 64), seed=n)
+    sound, captions = tmp_path / "data" / "2.png", {f"{n}.png": "noise" for n in range(4)}
+    whole = sound.read_bytes()
+    write(tmp_path / "data" / "captions.json", captions)
+    sizes = {"N": 8, "M": 16, "groups": (4, 12), "text_dim": 16, "heads": 2, "context_widths": (8, 8)}
+    exp = baseline(
+        "sample", train_data=str(tmp_path / "data"), sizes=sizes, text_encoder="untrained-16", init="", crop=64,
+        epochs=1, batch_size=1,
+    )  # fmt: skip
+
+    def train(out: str):
+        return fit(exp, tmp_path / out, device="cpu", save_minutes=0.0)
+
+    sound.write_bytes(whole[:1000])
+    advice = "2.png cannot be read .* Replace it with a sound copy, or remove it and its captions from the data set."
+    with pytest.raises(
+        DataError, match=advice + " With the copy a run that has begun goes on; without .* in another out_dir"
+    ):
+        train("run")
+    shutil.copytree(tmp_path / "run", tmp_path / "early")
+    sound.write_bytes(whole)
+    assert train("run").steps == 4
+    sound.write_bytes(whole[:1000])
+    with pytest.raises(DataError, match=advice):
+        list(CaptionedFolder(tmp_path / "data", tmp_path / "data" / "captions.json"))
+    sound.unlink()
+    captions.pop("2.png")
+    write(tmp_path / "data" / "captions.json", captions)
+    assert len(list(CaptionedFolder(tmp_path / "data", tmp_path / "data" / "captions.json"))) == 3
+    with pytest.raises(SettingError, match="another out_dir"):
+        train("early")
+    assert train("another").steps == 3
 
 
 # ---- COCO's format
@@ -449,7 +582,7 @@ def test_coco_evaluation_is_karpathys_restval_in_centre_crops(minicoco):
     assert dataset.skipped == len(restval) - len(dataset)
     assert all(dataset.captions(i) == restval[name] for i, name in enumerate(dataset.names))
     width, height = sizes[dataset.names[0]]
-    whole = Image.open(minicoco / "coco" / "val2014" / dataset.names[0]).convert("RGB")
+    whole = to_rgb(minicoco / "coco" / "val2014" / dataset.names[0])
     left, top = round((width - 256) / 2), round((height - 256) / 2)
     assert same(dataset[0].image, whole.crop((left, top, left + 256, top + 256)))
     assert all(sample.image.size == (256, 256) for sample in islice(dataset, 8))
@@ -462,7 +595,7 @@ def test_coco_training_is_every_caption_of_every_large_image(minicoco):
     assert len(pairs) == 5 * large and pairs.skipped == len(sizes) - large > 0
     x, caption = pairs[7]
     name = pairs.dataset.names[1]
-    whole = to_tensor(Image.open(minicoco / "coco" / "train2014" / name).convert("RGB"))
+    whole = to_tensor(to_rgb(minicoco / "coco" / "train2014" / name))
     assert caption == pairs.dataset.captions(1)[2]
     corners = (whole[:, :-255, :-255] == x[:, :1, :1]).all(0).nonzero()
     assert any(torch.equal(whole[:, top : top + 256, left : left + 256], x) for top, left in corners.tolist())

@@ -211,6 +211,15 @@ def test_where_a_codec_stands_is_read_off_the_curves_of_the_others():
     (row,) = table.to_dict("records")
     assert row["codec"] == "demo" and row["images"] == 1 and -100 < row["JPEG, %"] < 100
     assert gaps["BD-rate (PSNR), %"].isna().all()  # one point is no curve
+    assert (gaps["note"] == "only 1 point").all() and (gaps["points of the peer"] > 4).all()
+
+
+def test_a_bd_rate_through_few_points_says_so():
+    sets = [dataset.head(1) for dataset in datasets("sample")]
+    for names, note in (("demo-low demo demo-high", "only 3 points"), ("demo demo-high", "only 2 points")):
+        _, gaps = standing([load(name) for name in names.split()], sets)
+        assert gaps["BD-rate (PSNR), %"].notna().any() and set(gaps["note"]) == {note}
+        assert set(gaps["points"]) == {len(names.split())}
 
 
 def test_without_kodak_the_command_says_so_in_a_sentence(tmp_path, capsys):

@@ -9,8 +9,7 @@ import torch
 from conftest import make_inception, save_inception
 
 from taco_nb.errors import CheckpointError, SettingError
-from taco_nb.metrics.fid import CHUNK, Inception, frechet_distance
-from taco_nb.metrics.patches import patches
+from taco_nb.metrics.fid import CHUNK, Inception, frechet_distance, patches
 
 
 def cloud(count: int, seed: int, features: int = 7) -> torch.Tensor:
@@ -35,7 +34,7 @@ def test_the_distance_is_that_of_the_formula():
     assert frechet_distance([(x, x_hat)]) == pytest.approx(expected, rel=1e-9)
 
 
-def test_of_one_feature_it_is_the_distance_of_means_and_deviations():
+def test_with_one_feature_it_is_the_distance_of_means_and_deviations():
     x, x_hat = torch.tensor([[0.0], [2.0], [4.0]]), torch.tensor([[10.0], [14.0], [18.0]])
     assert frechet_distance([(x, x_hat)]) == pytest.approx((14 - 2) ** 2 + (4 - 2) ** 2)
 
@@ -56,7 +55,7 @@ def test_large_means_cost_no_digits():
     )
 
 
-def test_fewer_than_two_pictures_have_none():
+def test_fewer_than_two_pictures_have_no_fid():
     assert math.isnan(frechet_distance([]))
     assert math.isnan(frechet_distance([(cloud(1, 1), cloud(1, 2))]))
     assert math.isfinite(frechet_distance([(cloud(1, 1), cloud(1, 2))] * 2))
@@ -131,6 +130,6 @@ def test_patches_lie_where_they_should():
 
 
 @pytest.mark.parametrize("size", [0, 7, -2, 4.0, True, None])
-def test_a_patch_has_a_half(size):
+def test_the_size_of_a_patch_must_be_even(size):
     with pytest.raises(SettingError, match="even number"):
         patches(torch.zeros(3, 16, 16), size)

@@ -1,6 +1,7 @@
 """`to_rgb` takes what users have and refuses what is no picture; tensors and 8-bit images are the same thing."""
 
 import io
+import random
 import struct
 import zlib
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from taco_nb.data.images import short_side, to_image, to_rgb, to_tensor
 from taco_nb.errors import DataError
@@ -143,6 +144,273 @@ def test_exif_orientation_is_applied_once(orientation, tmp_path):
     stored.save(tmp_path / "x.png", exif=exif)
     once = to_rgb(tmp_path / "x.png")
     assert once == upright == to_rgb(once) == to_rgb(Image.open(tmp_path / "x.png"))
+
+
+def exif_block() -> bytes:
+    """EXIF of a few hundred bytes as a camera writes it: texts, numbers, a folder within; the picture is upright."""
+    exif = Image.Exif()
+    tags = {
+        0x0112: 1,
+        0x010F: "a maker",
+        0x0110: "a model",
+        0x011A: 72.0,
+        0x0132: "2024:01:01 10:00:00",
+        0x8298: "me",
+    }
+    for tag, value in tags.items():
+        exif[tag] = value
+    exif.get_ifd(0x8769).update(
+        {0x829A: 1 / 250, 0x9003: "2024:01:01 10:00:00", 0xA002: 40, 0x927C: b"note" * 20}
+    )
+    return exif.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp"])
+def test_damaged_exif_does_not_refuse_a_sound_picture(name, tmp_path):
+    """Whatever is wrong with it: a hundred blocks of EXIF, each with a few bytes changed, or cut, or replaced by junk."""
+    chance, image, whole = random.Random(0), Image.fromarray(noise(40, 24, 3)), exif_block()
+    image.save(tmp_path / name)
+    expected = to_rgb(tmp_path / name)
+    for attempt in range(100):
+        damaged = bytearray(whole)
+        for _ in range(chance.randrange(1, 12)):
+            damaged[chance.randrange(6, len(damaged))] = chance.randrange(256)
+        if attempt % 4 == 0:
+            del damaged[chance.randrange(6, len(damaged)) :]
+        if attempt % 10 == 0:
+            damaged[6:] = chance.randbytes(50)
+        image.save(tmp_path / name, exif=bytes(damaged))
+        read = to_rgb(tmp_path / name)
+        # A change may have made another, valid orientation.
+        assert any(read == expected.transpose(way) for way in Image.Transpose) or read == expected, (
+            attempt,
+            bytes(damaged),
+        )
+
+
+def test_the_raw_profiles_of_imagemagick_may_be_damaged_too(tmp_path):
+    """PNGs of some programs hold EXIF as text; with a thumbnail's header in front of it, no reader finds its start."""
+    image, about = Image.fromarray(noise(4, 6, 3)), PngImagePlugin.PngInfo()
+    about.add_text("Raw profile type exif", "\nexif\n      12\n0008000201120003deadbeef\n")
+    image.save(tmp_path / "x.png", pnginfo=about)
+    with Image.open(tmp_path / "x.png") as opened, pytest.raises(SyntaxError):
+        opened.getexif()
+    assert to_rgb(tmp_path / "x.png") == image
+
+
+def test_exif_that_is_partly_damaged_still_tells_which_side_is_up(tmp_path):
+    image, exif = Image.fromarray(noise(4, 6, 3)), Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "a maker"
+    # The maker's name is said to be a number that EXIF has no type for.
+    block = exif.tobytes().replace(struct.pack(">HH", 0x010F, 2), struct.pack(">HH", 0x010F, 99))
+    block = block.replace(struct.pack("<HH", 0x010F, 2), struct.pack("<HH", 0x010F, 99))
+    assert block != exif.tobytes()
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "x.png", exif=block)
+    assert to_rgb(tmp_path / "x.png") == image
+
+
+# --- Colour -----------------------------------------------------------------------------------------------------------
+
+P3 = (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060)
+ADOBE = (0.3127, 0.3290, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
+SRGB = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
+
+
+def xyz(x: float, y: float) -> np.ndarray:
+    return np.array([x / y, 1, (1 - x - y) / y])
+
+
+def matrix(chromaticities: tuple[float, ...]) -> np.ndarray:
+    """From linear RGB with these primaries to XYZ: textbook (Lindbloom, RGB working space matrices)."""
+    white, *primaries = (xyz(*pair) for pair in zip(chromaticities[::2], chromaticities[1::2]))
+    columns = np.array(primaries).T
+    return columns * (np.linalg.inv(columns) @ white)
+
+
+def in_srgb(pixels: np.ndarray, chromaticities: tuple[float, ...], gamma: float) -> np.ndarray:
+    """What numbers of another space with the same white, D65, are in sRGB, as the standard says it."""
+    light = (pixels / 255) ** gamma @ (np.linalg.inv(matrix(SRGB)) @ matrix(chromaticities)).T
+    light = light.clip(0, 1)
+    return 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+def profile(kind: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """The least that an ICC profile of version 2.1 must hold: a header, a table of tags, and their data."""
+    table, data, at = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, content in tags.items():
+        content += bytes(-len(content) % 4)
+        table += name + struct.pack(">II", at + len(data), len(content))
+        data += content
+    connection = b"Lab " if b"A2B0" in tags else b"XYZ "
+    size = at + len(data)
+    header = (
+        struct.pack(">I4sI4s4s4s", size, bytes(4), 0x02100000, b"mntr", kind, connection)
+        + bytes(12)
+        + b"acsp"
+    )
+    header = header.ljust(68, b"\0") + struct.pack(
+        ">3i", 63190, 65536, 54061
+    )  # D50, which all profiles connect through
+    return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + data
+
+
+def numbers(*values: float) -> bytes:
+    return b"XYZ \0\0\0\0" + struct.pack(">3i", *(round(value * 65536) for value in values))
+
+
+def curve(gamma: float) -> bytes:
+    return b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+
+
+def rgb_profile(chromaticities: tuple[float, ...], gamma: float) -> bytes:
+    bradford = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+    d50 = np.array([0.9642, 1, 0.8249])
+    scale = (bradford @ d50) / (bradford @ xyz(*chromaticities[:2]))
+    columns = (np.linalg.inv(bradford) @ np.diag(scale) @ bradford @ matrix(chromaticities)).T
+    tags = {f"{name}XYZ".encode(): numbers(*column) for name, column in zip("rgb", columns)}
+    return profile(
+        b"RGB ", tags | {f"{name}TRC".encode(): curve(gamma) for name in "rgb"} | {b"wtpt": numbers(*d50)}
+    )
+
+
+def grey_profile(gamma: float) -> bytes:
+    return profile(b"GRAY", {b"kTRC": curve(gamma), b"wtpt": numbers(0.9642, 1, 0.8249)})
+
+
+def cmyk_profile() -> bytes:
+    """Black ink alone counts: lightness falls in proportion to it. No such press exists, so nobody confuses it."""
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + struct.pack(">9i", *np.eye(3, dtype=int).ravel() * 65536)
+    table += bytes(range(256)) * 4 + bytes([255, 128, 128, 0, 128, 128]) * 8 + bytes(range(256)) * 3
+    return profile(b"CMYK", {b"A2B0": table, b"wtpt": numbers(0.9642, 1, 0.8249)})
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.webp", "x.tif", "x.avif", "pillow"])
+@pytest.mark.parametrize("chromaticities, gamma", [(P3, 2.2), (ADOBE, 563 / 256), (SRGB, 1.8)])
+def test_an_embedded_profile_is_converted_to_srgb(name, chromaticities, gamma, tmp_path):
+    pixels, embedded = noise(40, 50, 3), rgb_profile(chromaticities, gamma)
+    image = Image.fromarray(pixels)
+    if name == "pillow":
+        image.info["icc_profile"] = embedded
+    else:
+        lossless = {"lossless": True} if name == "x.webp" else {"quality": 100, "subsampling": "4:4:4"}
+        image.save(tmp_path / name, icc_profile=embedded, **lossless if name != "x.png" else {})
+        image = tmp_path / name
+        if name == "x.avif":  # nearly lossless: what it holds is what Pillow reads
+            with Image.open(image) as opened:
+                pixels = np.asarray(opened.convert("RGB"))
+    read = to_rgb(image)
+    assert np.abs(np.asarray(read) - in_srgb(pixels, chromaticities, gamma)).max() < 2
+    assert not read.info and np.abs(np.asarray(read).astype(int) - pixels).max() > 15
+
+
+def test_a_photograph_in_display_p3_is_read_as_a_viewer_shows_it(shared):
+    with Image.open(shared / "cases" / "display_p3.png") as image:
+        pixels = np.asarray(image)
+        srgb = ImageCms.createProfile("sRGB")
+        shown = np.asarray(ImageCms.profileToProfile(image, io.BytesIO(image.info["icc_profile"]), srgb))
+    assert np.array_equal(np.asarray(to_rgb(shared / "cases" / "display_p3.png")), shown)
+    assert 10 * np.log10(255**2 / np.mean((shown.astype(float) - pixels) ** 2)) < 36
+
+
+@pytest.mark.parametrize(
+    "embedded", [ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"not a profile" * 100]
+)
+def test_srgb_and_damaged_profiles_change_nothing(embedded, tmp_path):
+    for size in ((40, 50, 3), (40, 50)):
+        Image.fromarray(noise(*size)).save(tmp_path / "x.png", icc_profile=embedded)
+        assert same(to_rgb(tmp_path / "x.png"), noise(*size).reshape(40, 50, -1))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "I;16"])
+def test_profiles_of_grey_and_indexed_pictures(mode, tmp_path):
+    """A grey picture may have a profile for grey, or one for RGB; a palette's colours are those of the profile."""
+    grey = mode != "P"
+    image = Image.fromarray(noise(20, 20) if grey else noise(20, 20, 3))
+    image = Image.fromarray(noise(20, 20).astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+    plain = np.asarray((image if mode != "I;16" else Image.fromarray(noise(20, 20))).convert("RGB"))
+    expected = in_srgb(plain, SRGB, 1.5)
+    for embedded in [rgb_profile(SRGB, 1.5)] + grey * [grey_profile(1.5)]:
+        image.save(tmp_path / "x.png", icc_profile=embedded)
+        assert np.abs(np.asarray(to_rgb(tmp_path / "x.png")) - expected).max() < 2
+
+
+def test_transparency_is_composited_after_the_colours_are_converted():
+    image = Image.fromarray(noise(9, 9, 4))
+    image.info["icc_profile"] = rgb_profile(P3, 2.2)
+    colour, alpha = np.asarray(image)[..., :3], np.asarray(image)[..., 3]
+    assert np.abs(np.asarray(to_rgb(image)) - over_white(in_srgb(colour, P3, 2.2), alpha)).max() < 3
+
+
+def test_a_profile_for_print_is_converted_and_one_that_does_not_fit_is_ignored():
+    printed, colour = Image.fromarray(noise(8, 8, 3)).convert("CMYK"), Image.fromarray(noise(8, 8, 3))
+    for image, embedded in (
+        (printed, rgb_profile(P3, 2.2)),
+        (colour, grey_profile(1.0)),
+        (colour, cmyk_profile()),
+    ):
+        image.info["icc_profile"] = embedded
+        assert same(to_rgb(image), np.asarray(image.convert("RGB")))
+    inks = np.array([[[90, 0, 200, 0], [0, 70, 9, 128], [255, 255, 9, 255]]], np.uint8)
+    printed = Image.fromarray(inks, "CMYK")
+    printed.info["icc_profile"] = cmyk_profile()
+    lightnesses = np.asarray(to_rgb(printed)).astype(int)
+    assert np.abs(lightnesses - np.array([255, 118, 0])[None, :, None]).max() <= 3  # L* of 100, 50 and 0
+
+
+def png(path: Path, pixels: np.ndarray, **chunks: bytes) -> Path:
+    about = PngImagePlugin.PngInfo()
+    for name, data in chunks.items():
+        about.add(name.encode(), data)
+    Image.fromarray(pixels).save(path, pnginfo=about)
+    return path
+
+
+def hundred_thousandths(*values: float) -> bytes:
+    return struct.pack(f">{len(values)}I", *(round(value * 1e5) for value in values))
+
+
+@pytest.mark.parametrize(
+    "chromaticities, gamma", [(P3, 2.2), (P3, 1.8), (SRGB, 1.0), (None, 1.8), (ADOBE, None)]
+)
+def test_pngs_gamma_and_primaries_are_converted_to_srgb(chromaticities, gamma, tmp_path):
+    pixels = noise(40, 50, 3)
+    chunks = {"gAMA": hundred_thousandths(1 / gamma)} if gamma else {}
+    chunks |= {"cHRM": hundred_thousandths(*chromaticities)} if chromaticities else {}
+    read = np.asarray(to_rgb(png(tmp_path / "x.png", pixels, **chunks)))
+    if gamma not in (None, 2.2):  # 1/2.2 and no gamma at all are sRGB's own curve
+        assert np.abs(read - in_srgb(pixels, chromaticities or SRGB, gamma)).max() < 2
+    else:
+        light = np.where(pixels <= 10, pixels / 255 / 12.92, ((pixels / 255 + 0.055) / 1.055) ** 2.4)
+        assert np.abs(read - in_srgb(light * 255, chromaticities, 1)).max() < 2
+    assert np.abs(read.astype(int) - pixels).max() > 15
+
+
+def test_another_white_stays_white_and_agrees_with_the_profile_that_says_the_same(tmp_path):
+    d50 = (0.3457, 0.3585, *P3[2:])
+    pixels = np.concatenate([noise(20, 20, 3), np.full((1, 20, 3), 255, np.uint8)])
+    read = np.asarray(
+        to_rgb(png(tmp_path / "x.png", pixels, gAMA=hundred_thousandths(1), cHRM=hundred_thousandths(*d50)))
+    )
+    image = Image.fromarray(pixels)
+    image.info["icc_profile"] = rgb_profile(d50, 1)
+    assert np.abs(read.astype(int) - np.asarray(to_rgb(image))).max() < 3 and read[-1].min() == 255
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        {"gAMA": hundred_thousandths(0.45455)},
+        {"gAMA": hundred_thousandths(0.45455), "cHRM": hundred_thousandths(*SRGB)},
+        {"sRGB": b"\0", "gAMA": hundred_thousandths(1.0), "cHRM": hundred_thousandths(*P3)},
+        {"gAMA": bytes(4)},
+        {"gAMA": b"\xff" * 4},
+        {"cHRM": bytes(32)},
+        {"cHRM": hundred_thousandths(*[0.3] * 8)},
+    ],
+)
+def test_what_is_srgb_by_its_chunks_or_makes_no_sense_changes_nothing(chunks, tmp_path):
+    assert same(to_rgb(png(tmp_path / "x.png", noise(8, 8, 3), **chunks)), noise(8, 8, 3))
 
 
 def test_metadata_does_not_travel_on(tmp_path):

@@ -15,9 +15,9 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from taco_nb.errors import CheckpointError, DataError, MissingWeightsError, SettingError, TacoError
 from taco_nb.text import text_tower
 from taco_nb.text.chat_keywords import ChatKeywords
-from taco_nb.text.clip import _tokenizer
 from taco_nb.text.keyword_sources import GAZETTEER, Entities, TfIdf
 from taco_nb.text.keywords import FORMAT, KeywordWeights, pool
+from taco_nb.text.tokens import clip_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TRAINING = [
@@ -93,7 +93,7 @@ def _why(keywords, caption):
 def _pieces(tower, caption):
     """Per real token what the vocabulary has for it."""
     ids, mask = tower.tokenize(caption)
-    return [_tokenizer().decoder[token] for token in ids[mask].tolist()]
+    return [clip_tokenizer().decoder[token] for token in ids[mask].tolist()]
 
 
 # --- Which characters a token spells ----------------------------------------------------------------------------------
@@ -121,8 +121,10 @@ def test_the_characters_of_a_word_clean_to_its_tokens(kind):
         if span is None or span[0] == len(caption):
             break
         word, first = [*word, token], span[0] if first is None else first
-        if _tokenizer().decoder[token].endswith("</w>"):
-            assert _tokenizer().clean_fn(caption[first : span[1]]) == _tokenizer().decode(word).strip()
+        if clip_tokenizer().decoder[token].endswith("</w>"):
+            assert (
+                clip_tokenizer().clean_fn(caption[first : span[1]]) == clip_tokenizer().decode(word).strip()
+            )
             word, first = [], None
     assert not word
 
@@ -146,7 +148,7 @@ def test_spans_are_of_the_caption_as_it_was_given(tower, caption, spelled):
     assert [caption[start:end] for start, end in spans[1:-1]] == spelled
 
 
-def test_spans_of_anything(tower):
+def test_spans_stay_in_order_and_in_range_for_random_text(tower):
     parts = [*"aİΣß’“&#;<👩🚀一ﬁ", "red", "Ã©", "â€œ", "&amp;", "&nbsp;", "&eacute;"]
     parts += [" ", "\n", "\x1b[36m", "\0", "\x85", "\xa0", "\ufeff", "\u0301", "\u200d", "\ud83d", "\udc36"]
     generator = random.Random(0)
@@ -158,7 +160,7 @@ def test_spans_of_anything(tower):
         assert spans == sorted(spans), repr(caption)
 
 
-def test_spans_of_no_string(tower):
+def test_spans_refuse_what_is_not_a_string(tower):
     with pytest.raises(SettingError, match="must be a string"):
         tower.spans(None)
 
@@ -210,13 +212,13 @@ def test_fitting_streams_and_does_not_depend_on_the_order():
 
 
 @pytest.mark.parametrize("captions", [[], ["", "the"], iter(())])
-def test_nothing_to_count(captions):
+def test_training_captions_without_words_are_refused(captions):
     with pytest.raises(DataError, match="stop words"):
         KeywordWeights.fit(captions, "tfidf")
 
 
 @pytest.mark.parametrize("captions", ["a red barn", ["a red barn", None]])
-def test_training_captions_that_are_none(captions):
+def test_training_captions_must_be_strings(captions):
     with pytest.raises(SettingError, match="Training caption"):
         KeywordWeights.fit(captions, "tfidf")
 
@@ -419,7 +421,7 @@ def test_published_captions_all_get_weights(tower):
 
 
 @pytest.mark.parametrize("captions", [[], [None], ["a barn", 3], 7])
-def test_no_captions(keywords, tower, captions):
+def test_bad_captions_are_refused(keywords, tower, captions):
     with pytest.raises(SettingError, match=r"[Cc]aption"):
         keywords.token_weights(captions, tower)
 
@@ -466,7 +468,7 @@ def test_pooling_keeps_the_type():
         ((3, 4), (3,), "keywords", "do not fit"),
     ],
 )
-def test_pooling_what_cannot_be(hidden, weights, mode, message):
+def test_pooling_refuses_bad_arguments(hidden, weights, mode, message):
     with pytest.raises(SettingError, match=message):
         pool(torch.ones(hidden), torch.ones(weights), mode)
 
@@ -475,13 +477,13 @@ def test_pooling_what_cannot_be(hidden, weights, mode, message):
 
 
 @pytest.mark.parametrize("weight", [0, -1.5, float("nan"), float("inf"), "1.5", True, None])
-def test_weights_that_are_none(weight):
+def test_bad_keyword_weights_are_refused(weight):
     with pytest.raises(SettingError, match="keyword_weight"):
         KeywordWeights.fit(TRAINING, "tfidf", keyword_weight=weight)
 
 
 @pytest.mark.parametrize("sources", ["", "tf-idf", "tfidf+rule", "tfidf+en_core_web_small", [], [7]])
-def test_sources_that_are_none(sources):
+def test_unknown_sources_are_refused(sources):
     with pytest.raises(SettingError, match="source"):
         KeywordWeights.fit(TRAINING, sources)
 
@@ -520,7 +522,7 @@ def test_another_version_of_the_format_is_refused(tfidf):
         lambda text: text.replace("1.5", '"1.5"'),
     ],
 )
-def test_damaged_files(tfidf, damage):
+def test_damaged_text_is_refused(tfidf, damage):
     with pytest.raises(TacoError, match="damaged|keyword_weight"):
         KeywordWeights.from_json(damage(tfidf.to_json()))
 

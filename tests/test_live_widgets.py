@@ -109,8 +109,10 @@ def test_nothing_is_measured_or_loaded_twice(codec, image, monkeypatch, tmp_path
     measured, loaded, lpips = [], [], make_lpips()
     measure = compare.distortion
     monkeypatch.setattr(compare, "distortion", lambda x, x_hat: measured.append(x_hat) or measure(x, x_hat))
-    monkeypatch.setitem(networks._NEEDS, "lpips", SimpleNamespace(path=tmp_path))  # as if AlexNet were there
-    monkeypatch.setattr(networks.perception, "Lpips", lambda: loaded.append(1) or lpips)
+    there = networks.METRICS["lpips"]._replace(  # as if AlexNet were there
+        pretrained=SimpleNamespace(path=tmp_path), load=lambda device: loaded.append(1) or lpips
+    )
+    monkeypatch.setitem(networks.METRICS, "lpips", there)
     find_lpips.cache_clear()
     lab = caption_lab(codec, image, {"human": "a cat", "empty": ""})
     for caption, count in (("two dogs", 3), ("", 3), ("two dogs", 3), ("three", 4)):

@@ -1,4 +1,4 @@
-"""Feature networks: found where their libraries keep them, loaded by the real loaders, and missed in a sentence."""
+"""Feature networks are found where their libraries keep them, and loaded by the real loaders; missing ones are named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from test_evaluation import folder
 from taco_nb import evaluate
 from taco_nb.errors import SettingError
 from taco_nb.metrics.networks import (
-    TITLES,
+    METRICS,
     find_lpips,
     find_networks,
     given_networks,
@@ -25,12 +25,12 @@ from taco_nb.metrics.networks import (
     state_digest,
 )
 from taco_nb.pretrained import CLIP_B32, CLIP_L14, INCEPTION
-from taco_nb.text.clip import _both_halves
+from taco_nb.text.clip import both_halves
 
 
 @pytest.fixture
 def caches(tmp_path, monkeypatch):
-    """Folders in place of those where libraries keep what they download; nothing is in them, and no way leads out."""
+    """Empty folders in place of those where libraries keep what they download; any use of the network fails the test."""
     from huggingface_hub import constants
 
     def refuse(*_):
@@ -49,9 +49,9 @@ def caches(tmp_path, monkeypatch):
 
 @pytest.fixture
 def filled(caches, monkeypatch):
-    """Files in the places of the real ones: Inception's of random values, and random CLIPs of a size that fits a test.
+    """Files in the places of the real ones, with random weights: Inception, and CLIPs small enough for a test.
 
-    open_clip is told of that size under the names of CLIP B/32 and L/14@336.
+    open_clip is told their sizes under the names of CLIP B/32 and L/14@336.
     """
     INCEPTION.home.mkdir(parents=True)
     os.truncate(save_inception(INCEPTION.file), INCEPTION.size)
@@ -77,26 +77,26 @@ def filled(caches, monkeypatch):
             (place / "refs" / "main").write_text("abc")
             clip = open_clip.create_model(model, pretrained=None)
             save_file(clip.state_dict(), place / "snapshots" / "abc" / "open_clip_model.safetensors")
-        _both_halves.cache_clear()
+        both_halves.cache_clear()
         yield caches
-        _both_halves.cache_clear()
+        both_halves.cache_clear()
     open_clip.factory._rescan_model_configs()
 
 
-def test_where_nothing_is_every_metric_is_missed_with_a_command(caches, capsys):
+def test_without_weights_every_metric_is_reported_missing_with_a_command(caches, capsys):
     found, absent = find_networks()
-    assert found == {} and absent.keys() == TITLES.keys()
+    assert found == {} and absent.keys() == METRICS.keys()
     for reason in absent.values():  # it goes into evaluation.json, which names no folder of a machine
         assert "run: taco-nb fetch " in reason and str(Path.home()) not in reason and "/tmp" not in reason
-    for metric in (*TITLES, *TITLES):
+    for metric in (*METRICS, *METRICS):
         say_missing(metric)
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
-        f"Without {title}" for title in TITLES.values()
+        f"Without {metric.title}" for metric in METRICS.values()
     ]
     assert find_lpips() is None
 
 
-def test_what_is_there_is_found_loaded_and_measures(filled, tiny_codec, tmp_path, capsys):
+def test_weights_on_this_machine_are_found_loaded_and_used(filled, tiny_codec, tmp_path, capsys):
     dataset = folder(tmp_path / "photos", {"a.png": (70, 64), "b.png": (64, 90)})
     results = evaluate(tiny_codec, [dataset], tmp_path / "out", patch_size=32)
     said = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
@@ -107,7 +107,7 @@ def test_what_is_there_is_found_loaded_and_measures(filled, tiny_codec, tmp_path
         assert results[metric].notna().all() and (results[metric] >= 0).all()
 
 
-def test_given_networks_have_the_names_of_metrics():
+def test_given_networks_must_be_named_after_metrics():
     found, absent = given_networks({"fid": make_inception()})
     assert found["fid"].weights == f"given, SHA-256 {state_digest(make_inception().model)}"
     assert absent.keys() == {"lpips", "cmmd", "clip_score"}
@@ -115,7 +115,7 @@ def test_given_networks_have_the_names_of_metrics():
         given_networks({"psnr": None})
 
 
-def test_a_digest_is_that_of_the_weights():
+def test_a_digest_follows_the_weights():
     network = make_inception().model
     before = state_digest(network)
     assert before == state_digest(make_inception().model) != state_digest(make_inception(7).model)

@@ -1,4 +1,4 @@
-"""After a fetch a run of the profile paper touches no network: real loaders, the real caches, small random weights in them.
+"""A run of the profile paper touches no network: real loaders, the real caches, small random weights in them.
 
 Nothing measured here means anything: CLIP, AlexNet and spaCy's model are stand-ins in the places of the real ones.
 """
@@ -24,7 +24,7 @@ def clip(side: int) -> dict:
     }
 
 
-RUN = """
+GUARD = """
 import os, socket, sys
 from pathlib import Path
 
@@ -43,7 +43,10 @@ def resolve(host, *rest, **more):
 for name in ("connect", "connect_ex", "sendto"):
     setattr(socket.socket, name, refuse(getattr(socket.socket, name)))
 socket.getaddrinfo = socket.gethostbyname = resolve
-
+"""
+RUN = (
+    GUARD
+    + """
 import open_clip
 open_clip.add_model_config(Path("clip"))  # the small ones in place of the real
 from taco_nb import baseline, datasets, evaluate, fit
@@ -55,6 +58,7 @@ run = fit(exp, "run", device="cpu", max_hours=1e-9)  # a step or two
 results = evaluate(run.codec, datasets("coco", "kodak", limit=1), "run")
 print("DONE", list(results["dataset"]), *(name for name in ("lpips", "cmmd", "clip_score") if name in results))
 """
+)
 
 
 @pytest.fixture
@@ -115,7 +119,7 @@ def python(prepared, *arguments: str, **changes: str) -> subprocess.CompletedPro
     folder, environment = prepared
     return subprocess.run(
         [sys.executable, *arguments],
-        env=environment | changes, cwd=folder, capture_output=True, text=True, timeout=300,
+        env=environment | changes, cwd=folder, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
@@ -128,7 +132,20 @@ def test_a_run_of_the_profile_paper_touches_no_network(prepared):
     assert done.stdout.splitlines()[-1] == "DONE ['coco', 'kodak'] lpips cmmd clip_score"
 
 
-def test_the_guard_guards(prepared):
-    """Without the weights the very same run asks for them."""
+def test_a_run_without_its_weights_says_what_to_fetch_and_asks_for_nothing(prepared):
     done = python(prepared, "-c", RUN, HF_HUB_CACHE=str(prepared[0] / "empty"), HF_HUB_OFFLINE="0")
-    assert done.returncode == 99 and "A NAME WAS ASKED FOR" in done.stdout
+    assert done.returncode == 1, done.stdout
+    assert (
+        f"MissingWeightsError: {CLIP_B32.name}" in done.stderr and f"run: {CLIP_B32.command}" in done.stderr
+    )
+
+
+def test_the_guard_guards(prepared):
+    """What fetches does ask for what is not there."""
+    fetch = GUARD + "from taco_nb.tools.fetch import fetch_all; fetch_all([sys.argv[1]], None)"
+    for name in (CLIP_B32.name, "inception", "kodak"):
+        (prepared[0] / "data" / "kodak").unlink(missing_ok=True)
+        done = python(
+            prepared, "-c", fetch, name, HF_HUB_CACHE=str(prepared[0] / "empty"), HF_HUB_OFFLINE="0"
+        )
+        assert done.returncode == 99 and "WAS" in done.stdout, done.stderr

@@ -462,15 +462,16 @@ def test_panels_show_what_there_is_and_name_what_there_is_not():
     figure = rate_panels(
         points(runs), published={"VTM": {"bpp": [0.1], "psnr": [31]}}, stated={"baseline": {"cmmd": 0.069}}
     )
+    few = "b, only 2 points"
     drawn = [(trace.name, trace.yaxis or "y", list(trace.x)) for trace in figure.data]
     assert drawn == [
-        ("b", "y", [0.1, 0.3]), ("l", "y", [0.1]), ("VTM, published", "y", [0.1]), ("b", "y2", [0.1, 0.3]),
+        (few, "y", [0.1, 0.3]), ("l", "y", [0.1]), ("VTM, published", "y", [0.1]), (few, "y2", [0.1, 0.3]),
         ("the report, baseline", "y2", [0, 0.3]),
     ]  # fmt: skip
     assert [list(trace.marker.symbol) for trace in figure.data[:2]] == [["circle", "circle"], ["circle-open"]]
     assert "lpips, fid" in figure.layout.title.text
     assert [trace.name for trace in figure.data if trace.showlegend] == [
-        "b",
+        few,
         "l",
         "VTM, published",
         "the report, baseline",

@@ -23,9 +23,8 @@ from taco_nb.data.images import to_tensor
 from taco_nb.errors import DataError, MissingWeightsError, SettingError
 from taco_nb.evaluation import means, read_evaluation
 from taco_nb.files import REPOSITORY
-from taco_nb.metrics.cmmd import cmmd
-from taco_nb.metrics.fid import frechet_distance
-from taco_nb.metrics.patches import patches
+from taco_nb.metrics.fid import frechet_distance, patches
+from taco_nb.metrics.joint_space import cmmd
 
 CROPS = {f"{i}.png": (70 + 3 * i, 90 - 2 * i) for i in range(7)}
 PHOTOS = {"barn.png": (96, 130), "cat.png": (40, 30), "dog.png": (64, 64)}

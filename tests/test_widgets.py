@@ -307,6 +307,7 @@ TACO = results_of("taco", lpips=[0.1, 0.2], lpips_01=[0.01, 0.02])
 JPEG = pd.concat(
     [results_of("JPEG", shift=shift, quality=quality) for quality, shift in ((80, 0.5), (20, 0.1))]
 )
+JPEG_NAME, VTM_NAME = "JPEG, photos, only 2 points", "VTM (published), only 3 points"
 PUBLISHED = {"VTM": {"bpp": [0.1, 0.2, 0.4], "psnr": [30, 32, 34]}, "no curve": {"bpp": [0.1], "psnr": []}}
 
 
@@ -330,7 +331,7 @@ def choices(figure) -> dict[str, dict[str, list]]:
 def test_a_curve_per_codec_through_the_means():
     figure = rate_distortion(JPEG, TACO, published=PUBLISHED, title="photos")
     shown = [trace for trace in curves(figure) if trace.showlegend]
-    assert [trace.name for trace in shown] == ["JPEG, photos", "taco, photos", "VTM (published)"]
+    assert [trace.name for trace in shown] == [JPEG_NAME, "taco, photos", VTM_NAME]
     jpeg, taco, vtm = shown
     expected = means(JPEG).sort_values("bpp")
     assert list(jpeg.x) == list(expected["bpp"]) and list(jpeg.y) == list(expected["psnr"])
@@ -359,6 +360,12 @@ def test_every_image_has_a_point_that_says_which_it_is():
     assert "%{customdata[2]}" in taco.hovertemplate and not taco.showlegend
 
 
+def test_a_curve_through_four_points_needs_no_warning():
+    four = [results_of("JPEG", quality=quality, shift=quality / 100) for quality in (20, 40, 60, 80)]
+    named = [trace.name for trace in rate_distortion(*four).data if trace.showlegend]
+    assert named == ["JPEG, photos"]
+
+
 def test_of_a_large_set_the_first_images_have_points():
     many = pd.concat([TACO.assign(name=[f"{i}a.png", f"{i}b.png"]) for i in range(IMAGES)], ignore_index=True)
     curve, points = rate_distortion(many).data
@@ -372,8 +379,8 @@ def test_the_menu_shows_one_metric_at_a_time():
     names = {label: list(shown) for label, shown in menu.items()}
     (psnr, ms_ssim, lpips, lpips_01) = menu
     assert psnr == "PSNR in dB" and ms_ssim == "MS-SSIM" and "[-1, 1]" in lpips and "[0, 1]" in lpips_01
-    assert names[psnr] == ["JPEG, photos", "taco, photos", "VTM (published)"]
-    assert names[ms_ssim] == ["JPEG, photos", "taco, photos"]
+    assert names[psnr] == [JPEG_NAME, "taco, photos", VTM_NAME]
+    assert names[ms_ssim] == [JPEG_NAME, "taco, photos"]
     assert names[lpips] == names[lpips_01] == ["taco, photos"], (
         "JPEG has no LPIPS here, so no curve and no legend"
     )
@@ -405,7 +412,7 @@ def test_a_second_menu_chooses_the_data_set():
         button.label: {trace.name for trace, shown in zip(figure.data, button.args[0]["visible"]) if shown}
         for button in menu.buttons
     }
-    published = {f"{name} (published)" for name in PUBLISHED}
+    published = {VTM_NAME, "no curve (published)"}
     assert visible == {"photos": {"taco, photos"}, "kodak": {"taco, kodak", *published}}
     assert len(rate_distortion(TACO).layout.updatemenus) == 1
 

@@ -1,4 +1,4 @@
-"""Data sets by name, each image with its captions, and the pairs to train on."""
+"""Data sets by name: images with their captions to evaluate on, and pairs of both to train on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STAGING = ".fetch"
 
 
 class _Known(NamedTuple):
-    """A data set that has a name: its folder in the data folder, what that must hold, and how it is read."""
+    """A data set that has a name: its folder in the data folder, what that folder must hold, and how it is read."""
 
     folder: str
     holds: str
@@ -83,13 +83,15 @@ def datasets(
     limit: int | None = None,
     captions: str = "published",
 ) -> list[CaptionedImages]:
-    """The data sets that a codec is evaluated on, in the order asked for; images are opened only when they are used.
+    """Return the data sets that a codec is evaluated on, in the order asked for.
 
-    Names: "sample" (the bundled validation images) and "sample-train", "kodak" (24 images) and "clic" (CLIC 2020 test)
-    with TACO's OFA captions, "coco" (Karpathy's restval, centre crop 256). They lie in `data_root(data_dir)`.
-    `limit` keeps the first images of each. `captions` are the "published" ones, or the paragraphs with "context" that
-    lie beside them in captions_context.json. Raises `SettingError` for an unknown name, another kind of captions or
-    limit < 1, `DataError` where a data set is absent or inconsistent.
+    The names are "sample" (the bundled validation images) and "sample-train", "kodak" (24 images) and "clic" (CLIC 2020
+    test) with TACO's OFA captions, and "coco" (Karpathy's restval, centre crop 256). They lie in `data_root(data_dir)`;
+    images are opened only when they are used. `limit` keeps the first images of each. `captions` are the "published"
+    ones, or the paragraphs with "context" that lie beside them in captions_context.json.
+
+    Raises `SettingError` for an unknown name, another kind of captions or limit < 1, and `DataError` if a data set is
+    absent or inconsistent.
     """
     if limit is not None:
         check_count(limit, "limit")
@@ -104,9 +106,9 @@ def training_pairs(
     seed: int = 0,
     captions: str = "published",
 ) -> TrainPairs:
-    """The (crop, caption) pairs of "sample", of "coco" (train2014), or of a folder with a captions.json in it.
+    """Return the (crop, caption) pairs of "sample", of "coco" (train2014), or of a folder with a captions.json in it.
 
-    Takes `captions`, and raises, as `datasets` and `TrainPairs` do.
+    `captions` is as for `datasets`. Raises what `datasets` and `TrainPairs` raise.
     """
     if str(name) not in _TRAINING and Path(name).is_dir():
         folder = CaptionedFolder(name, Path(name, "captions.json"))
@@ -117,7 +119,7 @@ def training_pairs(
 def _captioned(
     dataset: CaptionedImages, root: Path, data_dir: str | os.PathLike | None, captions: str
 ) -> CaptionedImages:
-    """The data set under the captions that were asked for; Kodak's paragraphs come with the repository."""
+    """Return the data set under the captions that were asked for. Kodak's paragraphs are bundled."""
     if captions == "published":
         return dataset
     if captions != "context":
@@ -159,7 +161,7 @@ def _open(
 
 
 def _remedy(folder: str, root: Path, data_dir: str | os.PathLike | None) -> str:
-    """How to get a data set that can be fetched, in a sentence that follows others."""
+    """Return how to get a data set that can be fetched, as a sentence that follows others."""
     if folder not in FETCHED:
         return ""
     state = "Its download is unfinished; to go on" if (root / STAGING).exists() else "To fetch it"

@@ -1,4 +1,4 @@
-"""MS-COCO's captions files, Karpathy's splits of them, and the crops that TACO trains on."""
+"""MS-COCO's annotations, Karpathy's splits of them, and the crops that TACO trains on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from reprlib import repr as shorten
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from taco_nb.data.captioned import (
     CaptionedImages,
     Entry,
     check_count,
-    check_names,
+    check_plain_names,
     few,
     image_files,
+    nfc,
     read_json,
 )
 from taco_nb.data.images import to_tensor
@@ -32,11 +33,12 @@ KARPATHY_SPLITS = ("train", "restval", "val", "test")
 class Coco(CaptionedImages):
     """A split of MS-COCO 2014 (Chen et al. 2015, arXiv:1504.00325), or of images described in its format.
 
-    split "train" or "val" reads `annotations/captions_{split}2014.json` with images in `{split}2014/`, or, where there
-    is no such file, `annotations/captions_{split}.json` with images in `images/`. With karpathy=True split is "train",
-    "restval", "val" or "test" as `dataset_coco.json` has it (Karpathy & Fei-Fei 2015, arXiv:1412.2306); TACO is
+    The split "train" or "val" reads `annotations/captions_{split}2014.json` with images in `{split}2014/`, or, if there is
+    no such file, `annotations/captions_{split}.json` with images in `images/`. With karpathy=True the split is "train",
+    "restval", "val" or "test" as `dataset_coco.json` has it (Karpathy & Fei-Fei 2015, arXiv:1412.2306). TACO is
     evaluated on "restval". Captions keep their order in the file.
-    Raises `SettingError` for another split, `DataError` (with file and id) for missing files and images, malformed
+
+    Raises `SettingError` for another split, and `DataError` (with file and id) for missing files and images, malformed
     content, missing or repeated ids, and images without captions.
     """
 
@@ -46,17 +48,20 @@ class Coco(CaptionedImages):
             raise SettingError(f"MS-COCO has no split {split!r} here: choose one of {', '.join(splits)}.")
         read = _karpathy if karpathy else _annotations
         super().__init__(name or f"coco-{split}", read(Path(root), split))
-        names = ["dataset_coco.json"] if karpathy else [f"captions_{split}{year}.json" for year in ("2014", "")]
+        names = (
+            ["dataset_coco.json"] if karpathy else [f"captions_{split}{year}.json" for year in ("2014", "")]
+        )
         self.captions_file = next((n for n in names if Path(root, "annotations", n).exists()), names[0])
 
 
 class TrainPairs(Dataset):
     """TACO's training set: every (image, caption) pair is a sample, cropped at random, neither resized nor flipped.
 
-    pairs[i] is (x, caption) with x float32 of shape (3, crop, crop) in [0, 1]. Images with a side < crop are left out;
-    `skipped` says how many. Where the crop lies depends on (seed, epoch, i) alone, so that neither the number of
-    workers nor a resume changes what is trained on.
-    Raises `SettingError` for crop < 1 or seed < 0, `DataError` if no image is large enough or one cannot be read.
+    `pairs[i]` is (x, caption), with x float32 of shape (3, crop, crop) in [0, 1]. Images with a side shorter than `crop`
+    are left out, and `skipped` says how many. Where the crop lies depends on (seed, epoch, i) alone, so that neither the
+    number of workers nor a resume changes what is trained on.
+
+    Raises `SettingError` for crop < 1 or seed < 0, and `DataError` if no image is large enough or one cannot be read.
     """
 
     def __init__(self, dataset: CaptionedImages, crop: int = 256, seed: int = 0):
@@ -69,12 +74,11 @@ class TrainPairs(Dataset):
         self.dataset, self.crop, self.seed = dataset, crop, seed
         self.skipped = len(dataset) - len(large)
         self._pairs = [(i, caption) for i in large for caption in dataset.captions(i)]
-        self._epoch = torch.zeros(
-            (), dtype=torch.int64
-        ).share_memory_()  # workers that outlive an epoch see it change
+        # In shared memory, so that data loaders' workers that outlive an epoch see it change.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Move all crops; call it before the epoch's iteration begins."""
+        """Move all crops to where this epoch has them. Call it before iterating over the epoch."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -83,7 +87,12 @@ class TrainPairs(Dataset):
     def __getitem__(self, i: int) -> tuple[torch.Tensor, str]:
         i = range(len(self))[i]  # a negative index is the same sample and so has the same crop
         k, caption = self._pairs[i]
-        name, image, _ = self.dataset[k]
+        try:
+            name, image, _ = self.dataset[k]
+        except DataError as error:
+            raise DataError(
+                f"{error} With the copy a run that has begun goes on; without the image, begin a new run in another out_dir."
+            ) from error
         if min(image.size) < self.crop:
             raise DataError(
                 f"{name} in {self.dataset.name} is {image.width}x{image.height}, less than annotated."
@@ -92,16 +101,6 @@ class TrainPairs(Dataset):
         left = int(position.integers(image.width - self.crop, endpoint=True))
         top = int(position.integers(image.height - self.crop, endpoint=True))
         return to_tensor(image.crop((left, top, left + self.crop, top + self.crop))), caption
-
-
-class _Listed(NamedTuple):
-    """An image as a captions file lists it, before anything on disk was looked at."""
-
-    id: int
-    name: str
-    folder: Path
-    captions: tuple[str, ...]
-    short_side: int | None
 
 
 def _annotations(root: Path, split: str) -> list[Entry]:
@@ -120,8 +119,8 @@ def _annotations(root: Path, split: str) -> list[Entry]:
         raise DataError(f"{source} has annotation ids more than once: {twice}.")
     listed = []
     for where, image in _records(content, "images", source):
-        key, name = _get(image, "id", int, where), _get(image, "file_name", str, where)
-        listed.append(_Listed(key, name, folder, tuple(captions.pop(key, ())), _short_side(image)))
+        key, name = _get(image, "id", int, where), nfc(_get(image, "file_name", str, where))
+        listed.append((key, Entry(name, folder / name, tuple(captions.pop(key, ())), _short_side(image))))
     entries = _entries(listed, root, source)
     if captions:
         raise DataError(
@@ -136,7 +135,7 @@ def _karpathy(root: Path, split: str) -> list[Entry]:
     listed = []
     for where, image in _records(read_json(source), "images", source):
         if _get(image, "split", str, where) == split:
-            key, name = _get(image, "cocoid", int, where), _get(image, "filename", str, where)
+            key, name = _get(image, "cocoid", int, where), nfc(_get(image, "filename", str, where))
             folder = _get(image, "filepath", str, where)
             if folder not in ("train2014", "val2014"):
                 raise DataError(f"{where} (id {key}): filepath must be train2014 or val2014, not {folder!r}.")
@@ -145,42 +144,39 @@ def _karpathy(root: Path, split: str) -> list[Entry]:
             )
             if folder not in sides:
                 sides[folder] = _annotated_sides(root / "annotations" / f"captions_{folder}.json")
-            listed.append(_Listed(key, name, root / folder, captions, sides[folder].get(name)))
+            listed.append((key, Entry(name, root / folder / name, captions, sides[folder].get(name))))
     return _entries(listed, root, source)
 
 
 def _annotated_sides(source: Path) -> dict[str, int | None]:
-    """Short sides by file name: Karpathy's file has none, and COCO's own, where it is, spares opening every image."""
+    """Return short sides by file name. Karpathy's file has none; COCO's own, if there, spares opening every image."""
     if not source.exists():
         return {}
     images = _records(read_json(source), "images", source)
-    return {_get(image, "file_name", str, where): _short_side(image) for where, image in images}
+    return {nfc(_get(image, "file_name", str, where)): _short_side(image) for where, image in images}
 
 
-def _entries(listed: list[_Listed], root: Path, source: Path) -> list[Entry]:
+def _entries(listed: list[tuple[int, Entry]], root: Path, source: Path) -> list[Entry]:
+    """Return the entries that an annotations file lists by id, with the paths of the files on disk, once all is well."""
     if not listed:
         raise DataError(f"{source} lists no image of this split.")
-    if twice := _repeated(image.id for image in listed):
+    if twice := _repeated(key for key, _ in listed):
         raise DataError(f"{source} has image ids more than once: {twice}.")
-    if twice := _repeated(image.name for image in listed):
+    if twice := _repeated(entry.name for _, entry in listed):
         raise DataError(f"{source} has file names more than once: {twice}.")
-    check_names((image.name for image in listed), root, source)
-    if bare := [f"{image.name} (id {image.id})" for image in listed if not image.captions]:
+    check_plain_names((entry.name for _, entry in listed), root, source)
+    if bare := [f"{entry.name} (id {key})" for key, entry in listed if not entry.captions]:
         raise DataError(f"Missing captions: {source} has none for {few(bare)}.")
-    on_disk = {folder: image_files(folder) for folder in {image.folder for image in listed}}
-    if missing := [
-        f"{image.name} (id {image.id})" for image in listed if image.name not in on_disk[image.folder]
-    ]:
+    on_disk = {folder: image_files(folder) for folder in {entry.path.parent for _, entry in listed}}
+    paths = [on_disk[entry.path.parent].get(entry.name) for _, entry in listed]
+    if missing := [f"{entry.name} (id {key})" for (key, entry), path in zip(listed, paths) if path is None]:
         folders = " and ".join(sorted(map(str, on_disk)))
         raise DataError(f"{source} lists images that are not in {folders}: {few(missing)}.")
-    return [
-        Entry(image.name, on_disk[image.folder][image.name], image.captions, image.short_side)
-        for image in listed
-    ]
+    return [entry._replace(path=path) for (_, entry), path in zip(listed, paths)]
 
 
 def _records(parent: Any, key: str, where: Any) -> Iterator[tuple[str, Any]]:
-    """The members of the list parent[key], each with the words that say where it stands."""
+    """Yield the members of the list parent[key], each after the words that say where it stands."""
     for n, record in enumerate(_get(parent, key, list, where)):
         yield f"{where}, {key}[{n}]", record
 

@@ -1,4 +1,4 @@
-"""Whatever a user calls an image, turned into the 8-bit RGB picture that is compressed, and that into a tensor."""
+"""Images of every kind become the 8-bit RGB picture that is compressed, and that becomes a tensor and back."""
 
 from __future__ import annotations
 
@@ -8,19 +8,37 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
+from taco_nb.data.colour import to_srgb
 from taco_nb.errors import DataError
+
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What undoes each of EXIF's orientations, as Pillow's `exif_transpose` does it."""
 
 
 def to_rgb(image: str | os.PathLike | Image.Image | np.ndarray | torch.Tensor) -> Image.Image:
-    """The picture as a viewer shows it, so that every input is compressed and measured as the same kind of thing.
+    """Return the picture as a viewer shows it, so that every input is compressed and measured as the same kind of thing.
 
-    Takes a path, a Pillow image of any mode, a uint8 or uint16 array of shape (H, W), (H, W, 1), (H, W, 3) or
-    (H, W, 4), or a float tensor of shape (3, H, W) or (1, 3, H, W) in [0, 1]. Gives a new RGB image of 8 bits
-    without metadata. EXIF's orientation is applied, transparency is composited over white, colour profiles are ignored,
-    of several frames the first is taken. 16-bit values v (Pillow's modes I;16 and I) become round(v / 257), floats
-    (mode F as well) round(255 v). Of a 16-bit *colour* file Pillow itself reads the upper eight bits only.
+    `image` is a path, a Pillow image of any mode, a uint8 or uint16 array of shape (H, W), (H, W, 1), (H, W, 3) or
+    (H, W, 4), or a float tensor of shape (3, H, W) or (1, 3, H, W) in [0, 1]. What comes back is a new 8-bit RGB image
+    in sRGB, without metadata:
+
+    - EXIF's orientation is applied; EXIF that is damaged is ignored.
+    - Colours are converted to sRGB, if an ICC profile or PNG's gAMA and cHRM say that they are in another space (see
+      `taco_nb.data.colour`). TACO's reference program ignores profiles, and so sees other colours in such files.
+    - Transparency is composited over white. Of several frames the first is taken.
+    - 16-bit values v (Pillow's modes I;16 and I) become round(v / 257), floats (mode F as well) round(255 v). Of a
+      16-bit *colour* file Pillow itself reads the upper eight bits only.
+
     Raises `DataError`, with the file's name where there is one, if this is no image, is damaged or empty, has more
     pixels than Pillow's limit against decompression bombs, or has another shape, type or range than said here.
     """
@@ -44,7 +62,7 @@ def to_rgb(image: str | os.PathLike | Image.Image | np.ndarray | torch.Tensor) -
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """The model's view of an 8-bit RGB image: float32 of shape (3, H, W) in [0, 1]; `to_image` undoes it exactly.
+    """Return an 8-bit RGB image as the model reads it: float32 of shape (3, H, W) in [0, 1]. `to_image` undoes it exactly.
 
     Raises `DataError` for any other mode; `to_rgb` turns every mode into RGB.
     """
@@ -54,9 +72,9 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def to_image(x: torch.Tensor) -> Image.Image:
-    """A reconstruction as the 8-bit RGB image that a user gets: clamped to [0, 1] and rounded to 255ths.
+    """Return a reconstruction as the 8-bit RGB image that a user gets: clamped to [0, 1] and rounded to 255ths.
 
-    x: floats of shape (3, H, W) or (1, 3, H, W). Raises `DataError` for other shapes and types, no pixels, or NaN.
+    `x` holds floats of shape (3, H, W) or (1, 3, H, W). Raises `DataError` for other shapes and types, no pixels, or NaN.
     """
     if not x.is_floating_point() or tuple(x.shape[:-2]) not in ((3,), (1, 3)) or x.numel() == 0:
         raise DataError(
@@ -70,7 +88,7 @@ def to_image(x: torch.Tensor) -> Image.Image:
 
 
 def short_side(path: str | os.PathLike) -> int:
-    """Pixels on the shorter side of an image file, read from its header only. Raises `DataError` as `to_rgb` does."""
+    """Return the pixels on an image file's shorter side, by its header alone. Raises `DataError` as `to_rgb` does."""
     with _reading(os.fspath(path)), Image.open(path) as opened:
         return min(opened.size)
 
@@ -81,36 +99,51 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DataError(f"There is no image file {name}.") from error
-    except (
-        Exception
-    ) as error:  # on damaged files Pillow's decoders raise nearly anything, SyntaxError included
-        reason = str(error).rstrip(".")
-        raise DataError(
-            f"{name} cannot be read as an image: {reason}. Replace it or leave it out."
-        ) from error
+    except Exception as error:
+        # Pillow's decoders raise nearly anything on damaged files, SyntaxError included.
+        raise DataError(f"{name} cannot be read as an image: {str(error).rstrip('.')}.") from error
 
 
 def _flatten(image: Image.Image) -> Image.Image:
     if 0 in image.size:
         raise DataError(f"it is {image.width}x{image.height} and has no pixels")
-    image = ImageOps.exif_transpose(image)
+    image.load()  # now, since damage to the pixels must be an error, and damage to the EXIF after them must not
+    image = _upright(image)
+    alpha = None
     if image.mode[0] == "I":
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise DataError("its integers are not all in 0..65535")
         transparent = values == image.info.get("transparency", -1)
-        image = Image.fromarray(np.where(transparent, np.uint8(255), _to_8_bits(values)))
+        opaque = Image.fromarray(np.where(transparent, np.uint8(255), _to_8_bits(values)))
     elif image.mode == "F":
         values = np.asarray(image)
         if not (values.min() >= 0 and values.max() <= 1):
             raise DataError("its floats are not all in [0, 1]")
-        image = Image.fromarray(np.rint(values * 255).astype(np.uint8))
+        opaque = Image.fromarray(np.rint(values * 255).astype(np.uint8))
     elif image.has_transparency_data:
-        opaque = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), opaque)
-    rgb = image.convert("RGB")
+        alpha = image.convert("RGBA").getchannel("A")
+        opaque = image.convert("RGBA").convert("L" if image.mode in ("L", "LA", "La") else "RGB")
+    else:
+        opaque = image
+    rgb = to_srgb(opaque, image.info)
+    if alpha is not None:
+        rgb.putalpha(alpha)
+        rgb = Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgb).convert("RGB")
     rgb.info.clear()  # Pillow writes a profile or EXIF found here into files, whose size we measure
     return rgb
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return the image as EXIF's orientation says it is to be seen, or as it is where the EXIF cannot be read.
+
+    Pillow's own `exif_transpose` also writes the EXIF anew, for which more of it must be sound than this one number.
+    """
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # it reads EXIF as it reads damaged files
+        return image
+    return image.transpose(_TRANSPOSITIONS[orientation]) if orientation in _TRANSPOSITIONS else image
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -131,6 +164,5 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    return ((values.astype(np.uint32) + 128) // 257).astype(
-        np.uint8
-    )  # 257 = 65535 / 255; + 128 rounds to the nearest
+    # 257 = 65535 / 255, and + 128 rounds to the nearest
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)

@@ -18,7 +18,7 @@ from taco_nb.data.images import to_tensor
 from taco_nb.evaluation.records import file_of
 from taco_nb.files import atomic_write
 from taco_nb.metrics.distortion import distortion
-from taco_nb.metrics.patches import patches
+from taco_nb.metrics.fid import patches
 from taco_nb.metrics.perception import MIN_SIDE, Lpips
 from taco_nb.metrics.rate import bpp
 

@@ -26,15 +26,13 @@ from safetensors.torch import load_file, save
 
 from taco_nb.data import CaptionedImages
 from taco_nb.errors import DataError
-from taco_nb.files import atomic_write, sha256
+from taco_nb.files import atomic_write, fitting_name, sha256
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
 ABOUT, TABLE = "evaluation.json", "evaluation.csv"
-LONGEST_NAME = 200
-"""Bytes of an image's name that its files take over; file systems allow 255, and a temporary file needs some of them."""
 TEXT = ("codec", "dataset", "name", "caption")
 """The columns of a table that are no numbers."""
 
@@ -128,12 +126,8 @@ class Records:
 
 
 def file_of(folder: Path, name: str, ending: str) -> Path:
-    """Return the path of an image's file of results. A name too long for a file system is cut, and made unique again."""
-    whole = os.fsencode(name)
-    if len(whole) > LONGEST_NAME:
-        start = whole[: LONGEST_NAME - 17].decode(errors="ignore")
-        name = f"{start}-{hashlib.sha256(whole).hexdigest()[:16]}"
-    return folder / (name + ending)
+    """Return the path of an image's file of results."""
+    return folder / (fitting_name(name) + ending)
 
 
 def as_json(value: Any, indent: int | None = None) -> str:

@@ -37,17 +37,16 @@ from taco_nb.evaluation.records import (
     write_evaluation,
 )
 from taco_nb.files import sha256
-from taco_nb.metrics.cmmd import cmmd
-from taco_nb.metrics.fid import frechet_distance
+from taco_nb.metrics.fid import PATCH_SIZE, check_patch_size, frechet_distance
+from taco_nb.metrics.joint_space import cmmd
 from taco_nb.metrics.networks import (
-    PROTOCOLS,
+    METRICS,
     Network,
     find_networks,
     given_networks,
     say_missing,
     state_digest,
 )
-from taco_nb.metrics.patches import PATCH_SIZE, check_patch_size
 from taco_nb.processes import (
     Group,
     check_device,
@@ -300,7 +299,7 @@ class _Evaluation:
             )
         digests = [batch[0]["measured_under"] for batch in batches]
         metrics = {
-            metric: {"protocol": PROTOCOLS[metric], "weights": network.weights}
+            metric: {"protocol": METRICS[metric].protocol, "weights": network.weights}
             for metric, network in self.found.items()
         }
         figures = {}

@@ -1,4 +1,5 @@
-"""How good a codec is: `rate` (bpp, BD-rate), `distortion` (PSNR, MS-SSIM), `perception` (LPIPS), FID, CMMD, CLIP score.
+"""How good a codec is, each measured by a protocol that its module states.
 
-Each module says by which protocol it measures; `networks` which of the feature networks are on this machine.
+`rate` has bits per pixel and BD-rates, `distortion` PSNR and MS-SSIM, `perception` LPIPS, `fid` FID, and `joint_space` CMMD
+and the CLIP score. `networks` knows which of their feature networks are on this machine.
 """

@@ -1,4 +1,4 @@
-"""The networks that metrics look through: those whose weights are on this machine, and what the others would take."""
+"""The networks that metrics look through: those whose weights are on this machine, and what is missing for the others."""
 
 from __future__ import annotations
 
@@ -10,84 +10,101 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from taco_nb import pretrained
 from taco_nb.errors import SettingError
-from taco_nb.metrics import clip_score, cmmd, fid, perception
+from taco_nb.metrics import fid, joint_space, perception
+from taco_nb.pretrained import ALEXNET, CLIP_B32, CLIP_L14, INCEPTION, Pretrained
 
-TITLES = {"lpips": "LPIPS", "fid": "FID", "cmmd": "CMMD", "clip_score": "CLIP score"}
-PROTOCOLS = {
-    "lpips": perception.PROTOCOL,
-    "fid": fid.PROTOCOL,
-    "cmmd": cmmd.PROTOCOL,
-    "clip_score": clip_score.PROTOCOL,
-}
-_NEEDS = {
-    "lpips": pretrained.ALEXNET,
-    "fid": pretrained.INCEPTION,
-    "cmmd": pretrained.CLIP_L14,
-    "clip_score": pretrained.CLIP_B32,
+
+class Metric(NamedTuple):
+    """A metric that looks through a network: what it is called, how it is measured, and how its network is loaded."""
+
+    title: str
+    protocol: str
+    pretrained: Pretrained
+    load: Callable[[torch.device], Any]
+
+
+def _load_clip_score(device: torch.device) -> joint_space.ClipScore:
+    from taco_nb.text.clip import clip_model
+
+    return joint_space.ClipScore(*clip_model(CLIP_B32.name, device), device)
+
+
+def _load_cmmd(device: torch.device) -> joint_space.CmmdEmbedding:
+    from taco_nb.text.clip import clip_model
+
+    return joint_space.CmmdEmbedding(clip_model(CLIP_L14.name, device)[0], device)
+
+
+METRICS = {
+    "lpips": Metric("LPIPS", perception.PROTOCOL, ALEXNET, perception.Lpips),
+    "fid": Metric("FID", fid.PROTOCOL, INCEPTION, lambda device: fid.Inception(INCEPTION.path, device)),
+    "cmmd": Metric("CMMD", joint_space.CMMD_PROTOCOL, CLIP_L14, _load_cmmd),
+    "clip_score": Metric("CLIP score", joint_space.CLIP_SCORE_PROTOCOL, CLIP_B32, _load_clip_score),
 }
 
 
 class Network(NamedTuple):
-    """A feature network that is to be had: a name for its weights, the same as long as they are, and how it is loaded."""
+    """A network that can be had: a name that stays the same as long as its weights do, and how it is loaded."""
 
     weights: str
     load: Callable[[torch.device], Any]
 
 
 def find_networks() -> tuple[dict[str, Network], dict[str, str]]:
-    """The networks whose weights are on this machine, by metric, and for each other metric the reason why it is not there.
+    """Return by metric the networks whose weights are on this machine, and for the others the reason why they are absent.
 
-    Nothing is downloaded: an evaluation may run where there is no network, and gigabytes are nobody's to spend unasked.
+    Nothing is downloaded: an evaluation may run where there is no network, and should not fetch gigabytes unasked.
     """
     found, absent = {}, {}
-    for metric, needed in _NEEDS.items():
+    for name, metric in METRICS.items():
+        needed = metric.pretrained
         if needed.path is None:
-            absent[metric] = (
+            absent[name] = (
                 f"the weights of {needed.name} are not on this machine; to have them, run: {needed.command}"
             )
         else:
-            found[metric] = Network(
-                f"{needed.name}, {needed.path.stat().st_size:,} bytes", _loaders()[metric]
-            )
+            found[name] = Network(f"{needed.name}, {needed.path.stat().st_size:,} bytes", metric.load)
     return found, absent
 
 
-@cache
+def given_networks(networks: Mapping[str, Any]) -> tuple[dict[str, Network], dict[str, str]]:
+    """Return what `find_networks` does, for networks that the caller has: {"lpips": Lpips, "fid": Inception, ...}.
+
+    Raises `SettingError` for a metric that does not exist.
+    """
+    if unknown := networks.keys() - METRICS.keys():
+        raise SettingError(
+            f"No metric is called {unknown.pop()!r}; those with a network are {', '.join(METRICS)}."
+        )
+    found = {
+        name: Network(
+            f"given, SHA-256 {state_digest(network.model)}", lambda device, network=network: network
+        )
+        for name, network in networks.items()
+    }
+    return found, {name: "no network was given for it" for name in METRICS if name not in found}
+
+
+@cache  # so that a notebook says it once, and not in every cell
 def say_missing(metric: str) -> None:
-    """Print what is missing for a metric and how to get it, in one line, once in a process."""
-    print(f"Without {TITLES[metric]}: {_NEEDS[metric].missing}")
+    """Print in one line what is missing for a metric and how to get it, once per process."""
+    print(f"Without {METRICS[metric].title}: {METRICS[metric].pretrained.missing}")
 
 
 @cache
 def find_lpips() -> perception.Lpips | None:
-    """LPIPS on the CPU where its weights are on this machine; else None, after one line that says what to do, once."""
-    if _NEEDS["lpips"].path is None:
+    """Return LPIPS on the CPU if its weights are on this machine; else print once what to do, and return None."""
+    if METRICS["lpips"].pretrained.path is None:
         return say_missing("lpips")
-    return perception.Lpips()
-
-
-def given_networks(networks: Mapping[str, Any]) -> tuple[dict[str, Network], dict[str, str]]:
-    """As `find_networks`, of networks that the caller has: {"lpips": Lpips, "fid": Inception, ...}.
-
-    Raises `SettingError` for a metric that does not exist.
-    """
-    if unknown := networks.keys() - TITLES.keys():
-        raise SettingError(
-            f"No metric is called {unknown.pop()!r}; those with a network are {', '.join(TITLES)}."
-        )
-    found = {
-        metric: Network(
-            f"given, SHA-256 {state_digest(network.model)}", lambda device, network=network: network
-        )
-        for metric, network in networks.items()
-    }
-    return found, {metric: "no network was given for it" for metric in TITLES if metric not in found}
+    return METRICS["lpips"].load(torch.device("cpu"))
 
 
 def state_digest(model: nn.Module) -> str:
-    """SHA-256 over the names and values of a module's weights; whole numbers are no weights, but tables and counts."""
+    """Return a SHA-256 over the names and values of a module's weights.
+
+    Whole numbers are left out: they are no weights, but tables and counts.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if not value.is_floating_point():
@@ -95,16 +112,3 @@ def state_digest(model: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _loaders() -> dict[str, Callable[[torch.device], Any]]:
-    from taco_nb.text.clip import clip_model
-
-    return {
-        "lpips": lambda device: perception.Lpips(device),
-        "fid": lambda device: fid.Inception(_NEEDS["fid"].path, device),
-        "cmmd": lambda device: cmmd.CmmdEmbedding(clip_model(_NEEDS["cmmd"].name, device)[0], device),
-        "clip_score": lambda device: clip_score.ClipScore(
-            *clip_model(_NEEDS["clip_score"].name, device), device
-        ),
-    }

@@ -1,4 +1,4 @@
-"""Perception: LPIPS, in the convention of its library and in the one that TACO published."""
+"""LPIPS, in the convention of its library and in the one that TACO published."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ class Lpips:
     """LPIPS with an AlexNet backbone, frozen: the distance of two pictures' deep features (Zhang et al., CVPR 2018).
 
     The library expects pixels in [-1,1]. TACO's training and evaluation hand it pixels in [0,1] as they are, so the
-    values the paper and the report print are another, smaller quantity. Both are kept, under names that differ:
+    values that the paper and the report print are another, smaller quantity. Both are kept, under different names:
     `lpips` follows the library (`convention="pm1"`), `lpips_01` follows TACO (`convention="01"`).
 
-    `model` is an `lpips.LPIPS` to use in place of the pretrained one. Without it the backbone is torchvision's, fetched
-    where it is not on this machine; raises `MissingWeightsError` where that fails.
+    `model` is an `lpips.LPIPS` to use in place of the pretrained one. Without it the backbone is torchvision's; raises
+    `MissingWeightsError`, with the command that fetches it, if it is not on this machine.
     """
 
     def __init__(self, device: str | torch.device = "cpu", model: nn.Module | None = None):
         self.device = torch.device(device)
-        self.model = (_pretrained() if model is None else model).to(self.device).eval().requires_grad_(False)
+        self.model = (_pretrained_lpips() if model is None else model).to(self.device)
+        self.model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, x_hat: Tensor) -> dict[str, float]:
-        """`{"lpips": …, "lpips_01": …}` of two float pictures (3,H,W) in [0,1]; 0 is identical, higher is farther.
+        """Return `{"lpips": …, "lpips_01": …}` of two float pictures (3,H,W) in [0,1]; 0 is identical, higher is farther.
 
         Both are NaN for a picture with a side under 31 pixels, of which AlexNet's poolings leave nothing.
         Raises `SettingError` for other or unequal shapes.
@@ -53,7 +54,7 @@ class Lpips:
         }
 
     def distance(self, x_hat: Tensor, x: Tensor, convention: str = "01") -> Tensor:
-        """LPIPS per picture, (B,), of float batches (B,3,H,W) in [0,1], differentiable in `x_hat`: a term of a loss.
+        """Return LPIPS per picture, (B,), of float batches (B,3,H,W) in [0,1]. It is differentiable, to be a loss.
 
         `convention` is "01" (TACO's, the default, as its loss uses it) or "pm1" (the library's); see the class. Both
         tensors are on `self.device`. Raises `SettingError` for another convention, unequal shapes, or sides under 31.
@@ -65,14 +66,15 @@ class Lpips:
                 f"LPIPS needs two batches of one shape (B,3,H,W) with sides of at least {MIN_SIDE} pixels, "
                 f"not {tuple(x.shape)} and {tuple(x_hat.shape)}."
             )
+        # `normalize` is the library's word for moving [0,1] to the [-1,1] that it wants.
         return self.model(x_hat, x, normalize=convention == "pm1").flatten()
 
 
-def _pretrained() -> nn.Module:
-    """The calibrated `lpips.LPIPS(net="alex")`, whose backbone torchvision finds in torch's cache."""
+def _pretrained_lpips() -> nn.Module:
+    """Return the calibrated `lpips.LPIPS(net="alex")`, whose backbone torchvision finds in torch's cache."""
     import lpips
 
-    ALEXNET.fetch()
+    ALEXNET.require()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # lpips 0.1.4 calls torchvision by arguments that are deprecated
         return lpips.LPIPS(net="alex", verbose=False)

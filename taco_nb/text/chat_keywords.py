@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from taco_nb.errors import DataError
 from taco_nb.files import data_root
-from taco_nb.text.clip import _check_captions
+from taco_nb.text.tokens import caption_list
 from taco_nb.tools.captions.cache import Answer, CaptionCache, answer_key
 from taco_nb.tools.captions.captioner import Estimate, Task
 from taco_nb.tools.captions.openai_captioner import OpenAICaptioner
@@ -81,7 +81,7 @@ class ChatKeywords:
             ServiceError: the server cannot be reached or refuses to work.
             DataError: the cache file is damaged or in use.
         """
-        captions = list(dict.fromkeys(_check_captions(captions)))
+        captions = list(dict.fromkeys(caption_list(captions)))
         with CaptionCache(self.cache) as cache:
             self._load(captions, cache)
             new = {self._key(caption): caption for caption in captions if caption not in self._answers}

@@ -17,40 +17,35 @@ import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import open_clip
 import torch
+from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 
 from taco_nb.errors import CheckpointError, SettingError
-from taco_nb.pretrained import weights_file
+from taco_nb.pretrained import OpenClip
+from taco_nb.text.tokens import CLIP_LENGTH, caption_list, clip_tokenizer, token_spans
 
-if TYPE_CHECKING:
-    from open_clip import SimpleTokenizer
-
-CLIP_LENGTH = 77  # positions that CLIP was trained with
 UNTRAINED_SEED = 100
 
 
 class TextTower:
     """A frozen CLIP text transformer: captions in, one hidden state per position out, as TACO conditions on them.
 
-    The states are those after the final LayerNorm, before any projection: `last_hidden_state` of transformers'
-    `CLIPTextModel` given the attention mask. Deliberately no `nn.Module`, so that a tower never slips into the
-    checkpoint or the optimizer of the codec beside it.
+    The states are those after the final LayerNorm and before any projection: the `last_hidden_state` of transformers'
+    `CLIPTextModel` when it is given the attention mask. The class is no `nn.Module` on purpose: as one, the tower would
+    slip into the checkpoint and the optimizer of any codec that holds it.
 
     Args:
-        module: an open_clip `CLIP` or `TextTransformer`; only its text half is used. Frozen in place.
-        name: what to call it where it is shown.
-        length: positions per caption, 2 up to the tower's own limit (77 for CLIP). Longer captions are cut, keeping
-            the end-of-text token last.
+        module: an open_clip `CLIP` or `TextTransformer`, of which only the text half is used. It is frozen in place.
+        name: what to call the tower where it is shown.
+        length: positions per caption, from 2 up to the tower's own limit (77 for CLIP). Longer captions are cut, and
+            end-of-text stays the last token. Raises `SettingError` for another length.
         trained: False for random weights; `repr` then says so.
 
-    Attributes:
-        dim: width of a hidden state.
-
-    Raises:
-        SettingError: `length` is no such number.
+    `dim` is the width of a hidden state.
     """
 
     def __init__(self, module: nn.Module, name: str, length: int, trained: bool) -> None:
@@ -67,77 +62,51 @@ class TextTower:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie, and so where hidden states are computed and returned."""
+        """The device of the weights, on which hidden states are computed and returned."""
         return self.module.token_embedding.weight.device
 
     def tokenize(self, captions: str | Iterable[str]) -> tuple[Tensor, Tensor]:
         """Cut captions into CLIP's byte pairs, padded with the end-of-text id as the reference's tokenizer pads.
 
-        The text is cleaned as OpenAI cleaned CLIP's training captions: ftfy (so curly quotes become straight, ligatures
-        and full-width letters plain, control characters vanish), HTML entities resolved, lower case. transformers'
-        `CLIPTokenizer` leaves the first two out; on captions without such characters both give the same ids.
+        Returns ids (B, length) int64 and mask (B, length) bool, True at start-of-text, words and end-of-text; on the CPU.
+        A single string counts as one caption. Raises `SettingError` without a caption, or for one that is not a string.
 
-        Args:
-            captions: several captions, or a single string, which counts as one caption.
-
-        Returns:
-            ids (B, length) int64 and mask (B, length) bool, True at start-of-text, words and end-of-text; on the CPU.
-
-        Raises:
-            SettingError: there is no caption, or one is not a string.
+        The text is cleaned as OpenAI cleaned CLIP's training captions (see `taco_nb.text.tokens`). transformers'
+        `CLIPTokenizer` uses neither ftfy nor HTML entities; for captions that need neither, both give the same ids.
         """
-        captions = _check_captions(captions)
-        tokenizer = _tokenizer()
+        captions = caption_list(captions)
+        tokenizer = clip_tokenizer()
         ids = torch.full((len(captions), self.length), tokenizer.eot_token_id)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for row, caption in enumerate(captions):
             sequence = [tokenizer.sot_token_id, *tokenizer.encode(caption)[: self.length - 2]]
             ids[row, : len(sequence)] = torch.tensor(sequence)
-            mask[row, : len(sequence) + 1] = True
+            mask[row, : len(sequence) + 1] = True  # end-of-text, with which the row is filled, is one more
         return ids, mask
 
     def spans(self, caption: str) -> list[tuple[int, int] | None]:
-        """Which characters of a caption each position spells, so that what is known of words can be said of tokens.
+        """Return which characters each position spells: `caption[start:end]`, in the caption as it was given.
 
-        Returns:
-            (start, end) per position, `caption[start:end]` in the caption as it was given. A word in several byte
-            pairs has a range for each; pairs that share a character (an emoji, a CJK character) all name it whole.
-            Start-of-text and end-of-text spell nothing: (0, 0) and (n, n). Padding: None.
-
-        Raises:
-            SettingError: the caption is not a string.
+        Start-of-text and end-of-text spell nothing: they are (0, 0) and (n, n). Padding is None. See `token_spans` for
+        the rest. Raises `SettingError` if the caption is not a string.
         """
-        (caption,) = _check_captions([caption])
-        tokenizer = _tokenizer()
-        cleaned = "".join(tokenizer.clean_fn(caption).split())
-        of_bytes = [span for char, span in zip(cleaned, _origins(caption, cleaned)) for _ in char.encode()]
-        spans: list[tuple[int, int] | None] = [(0, 0)]
-        start = 0
-        for token in tokenizer.encode(caption)[: self.length - 2]:
-            end = start + len(
-                tokenizer.decoder[token].removesuffix("</w>")
-            )  # a character there is a byte here
-            spans.append((of_bytes[start][0], of_bytes[end - 1][1]))
-            start = end
-        spans.append((len(caption), len(caption)))
+        (caption,) = caption_list([caption])
+        words = token_spans(caption, clip_tokenizer().encode(caption)[: self.length - 2])
+        spans = [(0, 0), *words, (len(caption), len(caption))]
         return spans + [None] * (self.length - len(spans))
 
     def __call__(self, captions: str | Iterable[str]) -> Tensor:
-        """Encode captions, each independently of the others in the batch.
+        """Encode captions into hidden states (B, length, dim), float32, on the tower's device.
 
-        Returns:
-            Hidden states (B, length, dim), float32, on the tower's device.
-
-        Raises:
-            SettingError: there is no caption, or one is not a string.
+        Each is encoded independently of the others in the batch. Takes and raises what `tokenize` does.
         """
         return self.hidden_states(*self.tokenize(captions))
 
     @torch.no_grad()
     def hidden_states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Encode token sequences of any one length up to the tower's own limit, for those who cut text themselves.
+        """Encode token sequences into hidden states (B, T, dim), for callers that cut text into tokens themselves.
 
-        ids (B, T) int64 and mask (B, T) bool, as `tokenize` gives them, -> (B, T, dim), float32, on the tower's device.
+        ids (B, T) int64 and mask (B, T) bool are as `tokenize` gives them, for any T up to the tower's own limit.
         """
         ids, mask = ids.to(self.device), mask.to(self.device)
         # Training runs under bfloat16 autocast; the conditioning must not depend on who asks for it.
@@ -146,7 +115,10 @@ class TextTower:
             return self.module.ln_final(self.module.transformer(x, attn_mask=self._attention_mask(mask)))
 
     def _attention_mask(self, mask: Tensor) -> Tensor:
-        """0 where a position (row) may attend to another (column), -inf elsewhere: (B * heads, T, T)."""
+        """Return (B * heads, T, T): 0 where a position (row) may attend to another (column), -inf elsewhere.
+
+        open_clip's own mask is causal only. Without the padding hidden as well, states would depend on `length`.
+        """
         length = mask.shape[1]
         visible = mask[:, None, :] & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
         additive = torch.zeros(visible.shape, device=mask.device).masked_fill(~visible, float("-inf"))
@@ -154,79 +126,77 @@ class TextTower:
 
 
 def text_tower(name: str, length: int = 38, device: str | torch.device = "cpu") -> TextTower:
-    """A frozen text tower by name. Weights are loaded once per process, and shared by towers of different `length`.
+    """Return a frozen text tower by name. Its weights are loaded once per process and shared between lengths.
 
     Args:
-        name: "model/pretrained" as open_clip lists them, "ViT-B-32-quickgelu/openai" being the reference's; the part
-            after the slash may also be a file of weights. Or "untrained-64": a small tower of that width (a multiple
-            of 16 up to 1024) with CLIP's tokenizer and random weights that are the same on every machine.
-        length: positions per caption; TACO uses 38, CLIP knows 77.
+        name: "model/pretrained" as open_clip lists them; the reference's is "ViT-B-32-quickgelu/openai". The part after
+            the slash may also be a file of weights. Or "untrained-64": a small tower of that width (a multiple of 16 up
+            to 1024) with CLIP's tokenizer and random weights, the same on every machine.
+        length: positions per caption; TACO uses 38, CLIP was trained with 77.
         device: where to encode.
 
     Raises:
         SettingError: an unknown name, a model that reads text otherwise than CLIP, a bad `length` or `device`.
-        MissingWeightsError: the weights are neither on this machine nor to be had.
+        MissingWeightsError: the weights are not on this machine; the message has the command that fetches them.
         CheckpointError: the file of weights is damaged or belongs to another model.
     """
-    width = _untrained_width(name)
-    if width is not None:
-        _check_length(length, name, longest=CLIP_LENGTH)
-        module = _untrained_module(width, _check_device(device))
-    else:
-        _check_length(length, name, longest=_check_name(name).get("context_length", CLIP_LENGTH))
-        module = _text_half(name, _check_device(device))
-    return TextTower(module, name, length, trained=width is None)
+    config, device = _text_config(name), usable_device(device)
+    _check_length(length, name, config["context_length"])  # before weights are loaded, which may take long
+    trained = not name.startswith("untrained-")
+    module = _text_half(name, device) if trained else _untrained_module(config["width"], device)
+    return TextTower(module, name, length, trained)
+
+
+def text_width(name: str) -> int:
+    """Return how many numbers per token the tower of this name gives, without loading it.
+
+    Raises `SettingError` as `text_tower` does.
+    """
+    return _text_config(name)["width"]
 
 
 def clip_model(
     name: str, device: str | torch.device = "cpu"
 ) -> tuple[nn.Module, Callable[[list[str]], Tensor]]:
-    """A frozen open_clip CLIP with both its halves, and its tokenizer, for losses in the joint space of text and images.
+    """Return a frozen CLIP with both its halves, and its tokenizer, for work in the joint space of text and images.
 
-    Args:
-        name: "model/pretrained" as for `text_tower`; loaded once per process.
-        device: where to put the model. The tokenizer gives what its `encode_text` takes: ids (B, 77) on the CPU.
-
-    Raises:
-        SettingError, MissingWeightsError, CheckpointError: as `text_tower`; and SettingError for "untrained-64".
+    `name` is "model/pretrained" as for `text_tower`; the weights are loaded once per process. The tokenizer returns what
+    the model's `encode_text` takes: ids (B, 77), on the CPU. Raises what `text_tower` does, and `SettingError` for
+    "untrained-64".
     """
-    if _untrained_width(name) is not None:
+    config = _text_config(name)
+    if name.startswith("untrained-"):
         raise SettingError(
             f"{name!r} has no image half, and a loss in an untrained space would mean nothing. Choose a CLIP model, such "
             "as 'ViT-B-32-quickgelu/openai', or leave that loss out (k_J=0)."
         )
-    length = _check_name(name).get("context_length", CLIP_LENGTH)
-    return _both_halves(name, _check_device(device)), partial(_tokenizer(), context_length=length)
+    tokenizer = partial(clip_tokenizer(), context_length=config["context_length"])
+    return both_halves(name, usable_device(device)), tokenizer
 
 
 @lru_cache(maxsize=4)
 def _text_half(name: str, device: str) -> nn.Module:
     clip = _load_clip(name)
-    text = getattr(clip, "text", clip)
+    text = getattr(clip, "text", clip)  # some of open_clip's models keep the text half in a module of its own
     if text is clip:
-        del clip.visual
+        del clip.visual  # more than half of the weights
     return text.to(device)
 
 
 @lru_cache(maxsize=1)
-def _both_halves(name: str, device: str) -> nn.Module:
+def both_halves(name: str, device: str) -> nn.Module:
+    """Return the whole CLIP model that `clip_model` gives, loaded at the first call."""
     return _load_clip(name).requires_grad_(False).eval().to(device)
 
 
 def _load_clip(name: str) -> nn.Module:
-    import open_clip
-
     model, pretrained = name.split("/", 1)
     tag = open_clip.get_pretrained_cfg(model, pretrained)
-    command = f"python -c \"from taco_nb.text import text_tower; text_tower('{name}')\""
-    path = (
-        weights_file(tag, f"CLIP model {name}", partial(_megabytes, name), command)
-        if tag
-        else Path(pretrained).expanduser()
-    )
+    path = OpenClip(name).require() if tag else Path(pretrained).expanduser()
     # Some configurations have the other GELU than the weights were trained with: ViT-B-32/openai is one.
     overrides = {"quick_gelu": tag.get("quick_gelu", False)} if tag else {}
     try:
+        # open_clip draws random weights before it loads others; the caller's random numbers must not depend on it.
         with torch.random.fork_rng(devices=[]):
             return open_clip.create_model(model, pretrained=str(path), **overrides)
     except Exception as error:  # torch, pickle and safetensors each have errors of their own for a bad file
@@ -236,22 +206,9 @@ def _load_clip(name: str) -> nn.Module:
         ) from error
 
 
-def _megabytes(name: str) -> int:
-    """Size in float32 of a whole CLIP model, as its weights come with the image half, without building it."""
-    import open_clip
-
-    config = open_clip.get_model_config(name.split("/")[0])
-    config.pop("custom_text", None)
-    with torch.device("meta"):
-        return round(sum(weight.numel() for weight in open_clip.CustomTextCLIP(**config).parameters()) * 4e-6)
-
-
 @lru_cache(maxsize=4)
 def _untrained_module(width: int, device: str) -> nn.Module:
-    from open_clip.transformer import QuickGELU, TextTransformer
-
-    if width % 16 or not 16 <= width <= 1024:
-        raise SettingError(f"untrained-{width}: the width must be a multiple of 16, from 16 to 1024.")
+    """Return a small text transformer with random weights that are the same on every machine."""
     with torch.random.fork_rng(devices=[]):  # open_clip initialises from the global generator
         module = TextTransformer(
             width=width, heads=width // 16, layers=2, output_dim=None, act_layer=QuickGELU
@@ -270,88 +227,45 @@ def _untrained_module(width: int, device: str) -> nn.Module:
     return module.to(device)
 
 
-@lru_cache(maxsize=1)
-def _tokenizer() -> SimpleTokenizer:
-    from open_clip import SimpleTokenizer
-
-    return SimpleTokenizer()
-
-
-def _origins(caption: str, cleaned: str) -> list[tuple[int, int]]:
-    """The range of the caption that each character of its cleaned form, without white space, stands for."""
-    guess, origins = "", []
-    for unit in re.finditer(r"&#?\w+;|\S", caption):
-        form = _clean(unit[0])
-        guess += form
-        origins += [unit.span()] * len(form)
-    if guess == cleaned:
-        return origins
-    # Cleaning looked at neighbours too: combining accents, a final sigma, mojibake.
-    ranges = []
-    for tag, i1, i2, j1, j2 in difflib.SequenceMatcher(None, guess, cleaned, autojunk=False).get_opcodes():
-        if tag == "equal":
-            ranges += origins[i1:i2]
-        else:
-            block = origins[i1:i2] or origins[max(i1 - 1, 0) :][:1] or [(0, len(caption))]
-            ranges += [(block[0][0], block[-1][1])] * (j2 - j1)
-    return ranges
-
-
-@lru_cache(maxsize=4096)
-def _clean(unit: str) -> str:
-    return "".join(_tokenizer().clean_fn(unit).split())
-
-
-def _untrained_width(name: str) -> int | None:
-    """The width in "untrained-64", None for every other name."""
+def _text_config(name: str) -> dict[str, Any]:
+    """Return at least `width` and `context_length` of a tower. Raises `SettingError` for a name that is not one."""
     if not isinstance(name, str):
         raise SettingError(
             f"The name of a text tower is a string such as 'ViT-B-32-quickgelu/openai', not {name!r}."
         )
-    untrained = re.fullmatch(r"untrained-([0-9]+)", name)
-    return int(untrained[1]) if untrained else None
-
-
-def text_width(name: str) -> int:
-    """Numbers per token of the text tower of this name, without loading it. Raises `SettingError` as `text_tower`."""
-    width = _untrained_width(name)
-    return _check_name(name)["width"] if width is None else width
-
-
-def _check_name(name: str) -> dict[str, Any]:
-    """The text configuration of "model/pretrained"."""
-    import open_clip
-
+    if untrained := re.fullmatch(r"untrained-([0-9]+)", name):
+        width = int(untrained[1])
+        if width % 16 or not 16 <= width <= 1024:
+            raise SettingError(f"{name}: the width must be a multiple of 16, from 16 to 1024.")
+        return {"width": width, "context_length": CLIP_LENGTH}
     model, slash, pretrained = name.partition("/")
     if not slash:
         raise SettingError(
-            f"{name!r} is no text tower: write model/pretrained, such as 'ViT-B-32-quickgelu/openai', "
+            f"{name!r} is not a text tower: write model/pretrained, such as 'ViT-B-32-quickgelu/openai', "
             "or 'untrained-64' for random weights."
         )
     if model not in open_clip.list_models():
-        raise SettingError(
-            f"open_clip has no model {model!r} ({name!r}).{_close(model, open_clip.list_models())}"
-        )
-    tags = open_clip.list_pretrained_tags_by_model(model)
+        hint = _did_you_mean(model, open_clip.list_models())
+        raise SettingError(f"open_clip has no model {model!r} ({name!r}).{hint}")
     if not open_clip.get_pretrained_cfg(model, pretrained) and not Path(pretrained).expanduser().is_file():
+        hint = _did_you_mean(pretrained, open_clip.list_pretrained_tags_by_model(model))
         raise SettingError(
-            f"{pretrained!r} is neither a pretrained tag of {model} nor a file of weights.{_close(pretrained, tags)}"
+            f"{pretrained!r} is neither a pretrained tag of {model} nor a file of weights.{hint}"
         )
     text = open_clip.get_model_config(model)["text_cfg"]
     if text.get("hf_tokenizer_name") or text.get("no_causal_mask") or text.get("embed_cls"):
         raise SettingError(
-            f"{model} reads text otherwise than CLIP (another tokenizer, attention that is not causal, or an added "
-            "class token), which this tower does not. Choose a CLIP model, such as 'ViT-B-32-quickgelu/openai'."
+            f"{model} does not read text as CLIP does: it has another tokenizer, attention that is not causal, or an "
+            "added class token. Choose a CLIP model, such as 'ViT-B-32-quickgelu/openai'."
         )
-    return text
+    return {"context_length": CLIP_LENGTH, **text}
 
 
-def _close(word: str, known: list[str]) -> str:
-    """A hint at the known names that resemble `word`, all of them where none does but they are few."""
+def _did_you_mean(word: str, known: list[str]) -> str:
+    """Return a hint at the known names that resemble `word`, or at all of them if none does and they are few."""
     by_lower = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=4, cutoff=0.5) or (
-        by_lower if len(known) <= 20 else []
-    )
+    close = difflib.get_close_matches(word.lower(), by_lower, n=4, cutoff=0.5)
+    close = close or (list(by_lower) if len(known) <= 20 else [])
     return f" Did you mean {', '.join(by_lower[name] for name in close)}?" if close else ""
 
 
@@ -362,7 +276,8 @@ def _check_length(length: int, name: str, longest: int) -> None:
         )
 
 
-def _check_device(device: str | torch.device) -> str:
+def usable_device(device: str | torch.device) -> str:
+    """Return the device's full name, such as "cuda:0". Raises `SettingError` if it cannot be used on this machine."""
     try:
         return str(torch.empty(0, device=device).device)
     except (RuntimeError, AssertionError, TypeError) as error:
@@ -370,22 +285,3 @@ def _check_device(device: str | torch.device) -> str:
         raise SettingError(
             f"device={device!r} cannot be used here ({reason}). Choose 'cpu' or 'cuda'."
         ) from None
-
-
-def _check_captions(captions: str | Iterable[str]) -> list[str]:
-    if isinstance(captions, str):
-        return [captions]
-    try:
-        captions = list(captions)
-    except TypeError:
-        raise SettingError(f"Captions are a list of strings, not {captions!r}.") from None
-    if not captions:
-        raise SettingError(
-            "There is no caption to encode: give at least one; the empty string is a caption too."
-        )
-    for index, caption in enumerate(captions):
-        if not isinstance(caption, str):
-            raise SettingError(
-                f"Caption {index} must be a string, but is {caption!r} ({type(caption).__name__})."
-            )
-    return captions

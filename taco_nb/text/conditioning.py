@@ -1,4 +1,4 @@
-"""From captions to what the adapter reads: tower, long text and keyword weights put together as an `Experiment` says."""
+"""From captions to what the adapter reads: the tower, long text and keyword weights, put together as an `Experiment` says."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from taco_nb.text.long import tower_windows
 class Conditioning:
     """Captions -> (text (B, T, dim), mask (B, T) or None), the last two arguments of TACO's encoder.
 
-    - `length="truncate"`: the tower's own positions, padding and all, as the reference; no mask.
-    - `length="windows"`: every token of captions of any length, padding hidden by the mask.
-    - `pooling="keywords"`: the report's weighted sum over tokens, T = 1; `"keywords-tokens"`: one weighted vector a token.
+    - `length="truncate"`: all of the tower's positions, padding included, as the reference has it; no mask.
+    - `length="windows"`: every token of captions of any length; the mask hides the padding.
+    - `pooling="keywords"`: the report's weighted sum over tokens, so T = 1.
+    - `pooling="keywords-tokens"`: one weighted vector per token.
 
-    Raises `SettingError` for windows together with keyword weights, which are weights of truncated captions.
+    Raises `SettingError` for windows together with keyword weights, since these are weights of truncated captions.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
-"""Which words of a caption matter: TF-IDF, named entities, and a language model, each saying so of stretches of text.
+"""The sources that say which words of a caption matter: TF-IDF and named entities (`ChatKeywords` is a third).
 
-A source is called with captions and answers for each with the character ranges that matter in it. `why` says in one
-word on what grounds, `name` says it to a reader, `record()` is what a run saves of it. What weight follows from this is
-`taco_nb.text.keywords`' to say, not the sources'.
+A source is called with captions, and answers for each with the ranges of characters that matter in it. It does not decide
+what these weigh; `taco_nb.text.keywords` does.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ from taco_nb.errors import CheckpointError, DataError, MissingWeightsError, Sett
 if TYPE_CHECKING:
     from spacy.language import Language
 
-TERM = re.compile(r"(?u)\b\w\w+\b")  # scikit-learn's notion of a word: two or more letters or digits
+TERM = re.compile(r"(?u)\b\w\w+\b")  # what scikit-learn takes for a word: two or more letters or digits
 RULES = "rules"
 
-# Names that are also common words ("turkey", "china", "apple") are left out: captions are often lower case throughout.
+# Names that "rules" knows. Those that are also common words ("turkey", "china", "apple") are left out, since captions are
+# often in lower case throughout.
 GAZETTEER = {
     "GPE": "afghanistan, africa, america, amsterdam, antarctica, argentina, asia, australia, barcelona, beijing, berlin, "
     "boston, brazil, california, canada, chicago, cuba, egypt, england, europe, florida, france, germany, hawaii, hong "
@@ -42,20 +42,23 @@ class Source(Protocol):
     """What `KeywordWeights` asks of anything that finds keywords."""
 
     name: str
+    """What a reader is shown."""
     why: str
+    """The grounds on which words matter, in one word, for `Word.why`."""
 
     def __call__(self, captions: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """For each caption the (start, end) of the stretches that matter, in any order."""
+        """Return for each caption the (start, end) of the stretches that matter, in any order."""
 
     def record(self) -> dict[str, Any]:
-        """What a run saves: enough to know the source again, in JSON's types."""
+        """Return what a run saves, in JSON's types: enough to recognise the source, or to make it again."""
 
 
 class TfIdf:
-    """Words that are frequent in their caption and rare in the training captions, scored as scikit-learn does.
+    """Words that are frequent in their caption and rare in the training captions, scored as scikit-learn scores them.
 
-    `idf` maps the words of the training captions, lower case and without stop words, to ln((1 + n) / (1 + df)) + 1:
-    n captions, df of them with the word. `fit` makes it; raises `CheckpointError` for something else.
+    `idf` maps the words of the training captions, in lower case and without stop words, to ln((1 + n) / (1 + df)) + 1,
+    where df of n captions have the word. `fit` makes it, with scikit-learn. Scores are computed here, so that a run saves
+    a table that anybody can read in place of a pickled scikit-learn object. Raises `CheckpointError` for another table.
     """
 
     why = "tfidf"
@@ -65,7 +68,7 @@ class TfIdf:
             isinstance(v, float) and 1 <= v < math.inf for v in idf.values()
         ):
             raise CheckpointError(
-                "The table of TF-IDF is damaged: it must map words to numbers from 1. Fit it again on the training captions."
+                "The TF-IDF table is damaged: it must map words to numbers from 1. Fit it again on the training captions."
             )
         self.idf = idf
 
@@ -75,18 +78,18 @@ class TfIdf:
 
     @classmethod
     def fit(cls, captions: Iterable[str]) -> TfIdf:
-        """Count words over captions, which may be any iterable and are read once.
+        """Count the words of captions, which may be any iterable and are read once.
 
-        Raises `SettingError` for something other than strings, `DataError` if no word is left to count.
+        Raises `SettingError` for a caption that is not a string, and `DataError` if there is no word to count.
         """
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         vectorizer = TfidfVectorizer(stop_words="english", token_pattern=TERM.pattern)
         try:
-            vectorizer.fit(_strings(captions))
+            vectorizer.fit(_checked_strings(captions))
         except SettingError:
             raise
-        except ValueError:
+        except ValueError:  # an empty vocabulary
             raise DataError(
                 "TF-IDF has nothing to count: there are no training captions, or they hold nothing but stop words. "
                 "Fit it on the captions of the training set."
@@ -94,7 +97,7 @@ class TfIdf:
         return cls(dict(zip(vectorizer.get_feature_names_out().tolist(), vectorizer.idf_.tolist())))
 
     def scores(self, caption: str) -> dict[str, float]:
-        """TF-IDF of a caption's words, of Euclidean length 1, as scikit-learn's `transform` gives it.
+        """Return the TF-IDF of a caption's words, scaled to Euclidean length 1 as scikit-learn's `transform` scales it.
 
         Stop words, single letters and words that no training caption had get no score.
         """
@@ -104,16 +107,15 @@ class TfIdf:
         return {term: score / length for term, score in scores.items()}
 
     def keywords(self, caption: str) -> set[str]:
-        """The words whose score is at least the mean score of the caption's words.
+        """Return the words whose score is at least the mean score of the caption's words.
 
-        This is our reading: the report does not say when a score makes a word matter. It needs no threshold to tune,
-        is independent of the caption's length, and lets a caption's only scored word matter.
+        The report does not say when a score makes a word matter. This rule needs no threshold to tune, does not depend on
+        the caption's length, and lets the only scored word of a caption matter.
         """
         scores = self.scores(caption)
         mean = math.fsum(scores.values()) / max(len(scores), 1)
-        return {
-            term for term, score in scores.items() if score >= mean * (1 - 1e-9)
-        }  # equal but for rounding counts
+        # Words of equal score must all matter, although their mean may be rounded up.
+        return {term for term, score in scores.items() if score >= mean * (1 - 1e-9)}
 
     def __call__(self, captions: Sequence[str]) -> list[list[tuple[int, int]]]:
         ranges = []
@@ -127,14 +129,14 @@ class TfIdf:
 
 
 class Entities:
-    """Named entities by spaCy, loaded when the first caption is asked about.
+    """Named entities by spaCy, which is loaded when the source is first called.
 
-    `model` is the name of an installed spaCy model, "en_core_web_sm" being the report's, or "rules": a few patterns on
-    a blank pipeline, for where no model is at hand, and called rule-based wherever its name is shown. The trained model
-    goes by capitals too: of an all lower-case caption it names little.
+    `model` is the name of an installed spaCy model; the report's is "en_core_web_sm". It goes by capitals too, so it
+    finds little in a caption that is all in lower case. Or it is "rules": a few patterns on a blank pipeline, for
+    machines without a model. Wherever its name is shown, it says that it is rule-based.
 
-    Raises `SettingError` for something that is no name of a model, and, once called, `MissingWeightsError` if the model
-    is not on this machine.
+    Raises `SettingError` for anything that cannot be the name of a model. A call raises `MissingWeightsError` if the
+    model is not on this machine.
     """
 
     why = "entity"
@@ -142,8 +144,8 @@ class Entities:
     def __init__(self, model: str = "en_core_web_sm"):
         if model != RULES and not re.fullmatch(r"[a-z]{2,3}_\w+_(sm|md|lg|trf)", str(model)):
             raise SettingError(
-                f'There is no source of keywords {model!r}: choose among "tfidf", "rules" and the name of a spaCy model '
-                'such as "en_core_web_sm", several joined by "+".'
+                f'There is no source of keywords {model!r}. Choose "tfidf", "rules" or the name of a spaCy model such as '
+                '"en_core_web_sm", or several of them joined by "+".'
             )
         self.model = model
 
@@ -152,22 +154,22 @@ class Entities:
         return "rule-based entities, no trained model" if self.model == RULES else f"spaCy {self.model}"
 
     def __call__(self, captions: Sequence[str]) -> list[list[tuple[int, int]]]:
-        pipeline = _rules() if self.model == RULES else _model(self.model)
-        texts = map(_without_title_case, captions) if self.model == RULES else captions
-        return [
-            [(entity.start_char, entity.end_char) for entity in text.ents] for text in pipeline.pipe(texts)
-        ]
+        if self.model == RULES:
+            texts = _rules_pipeline().pipe(map(_without_title_case, captions))
+        else:
+            texts = _spacy_pipeline(self.model).pipe(captions)
+        return [[(entity.start_char, entity.end_char) for entity in text.ents] for text in texts]
 
     def record(self) -> dict[str, Any]:
         return {"source": "entities", "model": self.model}
 
 
 @lru_cache(maxsize=2)
-def _model(name: str) -> Language:
+def _spacy_pipeline(name: str) -> Language:
     import spacy
 
     try:
-        # Entities need none of these, which are most of the work.
+        # Finding entities needs none of these, and they are most of the work.
         return spacy.load(name, exclude=["tagger", "parser", "attribute_ruler", "lemmatizer"])
     except OSError:
         raise MissingWeightsError(
@@ -179,8 +181,8 @@ def _model(name: str) -> Language:
 
 
 @lru_cache(maxsize=1)
-def _rules() -> Language:
-    """Known names in any case, runs of capitalised words inside a sentence, and numbers."""
+def _rules_pipeline() -> Language:
+    """Return a pipeline that finds known names in any case, runs of capitalised words inside a sentence, and numbers."""
     import spacy
 
     pipeline = spacy.blank("en")
@@ -200,14 +202,17 @@ def _rules() -> Language:
 
 
 def _without_title_case(caption: str) -> str:
-    """A Caption Like This, or LIKE THIS, in lower case, its length unchanged: capitals name nothing in it."""
+    """Return A Caption Like This, or LIKE THIS, in lower case, since its capitals do not mark names.
+
+    Its length is kept, because ranges of characters are found in it: "İ", which lower case makes two of, stays one.
+    """
     words = TERM.findall(caption)
     if sum(word[0].isupper() for word in words) <= len(words) / 2:
         return caption
     return "".join(character.lower()[0] for character in caption)
 
 
-def _strings(captions: Iterable[str]) -> Iterable[str]:
+def _checked_strings(captions: Iterable[str]) -> Iterable[str]:
     if isinstance(captions, str):
         raise SettingError("Training captions are a collection of strings, not one string.")
     for index, caption in enumerate(captions):

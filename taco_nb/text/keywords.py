@@ -5,15 +5,15 @@
     token   start  a   rho  dod  end  ron    in   venice          end   padding …
     weight  1      1   1.5  1.5  1.5  1.5    1    1.5             1     0          and these divided by their sum
 
-What the report leaves open, and how it is read here:
+The report leaves some things open. They are read here as follows:
 
-- A word matters if any source names it; see `taco_nb.text.keyword_sources` for when TF-IDF does.
-- "Stop words out": they are no words of TF-IDF, and never matter, within a named entity ("Statue of Liberty") or as one
-  ("two") either. They weigh 1 like every word that does not matter; to drop their tokens from the sum would be a second
-  change beside the weight of 1.5. The list is scikit-learn's, which also has "fire", "side", "top" and "bottom".
+- A word matters if any source names it; `taco_nb.text.keyword_sources` says when TF-IDF does.
+- The report takes stop words out of TF-IDF. Here they never matter, whether inside a named entity ("Statue of Liberty")
+  or as one ("two"). They still weigh 1, like every word that does not matter: to drop their tokens from the sum would be
+  a second change beside the weight of 1.5. The list is scikit-learn's, which has "fire", "side", "top" and "bottom" too.
 - A word that no training caption had gets no score, so it weighs 1 unless another source names it.
-- Start-of-text and end-of-text are real tokens, the end's state being CLIP's own summary of the caption. They spell no
-  word that could matter and weigh 1. So the weights of an empty caption are defined too: one half each.
+- Start-of-text and end-of-text are real tokens; the state at the end is CLIP's own summary of the caption. They spell no
+  word that could matter, so they weigh 1. An empty caption therefore has weights as well: one half each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +29,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from taco_nb.errors import CheckpointError, SettingError
-from taco_nb.text.clip import TextTower, _check_captions
+from taco_nb.text.clip import TextTower
 from taco_nb.text.keyword_sources import Entities, Source, TfIdf
+from taco_nb.text.tokens import caption_list
 
 FORMAT = 1
 WORD = re.compile(r"\w+|[^\w\s]+")  # letters and digits, or what stands between them: punctuation, emoji
@@ -44,26 +44,20 @@ class Word(NamedTuple):
     start: int
     end: int
     weight: float
-    """`keyword_weight` if it matters, else 1."""
+    """`keyword_weight` if the word matters, else 1."""
     why: str
-    """On what grounds it matters: "tfidf", "entity", "llm", several joined by "+"; "" if it does not."""
+    """The grounds on which it matters: "tfidf", "entity", "llm", or several joined by "+"; "" if it does not matter."""
 
 
 class KeywordWeights:
     """Weights of words and tokens by what matters in a caption: TF-IDF, named entities, a language model.
 
-    What the sources say of a caption is kept, since training meets every caption once an epoch.
-
-    Args:
-        sources: what finds keywords; a word that any of them names matters.
-        keyword_weight: weight of a word that matters, above 0; the report's is 1.5. Every other word weighs 1.
-
-    Raises:
-        SettingError: no source, or a weight out of range.
+    A word that any of the `sources` names matters, and weighs `keyword_weight`: a number above 0, 1.5 in the report. Every
+    other word weighs 1. Raises `SettingError` without a source, or for another weight.
     """
 
     def __init__(self, sources: Sequence[Source], keyword_weight: float = 1.5):
-        if not 1 <= len(sources) <= 8:
+        if not 1 <= len(sources) <= 8:  # a byte has a bit for each, see `_known`
             raise SettingError(
                 f"Keyword weights need one to eight sources of keywords, but got {len(sources)}."
             )
@@ -72,9 +66,9 @@ class KeywordWeights:
             raise SettingError(f"keyword_weight must be a number above 0, but is {keyword_weight!r}.")
         self.sources = list(sources)
         self.keyword_weight = float(keyword_weight)
-        self._known: dict[
-            str, bytes
-        ] = {}  # caption -> a byte per word, bit i set where source i names the word
+        # What the sources said, since training meets every caption once an epoch. MS-COCO has 414,113 of them, so each
+        # takes a byte per word, in which bit i is set if source i named the word.
+        self._known: dict[str, bytes] = {}
 
     @classmethod
     def fit(
@@ -83,23 +77,17 @@ class KeywordWeights:
         sources: str | Sequence[str | Source] = "tfidf+en_core_web_sm",
         keyword_weight: float = 1.5,
     ) -> KeywordWeights:
-        """Keyword weights with TF-IDF fitted on the training captions.
+        """Return keyword weights whose TF-IDF is fitted on the training captions, an iterable that is read once.
 
-        Args:
-            captions: any iterable of strings, read once; the other sources need none.
-            sources: names joined by "+": "tfidf", a spaCy model or "rules" (see `Entities`); or a sequence of names and
-                of sources such as `ChatKeywords`.
-            keyword_weight: as above.
-
-        Raises:
-            SettingError: an unknown source, a bad weight, captions that are no strings.
-            DataError: no word to count.
-            MissingWeightsError: the spaCy model is not on this machine; before anything is read.
+        `sources` are names joined by "+": "tfidf", a spaCy model or "rules" (see `Entities`); or a sequence of names and
+        of sources such as `ChatKeywords`. Raises `SettingError` for an unknown source, a bad weight or a caption that is
+        not a string, `DataError` if the captions hold no word to count, and `MissingWeightsError`, before it reads a
+        caption, if the spaCy model is not on this machine.
         """
         names = sources.split("+") if isinstance(sources, str) else sources
         others = {name: name if callable(name) else Entities(name) for name in names if name != "tfidf"}
         for source in others.values():
-            source([])  # loads what it needs
+            source([])  # loads what the source needs, or raises
         return cls(
             [others[name] if name in others else TfIdf.fit(captions) for name in names], keyword_weight
         )
@@ -108,24 +96,17 @@ class KeywordWeights:
         return f"KeywordWeights({' + '.join(source.name for source in self.sources)}, weight {self.keyword_weight:g})"
 
     def words(self, caption: str) -> list[Word]:
-        """The words of a caption in order, punctuation included, with their weights and why."""
-        return self._words(_check_captions([caption]))[0]
+        """Return the words of a caption in order, punctuation included, with their weights and why they have them."""
+        return self._words(caption_list([caption]))[0]
 
     def token_weights(self, captions: str | Iterable[str], tower: TextTower) -> Tensor:
-        """A weight per position of the tower: that of the word that its token spells, or spells a piece of.
+        """Return a weight per position of the tower: that of the word that its token spells, or spells a piece of.
 
-        Args:
-            captions: several captions, or a single string, which counts as one caption.
-            tower: cuts them into tokens.
-
-        Returns:
-            Weights (B, tower.length), float32, on the CPU: 0 at padding, summing to 1 over each caption's real tokens.
-            The pieces of a word weigh what it weighs, each of them; so do those that truncation leaves of it.
-
-        Raises:
-            SettingError: there is no caption, or one is not a string.
+        The weights (B, tower.length), float32, on the CPU, are 0 at padding and sum to 1 over each caption's real tokens.
+        Every piece of a word has the whole weight of the word, whether or not truncation cut other pieces off. A single
+        string counts as one caption. Raises `SettingError` without a caption, or for one that is not a string.
         """
-        captions, rows = _check_captions(captions), []
+        captions, rows = caption_list(captions), []
         for caption, words in zip(captions, self._words(captions)):
             keywords = [word for word in words if word.why]
             rows.append([self._token_weight(span, keywords) for span in tower.spans(caption)])
@@ -142,18 +123,18 @@ class KeywordWeights:
         new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
         if new:
             for caption, *ranges in zip(new, *(source(new) for source in self.sources)):
-                self._known[caption] = bytes(_named(match, ranges) for match in WORD.finditer(caption))
+                self._known[caption] = bytes(_named_by(match, ranges) for match in WORD.finditer(caption))
         return [
-            [self._word(match, named) for match, named in zip(WORD.finditer(caption), self._known[caption])]
+            [self._word(match, bits) for match, bits in zip(WORD.finditer(caption), self._known[caption])]
             for caption in captions
         ]
 
-    def _word(self, match: re.Match, named: int) -> Word:
-        why = dict.fromkeys(source.why for bit, source in enumerate(self.sources) if named >> bit & 1)
+    def _word(self, match: re.Match, bits: int) -> Word:
+        why = dict.fromkeys(source.why for i, source in enumerate(self.sources) if bits >> i & 1)
         return Word(match[0], *match.span(), self.keyword_weight if why else 1.0, "+".join(why))
 
     def to_json(self) -> str:
-        """Everything that decides the weights, to be saved with a run: settings, and per source its `record()`."""
+        """Return all that decides the weights, to be saved with a run: the settings, and each source's `record()`."""
         records = [source.record() for source in self.sources]
         return json.dumps(
             {"format": FORMAT, "keyword_weight": self.keyword_weight, "sources": records}, indent=1
@@ -161,15 +142,11 @@ class KeywordWeights:
 
     @classmethod
     def from_json(cls, text: str, sources: Sequence[Source] = ()) -> KeywordWeights:
-        """The inverse of `to_json`.
+        """Return the keyword weights of which `to_json` gave `text`.
 
-        Args:
-            text: what `to_json` gave.
-            sources: those that a text cannot hold, such as a `ChatKeywords` with its cache; the ones that were saved.
-
-        Raises:
-            CheckpointError: the text is damaged or of another version of this format.
-            SettingError: a source that was saved must be given in `sources`, and is not.
+        `sources` are those of the saved sources that a text cannot hold, such as a `ChatKeywords` with its answers.
+        Raises `SettingError` if one of them is not given, and `CheckpointError` if the text is damaged or of another
+        version of this format.
         """
         try:
             saved = json.loads(text)
@@ -178,7 +155,7 @@ class KeywordWeights:
                     f"The keyword weights were saved in version {saved['format']!r} of their format; this program reads "
                     f"version {FORMAT}. Use the program they were saved with, or fit them again."
                 )
-            loaded = [_load(record, sources) for record in saved["sources"]]
+            loaded = [_source_of(record, sources) for record in saved["sources"]]
             return cls(loaded, saved["keyword_weight"])
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise CheckpointError(
@@ -187,31 +164,25 @@ class KeywordWeights:
 
 
 def pool(hidden: Tensor, weights: Tensor, mode: str) -> Tensor:
-    """Weigh hidden states, each first scaled to Euclidean length 1, as the report does.
+    """Weigh the hidden states (B, T, D) of a text tower, each first scaled to Euclidean length 1, as the report does.
 
-    Args:
-        hidden: (B, T, D), the states of a text tower.
-        weights: (B, T), from `KeywordWeights.token_weights`.
-        mode: "keywords" sums over tokens; "keywords-tokens" keeps one weighted vector per token, 0 at padding.
-
-    Returns:
-        (B, 1, D) or (B, T, D), of `hidden`'s type and on its device.
-
-    Raises:
-        SettingError: another mode, or shapes that do not belong together.
+    `weights` (B, T) come from `KeywordWeights.token_weights`. The mode "keywords" sums over tokens, to (B, 1, D);
+    "keywords-tokens" keeps one weighted vector per token, (B, T, D), 0 at padding. The result has the type and device of
+    `hidden`. Raises `SettingError` for another mode, or shapes that do not belong together.
     """
     if mode not in ("keywords", "keywords-tokens"):
         raise SettingError(f'Weighted pooling is "keywords" or "keywords-tokens", not {mode!r}.')
     if hidden.ndim != 3 or weights.shape != hidden.shape[:2]:
         raise SettingError(
-            f"Hidden states {tuple(hidden.shape)} and weights {tuple(weights.shape)} do not fit: (B, T, D) and (B, T)."
+            f"Hidden states {tuple(hidden.shape)} and weights {tuple(weights.shape)} do not fit: they must be (B, T, D) "
+            "and (B, T)."
         )
     weighted = functional.normalize(hidden, dim=-1) * weights.to(hidden)[..., None]
     return weighted.sum(dim=1, keepdim=True) if mode == "keywords" else weighted
 
 
-def _load(record: dict[str, Any], sources: Sequence[Source]) -> Source:
-    """The source that a record is of: one of those given, or made anew."""
+def _source_of(record: dict[str, Any], sources: Sequence[Source]) -> Source:
+    """Return the source that saved this record: one of those given, or a new one made from it."""
     for source in sources:
         if source.record() == record:
             return source
@@ -221,21 +192,16 @@ def _load(record: dict[str, Any], sources: Sequence[Source]) -> Source:
         return Entities(record["model"])
     settings = {name: value for name, value in record.items() if isinstance(value, str)}
     raise SettingError(
-        f"The keywords came from {settings}, which a text cannot hold: give the source itself, with these very settings, "
+        f"The keywords came from {settings}, which a text cannot hold. Give the source itself, with the same settings, "
         "as from_json(text, sources=[…])."
     )
 
 
-def _named(match: re.Match, ranges: Sequence[list[tuple[int, int]]]) -> int:
-    """A bit per source, set if one of its ranges touches the word; none for a stop word."""
-    if match[0].lower() in _stop_words():
-        return 0
-    start, end = match.span()
-    return sum(1 << bit for bit, named in enumerate(ranges) if any(a < end and start < b for a, b in named))
-
-
-@lru_cache(maxsize=1)
-def _stop_words() -> frozenset[str]:
+def _named_by(match: re.Match, ranges: Sequence[list[tuple[int, int]]]) -> int:
+    """Return a bit per source, set if one of its ranges touches the word; no bit is set for a stop word."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-    return ENGLISH_STOP_WORDS
+    if match[0].lower() in ENGLISH_STOP_WORDS:
+        return 0
+    start, end = match.span()
+    return sum(1 << i for i, named in enumerate(ranges) if any(a < end and start < b for a, b in named))

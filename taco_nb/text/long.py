@@ -1,19 +1,20 @@
-"""Text longer than CLIP's 77 positions: the whole of it in windows, and what truncation would throw away.
+"""Text longer than CLIP's 77 positions: encoding all of it in windows, and what truncation throws away.
 
-A caption with context is a paragraph of two to four times what CLIP (Radford et al. 2021, arXiv:2103.00020) reads. Cut at
-the ends of its sentences into windows that the tower can read, it is encoded whole:
+A caption with context is a paragraph of two to four times what CLIP (Radford et al. 2021, arXiv:2103.00020) reads. It is
+cut at the ends of its sentences into windows that the tower can read:
 
     window 1   start  The  barn  is  red  .  end
     window 2   start  Two  dogs  run  past  it  .  Snow  falls  .  end
     hidden     the states of window 1, those of window 2, then zeros up to the longest caption of the batch
     mask       True at every state of a window, False at the zeros
 
-A window keeps the states of its start and end tokens. The start's is the same for any text, as attention is causal; the
-end's has read the whole window, and is the one that CLIP was trained to sum a text up in. Windows do not see each other.
+The states of a window's start and end tokens are kept. That of the start is the same for any text, as attention is causal.
+That of the end has read the whole window; CLIP was trained to sum a text up in it. Windows do not see each other.
 """
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect
 from collections.abc import Callable, Iterable
 from functools import lru_cache
@@ -21,78 +22,71 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
-from open_clip.tokenizer import basic_clean, whitespace_clean
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from taco_nb.errors import SettingError
-from taco_nb.text.clip import CLIP_LENGTH, TextTower, _check_captions, _tokenizer
+from taco_nb.text.clip import TextTower
+from taco_nb.text.tokens import CLIP_LENGTH, byte_length, caption_list, clean_text, clip_tokenizer, token_ends
 
 if TYPE_CHECKING:
     import pandas as pd
     from spacy.language import Language
 
-BATCH = 32  # windows that go through the tower at once, whatever the length of the captions
+BATCH = 32  # windows that go through the tower at once, however long the captions are
 
 
 def tower_windows(tower: TextTower, captions: str | Iterable[str]) -> tuple[Tensor, Tensor]:
-    """Encode captions of any length whole, each independently of the others in the batch.
+    """Encode the whole of captions of any length, each independently of the others in the batch.
 
-    A caption that fits into one window gets the states that the tower gives it at its real tokens. `tower.length`, which
-    is where the tower itself would cut, plays no part: windows are as long as the tower's weights allow.
-
-    Returns:
-        hidden (B, T, dim) float32, zero at padding, and mask (B, T) bool, True at real tokens, for the model's `mask`;
-        both on the tower's device. T is the longest caption's.
-
-    Raises:
-        SettingError: there is no caption, or one is not a string.
+    Returns hidden (B, T, dim) float32, zero at padding, and mask (B, T) bool, True at real tokens, for the model's `mask`;
+    both on the tower's device. T is that of the longest caption. A caption that fits into one window gets the states that
+    the tower gives it at its real tokens. `tower.length`, at which the tower itself would cut, plays no part: windows are
+    as long as the tower's weights allow. Raises `SettingError` without a caption, or for one that is not a string.
     """
-    sot, eot = _tokenizer().sot_token_id, _tokenizer().eot_token_id
+    sot, eot = clip_tokenizer().sot_token_id, clip_tokenizer().eot_token_id
     longest = len(tower.module.positional_embedding)
-    by_caption = [split_windows(caption, longest) for caption in _check_captions(captions)]
+    by_caption = [split_windows(caption, longest) for caption in caption_list(captions)]
     windows = [torch.tensor([sot, *window, eot]) for windows in by_caption for window in windows]
     states = []
     for first in range(0, len(windows), BATCH):
         batch = windows[first : first + BATCH]
         ids = pad_sequence(batch, batch_first=True, padding_value=eot)
-        mask = _mask([len(window) for window in batch])
+        mask = _length_mask([len(window) for window in batch])
         states.append(tower.hidden_states(ids, mask)[mask.to(tower.device)])
+    # All states in one row, window after window, are cut up again into those of each caption.
     tokens = [sum(len(window) + 2 for window in windows) for windows in by_caption]
     hidden = pad_sequence(torch.cat(states).split(tokens), batch_first=True)
-    return hidden, _mask(tokens).to(tower.device)
+    return hidden, _length_mask(tokens).to(tower.device)
 
 
 def split_windows(text: str, limit: int = CLIP_LENGTH) -> list[list[int]]:
-    """Cut a text into windows of CLIP's token ids, none of which is lost: end to end they are the text's own tokens.
+    """Cut a text into windows of CLIP's token ids that, end to end, are the text's own tokens: none is lost.
 
-    Windows are filled with whole sentences (as spaCy's `sentencizer` sees them: by punctuation, knowing abbreviations of
-    English). A sentence that fits into no window is cut between words, a word that fits into none inside the word.
-
-    Args:
-        text: of any length; without a word in it, it makes one empty window.
-        limit: positions of a window, 3 or more, the start and end tokens among them, which are not in the lists.
-
-    Raises:
-        SettingError: `limit` is no such number.
+    Windows are filled with whole sentences, as spaCy's `sentencizer` sees them: by punctuation, with a list of English
+    abbreviations. A sentence that fits into no window is cut between words, and a word that fits into none inside it. A
+    text without words makes one empty window. `limit` is the number of a window's positions, including the start and end
+    tokens, which are not in the lists. Raises `SettingError` if it is not a whole number of 3 or more.
     """
     _check_positions("limit", limit, least=3)
-    ids, clean = _tokenizer().encode(text), _clean(text)
-    pieces = [_tokenizer().decoder[token] for token in ids]
-    token_at = {end: token for token, end in enumerate(_token_ends(ids))}
+    ids, clean = clip_tokenizer().encode(text), clean_text(text)
+    token_at = {end: token for token, end in enumerate(token_ends(ids))}
+    # Places to cut at, as numbers of tokens, from the best kind to the worst: ends of sentences, of what stands between
+    # white space, and of the tokenizer's own words. An end inside a token, such as in "end.$5", is no place.
     sentences = (sentence.text for sentence in _sentencizer()(clean).sents)
-    # From the best places to cut to the worst; a place inside a token, such as in "end.$5", is none.
     places = [
-        [token_at[end] for end in accumulate(map(_size, parts), initial=0) if end in token_at]
+        [token_at[end] for end in accumulate(map(byte_length, parts), initial=0) if end in token_at]
         for parts in (sentences, clean.split())
     ]
+    pieces = [clip_tokenizer().decoder[token] for token in ids]
     places.append([0, *(token for token, piece in enumerate(pieces, 1) if piece.endswith("</w>"))])
 
     windows, start = [], 0
     while len(ids) - start > limit - 2:
-        stop = start + limit - 2
-        last = (ends[bisect(ends, stop) - 1] for ends in places)
-        stop = next((end for end in last if end > start), stop)
+        full = start + limit - 2
+        # The last place of each kind in this window; the best kind that has one decides, else the window is filled up.
+        last = (ends[bisect(ends, full) - 1] for ends in places)
+        stop = next((end for end in last if end > start), full)
         windows.append(ids[start:stop])
         start = stop
     return [*windows, ids[start:]]
@@ -103,72 +97,49 @@ def surviving(
     length: int,
     entities: Callable[[str], Iterable[tuple[int, int]]] | None = None,
 ) -> pd.DataFrame:
-    """What is left of captions that are cut at `length` positions, 38 and 77 in TACO and the report.
+    """Measure what is left of captions that are cut at `length` positions: 38 in TACO, up to 77 in CLIP.
 
-    Args:
-        captions: several captions, or a single string, which counts as one caption.
-        length: positions, the start and end tokens among them; 2 or more.
-        entities: gives the named entities in a text as (first, one past the last) character. The text is the caption as
-            CLIP's tokenizer cleans it, with its capitals.
+    Returns a row per caption: `tokens`, the positions that all of it would take; `words`, the number of words between
+    white space; `words_kept`, the share of them all of whose tokens survive; with `entities` also `entities` and
+    `entities_kept`, likewise. A share of nothing is NaN.
 
-    Returns:
-        A row per caption: `tokens`, the positions that all of it would take; `words`, those between white space;
-        `words_kept`, the share of them whose every token survives; with `entities` also `entities` and `entities_kept`
-        alike. A share of nothing is NaN.
-
-    Raises:
-        SettingError: `length` is no such number, there is no caption, or one is not a string.
+    `length` counts the start and end tokens too, so it is 2 or more. `entities` gives the named entities in a text as
+    (first, one past the last) character; the text is the caption as CLIP's tokenizer cleans it, but with its capitals.
+    Raises `SettingError` for another length, without a caption, or for one that is not a string.
     """
     import pandas as pd
 
     _check_positions("length", length, least=2)
     rows = []
-    for caption in _check_captions(captions):
-        ids, clean = _tokenizer().encode(caption), _clean(caption)
-        kept = _token_ends(ids[: length - 2])[-1]
-        words = list(accumulate(map(_size, clean.split())))
-        row = {"tokens": len(ids) + 2, "words": len(words), "words_kept": _share(words, kept)}
+    for caption in caption_list(captions):
+        ids, clean = clip_tokenizer().encode(caption), clean_text(caption)
+        kept = token_ends(ids[: length - 2])[-1]
+        words = list(accumulate(map(byte_length, clean.split())))
+        row = {"tokens": len(ids) + 2, "words": len(words), "words_kept": _share_within(kept, words)}
         if entities is not None:
-            found = [_size(clean[:end]) for _, end in entities(clean)]
-            row |= {"entities": len(found), "entities_kept": _share(found, kept)}
+            found = [byte_length(clean[:end]) for _, end in entities(clean)]
+            row |= {"entities": len(found), "entities_kept": _share_within(kept, found)}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _share(ends: list[int], kept: int) -> float:
+def _share_within(kept: int, ends: list[int]) -> float:
+    """Return the share of the ends that lie within the first `kept` bytes."""
     return sum(end <= kept for end in ends) / len(ends) if ends else float("nan")
-
-
-def _clean(text: str) -> str:
-    """The text as CLIP's tokenizer cleans it, but with the capitals by which abbreviations and names are known."""
-    return whitespace_clean(basic_clean(text))
-
-
-def _size(clean: str) -> int:
-    """What places in a text and in its tokens are counted in: bytes of UTF-8, white space left out, in lower case."""
-    return len(clean.lower().replace(" ", "").encode())
-
-
-def _token_ends(ids: list[int]) -> list[int]:
-    """Where each token ends, in units of `_size`, after a leading 0: CLIP's pieces have a character per byte."""
-    decoder = _tokenizer().decoder
-    return list(accumulate((len(decoder[token].removesuffix("</w>")) for token in ids), initial=0))
 
 
 @lru_cache(maxsize=1)
 def _sentencizer() -> Language:
-    import sys
-
     import spacy
 
     language = spacy.blank("en")
     language.add_pipe("sentencizer")
-    language.max_length = sys.maxsize  # the default spares the memory of a parser, and there is none
+    language.max_length = sys.maxsize  # the limit saves the memory of a parser, and there is none
     return language
 
 
-def _mask(lengths: list[int]) -> Tensor:
-    """(B, longest) bool, True at the first `lengths[b]` positions of row b."""
+def _length_mask(lengths: list[int]) -> Tensor:
+    """Return (B, longest) bool, True at the first `lengths[b]` positions of row b."""
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 

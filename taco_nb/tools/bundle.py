@@ -26,7 +26,7 @@ from taco_nb.evaluation import QUALITIES, evaluate, evaluate_peers, means
 from taco_nb.evaluation.peers import available_peers
 from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, bundled, sha256
-from taco_nb.metrics.rate import bd_rate, rate_at
+from taco_nb.metrics.rate import bd_rate, few_points, rate_at
 from taco_nb.provenance import provenance
 from taco_nb.training.start import family, initial_weights
 
@@ -160,7 +160,7 @@ def standing(codecs: Sequence[Codec], sets: Sequence[CaptionedImages]) -> tuple[
     The first table has a row per codec and data set: bpp, psnr and ms_ssim, means over images, and per peer "JPEG, %" and
     so on, the codec's rate less the peer's in percent of it, at the codec's mean PSNR (NaN where the peer's curve does
     not reach it). The second has a row per data set and peer: the BD-rate (PSNR) of the curve through those codecs that are
-    baselines, NaN for fewer than two of them.
+    baselines, NaN for fewer than two of them; both curves' numbers of points; and a note where these are too few.
     """
     import pandas as pd
 
@@ -182,12 +182,18 @@ def standing(codecs: Sequence[Codec], sets: Sequence[CaptionedImages]) -> tuple[
         for peer in available_peers():
             curve = curves[dataset, peer]
             several = len(points) > 1
-            gap = (
-                bd_rate(curve["bpp"], curve["psnr"], points["bpp"], points["psnr"])
-                if several
-                else float("nan")
+            gaps.append(
+                {
+                    "dataset": dataset,
+                    "peer": peer,
+                    "BD-rate (PSNR), %": bd_rate(curve["bpp"], curve["psnr"], points["bpp"], points["psnr"])
+                    if several
+                    else float("nan"),
+                    "points of the peer": len(curve),
+                    "points": len(points),
+                    "note": few_points(len(curve), len(points)),
+                }
             )
-            gaps.append({"dataset": dataset, "peer": peer, "BD-rate (PSNR), %": gap})
     return pd.DataFrame(rows), pd.DataFrame(gaps)
 
 

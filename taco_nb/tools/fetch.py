@@ -1,4 +1,7 @@
-"""Data sets fetched and laid out as they are read, with a manifest of what is there and where it came from."""
+"""`taco-nb fetch` and `taco-nb status`: data sets and pretrained networks, put where the rest of the package reads them.
+
+A data set's folder has a manifest of what is there and where it came from. Networks go where their libraries look.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 import sys
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
@@ -21,12 +25,15 @@ from taco_nb.data import STAGING, datasets, training_pairs
 from taco_nb.data.captioned import few, read_json
 from taco_nb.errors import DownloadError, TacoError
 from taco_nb.experiment import check_names
-from taco_nb.files import atomic_write, data_root
-from taco_nb.pretrained import PRETRAINED, Pretrained
-from taco_nb.tools.download import FULL, PROGRAM, check_room, download, shown
+from taco_nb.files import atomic_write, data_root, human_size, storage_errors
+from taco_nb.pretrained import PRETRAINED, Checkpoint, OpenClip, Pretrained, find_pretrained
+from taco_nb.tools.download import FULL, Remote, check_room, download
 from taco_nb.tools.sources import SOURCES, Part
 
 MANIFEST = "manifest.json"
+
+
+# A data set -----------------------------------------------------------------------------------------------------------
 
 
 def fetch_set(folder: Path, parts: Sequence[Part]) -> None:
@@ -34,80 +41,120 @@ def fetch_set(folder: Path, parts: Sequence[Part]) -> None:
 
     Every part is checked and unpacked in the hidden folder `.fetch`, is entered in `manifest.json`, and only then takes
     its place, so that nothing half-finished ever stands there. What is in its place already, of the right size or
-    number, is left, and entered as found if it was not fetched. Raises `DownloadError` where a part cannot be had, is
-    not what was expected, or has no room.
+    number, is left, and entered as found if it was not fetched.
+
+    Raises `DownloadError` if a part cannot be had, is not what was expected, or has no room, and `StorageError` if the
+    folder cannot be written.
     """
-    from huggingface_hub.utils import WeakFileLock
+    from filelock import FileLock, Timeout
 
     staging = folder / STAGING
     if not missing_parts(folder, parts) and not staging.exists():
-        return  # without a write: the folder may be somebody else's
-    try:
+        return  # without writing anything: the folder may be somebody else's
+    with storage_errors(folder):
         staging.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(staging / "lock", timeout=1):
-            for part in parts:
-                _fetch_part(folder, part, parts)
-        shutil.rmtree(staging, ignore_errors=True)
-    except TimeoutError as error:
-        raise DownloadError(f"Another process is fetching into {folder}: wait for it, or end it.") from error
-    except OSError as error:
-        raise DownloadError(
-            f"{error.filename or folder} cannot be written: {error.strerror or error}."
-        ) from error
+        try:
+            with FileLock(staging / "lock", timeout=1):
+                for part in parts:
+                    _fetch_part(folder, part, parts)
+        except Timeout as error:
+            raise DownloadError(
+                f"Another process is fetching into {folder}: wait for it, or end it."
+            ) from error
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _fetch_part(folder: Path, part: Part, parts: Sequence[Part]) -> None:
+    known = manifest(folder)
+    if is_there(folder, part, parts):
+        if part.name not in known:
+            _enter(folder, part, {"found": part.place or "."})
+        return
+    if not part.checksums:  # nobody has published one: what came the first time is what must come again
+        part = replace(part, checksums=known.get(part.name, {}).get("checksum", ""))
+    path = folder / STAGING / part.name
+    checksum = download(part, path)
+    files = unpack(path, part) if part.members else [path]
+    _enter(folder, part, {
+        "source": part.url,
+        "size": part.size,
+        "checksum": checksum,
+        "vouched": part.vouched or "nobody: this is the checksum of the first download",
+        "files": len(files),
+        "bytes": sum(file.stat().st_size for file in files),
+    })  # fmt: skip
+    place = folder / part.place
+    if not part.members:
+        os.replace(path, place)
+    elif not place.is_dir():
+        os.rename(files[0].parent, place)  # all files at one stroke
+    else:
+        for file in files:
+            os.replace(file, place / file.name)
+    if part.members:
+        shutil.rmtree(files[0].parent, ignore_errors=True)
+        path.unlink()
 
 
 def is_there(folder: Path, part: Part, parts: Sequence[Part]) -> bool:
     """Whether a part is in its place, whole: a file by its size, a folder by the number of its files.
 
-    Parts that share a folder, as the two halves of CLIC do, count together: those in the manifest if this one is, too.
+    Parts that share a folder, as the two halves of CLIC do, count together. If this one is in the manifest, only those
+    count that are there as well.
     """
     if not part.members:
         path = folder / part.place
-        return path.is_file() and path.stat().st_size == part.remote.size
+        return path.is_file() and path.stat().st_size == part.size
     known = manifest(folder)
     sharing = [other for other in parts if (other.place, other.members) == (part.place, part.members)]
     if part.name in known:
         sharing = [other for other in sharing if other.name in known]
     home, pattern = folder / part.place, PurePosixPath(part.members).name
-    found = sum(_wanted(name, pattern) for name in os.listdir(home)) if home.is_dir() else 0
+    found = sum(_is_wanted(name, pattern) for name in os.listdir(home)) if home.is_dir() else 0
     return found >= sum(other.count for other in sharing)
 
 
-def manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """What is known of each part in `folder`, by the name of its download; empty where nothing was fetched yet.
+def missing_parts(folder: Path, parts: Sequence[Part]) -> list[Part]:
+    """Return the parts that are not in their place."""
+    return [part for part in parts if not is_there(folder, part, parts)]
 
-    An entry holds source, size, checksum and who vouched for it, the number of files and their bytes, and the date; of
-    what was found and not fetched, the place and the date alone.
+
+def manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what is known of each part in `folder`, by the name of its download; empty if nothing was fetched yet.
+
+    An entry holds source, size, checksum and who vouched for it, the number of files and their bytes, and the date. Of
+    what was found and not fetched it has the place and the date alone.
     """
     path = folder / MANIFEST
     return read_json(path) if path.is_file() else {}
 
 
+def _enter(folder: Path, part: Part, entry: dict[str, Any]) -> None:
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    entries = manifest(folder) | {part.name: {**entry, "date": now}}
+    with atomic_write(folder / MANIFEST, "w") as file:
+        json.dump(entries, file, indent=1)
+
+
 def room_needed(folder: Path, parts: Sequence[Part]) -> int:
-    """Bytes of disk that `fetch_set` takes at most at any time, beyond what lies there already."""
+    """Return the bytes of disk that `fetch_set` takes at most at any time, beyond what lies there already."""
     kept = peak = 0
     for part in missing_parts(folder, parts):
         had = fetched_bytes(folder, part)
-        peak = max(peak, kept + part.remote.size - had + part.unpacked)
-        kept += (part.unpacked or part.remote.size) - had
+        peak = max(peak, kept + part.size - had + part.unpacked)
+        kept += (part.unpacked or part.size) - had
     return peak
 
 
-def missing_parts(folder: Path, parts: Sequence[Part]) -> list[Part]:
-    """The parts that are not in their place."""
-    return [part for part in parts if not is_there(folder, part, parts)]
-
-
 def fetched_bytes(folder: Path, part: Part) -> int:
-    """How much of a part that is not yet in its place has been downloaded."""
+    """Return how many bytes of a part that is not yet in its place have been downloaded."""
     whole = folder / STAGING / part.name
-    return max(
-        path.stat().st_size if path.exists() else 0 for path in (whole, whole.with_name(f".{part.name}.part"))
-    )
+    half = whole.with_name(f".{part.name}.part")
+    return max(path.stat().st_size if path.exists() else 0 for path in (whole, half))
 
 
 def compare_splits(folder: Path) -> str:
-    """A sentence on whether TACO's list of MS-COCO images is Karpathy's restval, which is evaluated on here."""
+    """Return a sentence on whether TACO's list of MS-COCO images is Karpathy's restval, which is evaluated on here."""
     listed = set(read_json(folder / "mscoco_30k_list.json"))
     images = read_json(folder / "dataset_coco.json")["images"]
     restval = {image["filename"] for image in images if image["split"] == "restval"}
@@ -119,38 +166,17 @@ def compare_splits(folder: Path) -> str:
     )
 
 
-def _fetch_part(folder: Path, part: Part, parts: Sequence[Part]) -> None:
-    known = manifest(folder)
-    if is_there(folder, part, parts):
-        if part.name not in known:
-            _enter(folder, part, {"found": part.place or "."})
-        return
-    remote = part.remote
-    if not remote.checksums and "checksum" in known.get(part.name, {}):
-        remote = replace(remote, checksums=known[part.name]["checksum"])  # of the first time
-    path = folder / STAGING / part.name
-    checksum = download(remote, path)
-    files = unpack(path, part) if part.members else [path]
-    _enter(folder, part, {
-        "source": remote.url,
-        "size": remote.size,
-        "checksum": checksum,
-        "vouched": part.remote.vouched or "nobody: this is the checksum of the first download",
-        "files": len(files),
-        "bytes": sum(file.stat().st_size for file in files),
-    })  # fmt: skip
-    if part.members:
-        _move(files, folder / part.place)
-        path.unlink()
-    else:
-        os.replace(path, folder / part.place)
+# An archive -----------------------------------------------------------------------------------------------------------
 
 
 def unpack(archive: Path, part: Part) -> list[Path]:
-    """Unpack the wanted files of an archive into a new folder beside it, and give their paths.
+    """Unpack the wanted files of a zip archive into a new folder beside it, and return their paths.
 
     Refuses the archive, with a `DownloadError`, if any name in it leads out of the folder or is a link, and if the files
     are not as many, or are larger, than `part` says. Nothing unpacked is left then, nor when the disk is full.
+
+    `pooch.Unzip` would take the half-unpacked folder of a call that was killed for a whole one, and goes through the
+    list of all members once for each of them, of which MS-COCO has 82,783.
     """
     from tqdm.auto import tqdm
 
@@ -158,13 +184,11 @@ def unpack(archive: Path, part: Part) -> list[Path]:
     shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
     try:
         with zipfile.ZipFile(archive) as opened:
-            wanted = _checked(opened, archive, part)
+            wanted = _checked_members(opened, archive, part)
             folder.mkdir()
             for info in tqdm(wanted, desc=f"unpacking {archive.name}", unit="file", delay=1):
-                with (
-                    opened.open(info) as packed,
-                    open(folder / PurePosixPath(info.filename).name, "xb") as file,
-                ):
+                target = folder / PurePosixPath(info.filename).name
+                with opened.open(info) as packed, open(target, "xb") as file:
                     shutil.copyfileobj(packed, file, 1 << 20)
         return sorted(folder.iterdir())
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -176,8 +200,8 @@ def unpack(archive: Path, part: Part) -> list[Path]:
         ) from error
 
 
-def _checked(opened: zipfile.ZipFile, archive: Path, part: Part) -> list[zipfile.ZipInfo]:
-    """The members to unpack, once no member of the archive does harm."""
+def _checked_members(opened: zipfile.ZipFile, archive: Path, part: Part) -> list[zipfile.ZipInfo]:
+    """Return the members to unpack, after looking at all for one that would do harm."""
     for info in opened.infolist():
         path = PurePosixPath(info.filename.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or ":" in info.filename:
@@ -187,42 +211,69 @@ def _checked(opened: zipfile.ZipFile, archive: Path, part: Part) -> list[zipfile
         if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise DownloadError(f"{archive} holds {info.filename!r}, a link or device: nothing is unpacked.")
     wanted = [
-        info for info in opened.infolist() if not info.is_dir() and _wanted(info.filename, part.members)
+        info for info in opened.infolist() if not info.is_dir() and _is_wanted(info.filename, part.members)
     ]
     names = {PurePosixPath(info.filename).name for info in wanted}
     if not len(wanted) == len(names) == part.count:
         raise DownloadError(f"{archive} holds {len(names):,} files {part.members}, not {part.count:,}.")
     if (size := sum(info.file_size for info in wanted)) > part.unpacked:
         raise DownloadError(
-            f"{archive} unpacks to {shown(size)}, but at most {shown(part.unpacked)} were expected."
+            f"{archive} unpacks to {human_size(size)}, but at most {human_size(part.unpacked)} were expected."
         )
     return wanted
 
 
-def _wanted(name: str, pattern: str) -> bool:
+def _is_wanted(name: str, pattern: str) -> bool:
     hidden = any(step.startswith((".", "__MACOSX")) for step in PurePosixPath(name).parts)
     return not hidden and fnmatchcase(name, pattern)
 
 
-def _enter(folder: Path, part: Part, entry: dict[str, Any]) -> None:
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    entries = manifest(folder) | {part.name: {**entry, "date": now}}
-    with atomic_write(folder / MANIFEST, "w") as file:
-        json.dump(entries, file, indent=1)
+# A pretrained network -------------------------------------------------------------------------------------------------
 
 
-def _move(files: list[Path], folder: Path) -> None:
-    """Unpacked files to their folder: at one stroke, unless there is one already."""
-    unpacked = files[0].parent
-    if not folder.is_dir():
-        os.rename(unpacked, folder)
+def fetch_network(network: Pretrained) -> None:
+    """Fetch a pretrained network to where its library looks for it, unless it is there. Raises `DownloadError`."""
+    if network.path is not None:
         return
-    for file in files:
-        os.replace(file, folder / file.name)
-    unpacked.rmdir()
+    try:
+        if isinstance(network, Checkpoint):
+            download(Remote(network.url, network.size, f"sha256:{network.sha256}"), network.file)
+        elif isinstance(network, OpenClip):
+            _fetch_from_hub(network)
+        else:
+            _install_spacy_model(network.name)
+    except DownloadError as error:
+        raise DownloadError(
+            f"{network.name} could not be fetched. {error} With a network, run: {network.command} (or copy it from a machine "
+            f"that has it to {network.home})."
+        ) from error
 
 
-# --- All that a profile needs -----------------------------------------------------------------------------------------
+def _fetch_from_hub(network: OpenClip) -> None:
+    import huggingface_hub
+    import open_clip
+
+    try:
+        # This fails at once where there is no network, and the download only after a minute of trying.
+        huggingface_hub.file_exists(network.repository, network.files[0])
+        open_clip.download_pretrained(network.tag)
+    except Exception as error:  # of the hub's, of its web client's, and of open_clip's many kinds
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise DownloadError(f"{network.files[0]} of {network.repository}: {reason}.") from error
+
+
+def _install_spacy_model(name: str) -> None:
+    command = [sys.executable, "-m", "spacy", "download", name]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        last = (done.stdout.strip() or f"it ended with {done.returncode}").splitlines()[-1].rstrip(".")
+        raise DownloadError(f"`python -m spacy download {name}` says: {last}.")
+
+
+# All that is asked for ------------------------------------------------------------------------------------------------
+
+Wanted = tuple[dict[Path, tuple[Part, ...]], list[Pretrained]]
+"""The parts of data sets, by the folders of these, and the pretrained networks."""
 
 
 def fetch_all(names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None = None) -> int:
@@ -230,44 +281,44 @@ def fetch_all(names: Sequence[str], profile: str | None, data_dir: str | os.Path
 
     Returns the exit status: 0 if all is there, 1 if something is not, 130 if stopped.
     """
-    return _settle(names, profile, data_dir, fetching=True)
-
-
-def show_status(names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None = None) -> int:
-    """Print what is there and what is missing, without a request; 0 if all is there, else 1."""
-    return _settle(names, profile, data_dir, fetching=False)
-
-
-def _settle(
-    names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None, fetching: bool
-) -> int:
-    if profile == "sample" and not names:
-        print('Profile "sample" needs nothing that is not bundled.')
-        return 0
-    known = [*SOURCES, *PRETRAINED]
-    check_names(names, known, "There is no data set or pretrained network")
-    root = data_root(data_dir)
-    names = known if profile == "paper" or not names else names
-    sets = {root / name: parts for name, parts in SOURCES.items() if name in names}
-    weights = [network for name, network in PRETRAINED.items() if name in names]
     try:
-        well = not fetching or _fetch(sets, weights)
-        missing = _show(sets, weights)
+        well = _fetch(*_wanted(names, profile, data_dir))
+        return show_status(names, profile, data_dir) or int(not well)
     except KeyboardInterrupt:
         print("Stopped. The same command goes on where it was.", file=sys.stderr)
         return 130
-    if missing:
+
+
+def show_status(names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None = None) -> int:
+    """Print what is there and what is missing, without a request. Return 0 if all is there, else 1."""
+    sets, networks = _wanted(names, profile, data_dir)
+    if not sets and not networks:
+        print('Profile "sample" needs nothing that is not bundled.')
+    elif missing := _show(sets, networks):
         where = f" --data-dir {data_dir}" if data_dir else ""
-        print(f"With a network, this fetches what is missing: {PROGRAM} fetch {' '.join(missing)}{where}")
-    return 0 if well and not missing else 1
+        print(f"With a network, this fetches what is missing: taco-nb fetch {' '.join(missing)}{where}")
+        return 1
+    return 0
 
 
-def _fetch(sets: dict[Path, tuple[Part, ...]], weights: list[Pretrained]) -> bool:
-    """Get all that is missing; what fails is said, and keeps nothing else from being fetched."""
-    weights = [network for network in weights if network.path is None]
+def _wanted(names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None) -> Wanted:
+    """Return what has these names and what the profile needs; everything there is, if neither is given."""
+    known = [*SOURCES, *PRETRAINED]
+    if profile == "paper" or not (names or profile):
+        names = list(dict.fromkeys([*names, *known]))
+    networks = {name: PRETRAINED.get(name) or find_pretrained(name) for name in names if name not in SOURCES}
+    unknown = [name for name, network in networks.items() if network is None]
+    check_names(unknown, known, "There is no data set or pretrained network")
+    root = data_root(data_dir)
+    return {root / name: parts for name, parts in SOURCES.items() if name in names}, list(networks.values())
+
+
+def _fetch(sets: dict[Path, tuple[Part, ...]], networks: list[Pretrained]) -> bool:
+    """Get all that is missing, and return whether that went well. What fails is said, and stops nothing else."""
+    networks = [network for network in networks if network.path is None]
     rooms = [(folder, room_needed(folder, parts)) for folder, parts in sets.items()]
-    check_room(rooms + [(network.home, network.size) for network in weights])
-    steps = [network.fetch for network in weights]
+    check_room(rooms + [(network.home, network.size) for network in networks])
+    steps: list[Callable[[], None]] = [partial(fetch_network, network) for network in networks]
     steps += [partial(_prepare, folder, parts) for folder, parts in sets.items()]
     well = True
     for step in steps:
@@ -280,7 +331,7 @@ def _fetch(sets: dict[Path, tuple[Part, ...]], weights: list[Pretrained]) -> boo
 
 
 def _prepare(folder: Path, parts: tuple[Part, ...]) -> None:
-    """Fetch a data set, and read it once as a run would, so that nothing is left to be found out there."""
+    """Fetch a data set, and open it once as a run would, so that nothing is left to be found out there."""
     fetch_set(folder, parts)
     (dataset,) = datasets(folder.name, data_dir=folder.parent)
     print(f"{folder.name}: {len(dataset):,} images to evaluate on.")
@@ -289,28 +340,35 @@ def _prepare(folder: Path, parts: tuple[Part, ...]) -> None:
         print(f"coco: {compare_splits(folder)}")
 
 
-def _show(sets: dict[Path, tuple[Part, ...]], weights: list[Pretrained]) -> list[str]:
-    """Print a line for each, and give the names of those that are missing."""
-    rows, missing = [], []
+def _show(sets: dict[Path, tuple[Part, ...]], networks: list[Pretrained]) -> list[str]:
+    """Print a line for each data set and network, and return the names of those that are missing."""
+    rows = []
     for folder, parts in sets.items():
         lacking, entries = missing_parts(folder, parts), manifest(folder)
         if lacking:
-            missing.append(folder.name)
             had = sum(fetched_bytes(folder, part) for part in lacking)
-            rest = sum(part.remote.size for part in lacking) - had
+            state, size = (
+                "unfinished" if had or entries else "missing",
+                sum(part.size for part in lacking) - had,
+            )
             note = f"{folder} lacks {few(part.name for part in lacking)}"
-            rows.append((folder.name, "unfinished" if had or entries else "missing", rest, note))
         else:
             found = sum("found" in entries.get(part.name, {"found": ""}) for part in parts)
             note = f"; {found} of {len(parts)} parts were not fetched, and so not checked" if found else ""
-            size = sum(entries.get(part.name, {}).get("bytes", part.remote.size) for part in parts)
-            rows.append((folder.name, "there", size, f"{folder}{note}"))
-    for network in weights:
-        if network.path is None:
-            missing.append(network.name)
-        state = "there" if network.path else "missing"
-        rows.append((network.name, state, network.size, f"{network.path or network.home}, for {network.use}"))
+            state, note = "there", f"{folder}{note}"
+            size = sum(entries.get(part.name, {}).get("bytes", part.size) for part in parts)
+        rows.append((folder.name, state, size, note))
+    for network in networks:
+        path = network.path
+        rows.append(
+            (
+                network.name,
+                "there" if path else "missing",
+                network.size,
+                f"{path or network.home}, for {network.use}",
+            )
+        )
     width = max(len(name) for name, *_ in rows)
     for name, state, size, note in rows:
-        print(f"{name:{width}}  {state:10}  {shown(size):>8}  {note}")
-    return missing
+        print(f"{name:{width}}  {state:10}  {human_size(size):>8}  {note}")
+    return [name for name, state, *_ in rows if state != "there"]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taco_nb.errors import SettingError
-from taco_nb.metrics.clip_images import standardized
+from taco_nb.metrics.joint_space import standardized
 
 LOGIT_SCALE = math.exp(2.6592)  # at which CLIP's training starts, and where TACO leaves it
 IMAGE_WEIGHT = 40.0

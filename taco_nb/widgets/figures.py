@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from taco_nb.evaluation import means
+from taco_nb.metrics.rate import few_points
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +41,8 @@ def rate_distortion(
 
     `results` come from `taco_nb.evaluation`; one menu chooses the metric, another, where there are several, the data set.
     An image's point says its name (of large sets, the first `IMAGES` have one). `published` gives curves from the
-    literature on Kodak as {name: {"bpp": [...], "psnr": [...]}}, drawn thin and dashed.
+    literature on Kodak as {name: {"bpp": [...], "psnr": [...]}}, drawn thin and dashed. A curve through fewer than four
+    points says so in the legend.
     """
     import pandas as pd
     import plotly.graph_objects as go
@@ -72,7 +74,7 @@ def rate_distortion(
             _heights(curve, metrics),
             True,
             x=curve["bpp"],
-            name=group,
+            name=curve_name(group, len(curve)),
             legendgroup=group,
             mode="markers" if single else "lines+markers",
             marker={"size": 13 if single else 6, "symbol": "star" if single else "circle"},
@@ -105,7 +107,7 @@ def rate_distortion(
             {metric: list(curve[metric]) for metric in metrics if curve.get(metric)},
             True,
             x=list(curve["bpp"]),
-            name=f"{name} (published)",
+            name=curve_name(f"{name} (published)", len(curve["bpp"])),
             mode="lines",
             line={"width": 1, "dash": "dot"},
         )
@@ -133,6 +135,14 @@ def rate_distortion(
         ],
     )
     return figure
+
+
+def curve_name(name: str, points: int) -> str:
+    """Return the name of a curve as the legend shows it: with the number of its points if they are few."""
+    few = few_points(points)
+    return (
+        f"{name}, {few}" if few and points > 1 else name
+    )  # a single point is no curve, and is not drawn as one
 
 
 def _heights(rows: pd.DataFrame, metrics: Sequence[str]) -> dict[str, list]:

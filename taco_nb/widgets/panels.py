@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from taco_nb.widgets.figures import _COLOURS, _LAYOUT
+from taco_nb.widgets.figures import _COLOURS, _LAYOUT, curve_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +32,8 @@ def rate_panels(
 
     Points that may be held against published figures are filled, others hollow. `published` are curves from the literature,
     {name: {"bpp": [...], "psnr": [...]}}, drawn dotted; `stated` are single values of known quality and unknown rate,
-    {name: {metric: value}}, drawn as level lines. The title names the metrics of which there is nothing to show.
+    {name: {metric: value}}, drawn as level lines. The title names the metrics of which there is nothing to show, and the
+    legend says so of a curve through fewer than four points.
     """
     from plotly.subplots import make_subplots
 
@@ -45,16 +46,22 @@ def rate_panels(
     }
     shown = [metric for metric in PANELS if held[metric]] or ["psnr"]
     rows = -(-len(shown) // 2)
-    names = [PANELS[metric] for metric in shown]
-    figure = make_subplots(rows, min(2, len(shown)), subplot_titles=names, vertical_spacing=0.2)
+    titles = [PANELS[metric] for metric in shown]
+    figure = make_subplots(rows, min(2, len(shown)), subplot_titles=titles, vertical_spacing=0.2)
+    # A curve has one entry in the legend for all panels, so the panel with the fewest of its points decides.
+    legend = {
+        label: curve_name(label, min((n for n in curve[shown].count() if n), default=0))
+        for label, curve in points.groupby("label", sort=False)
+    }
     rates = [*points["bpp"], *(rate for curve in published.values() for rate in curve["bpp"])]
     for i, metric in enumerate(shown):
         place = {"row": i // 2 + 1, "col": i % 2 + 1}
-        _measured(figure, points.dropna(subset=[metric]).sort_values("bpp"), metric, place)
+        _measured(figure, points.dropna(subset=[metric]).sort_values("bpp"), metric, place, legend)
         for name, curve in published.items():
             if curve.get(metric):
                 line = {"width": 1, "dash": "dot"}
-                _line(figure, curve["bpp"], curve[metric], f"{name}, published", line, place)
+                published_name = curve_name(f"{name}, published", len(curve["bpp"]))
+                _line(figure, curve["bpp"], curve[metric], published_name, line, place)
         for name, values in stated.items():
             if _plain(metric) in values:
                 level = [values[_plain(metric)]] * 2
@@ -76,7 +83,9 @@ def _plain(metric: str) -> str:
     return metric.removesuffix("_01")
 
 
-def _measured(figure: Figure, points: pd.DataFrame, metric: str, place: dict[str, int]) -> None:
+def _measured(
+    figure: Figure, points: pd.DataFrame, metric: str, place: dict[str, int], names: Mapping[str, str]
+) -> None:
     for label, curve in points.groupby("label", sort=False):
         symbols = ["circle" if reason == "" else "circle-open" for reason in curve["unjudged"]]
         # a mean may be over fewer than all images, such as MS-SSIM, which small ones do not have
@@ -87,7 +96,7 @@ def _measured(figure: Figure, points: pd.DataFrame, metric: str, place: dict[str
             for run, lmbda, count, reason in zip(curve["run"], curve["lmbda"], counts, curve["unjudged"])
         ]
         figure.add_scatter(
-            x=curve["bpp"], y=curve[metric], name=label, mode="lines+markers", marker={"size": 9, "symbol": symbols},
+            x=curve["bpp"], y=curve[metric], name=names[label], mode="lines+markers", marker={"size": 9, "symbol": symbols},
             text=said, hovertemplate="%{text}<br>%{x:.3f} bpp, %{y:.4g}<extra>%{fullData.name}</extra>", **place,
         )  # fmt: skip
 

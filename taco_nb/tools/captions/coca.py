@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
@@ -36,7 +36,7 @@ class CoCaCaptioner(Captioner):
     It sees the image's centre square at 224x224 and takes no prompt. Chance is seeded by the image, the settings and the
     caption's index: up to rounding, a caption does not depend on the other images of its batch.
     Raises `SettingError` for an unknown model or a setting out of range, `MissingWeightsError` where the weights are
-    neither on this machine nor to be had, `CheckpointError` where they are damaged or another model's.
+    not on this machine (`taco-nb fetch` gets them), `CheckpointError` where they are damaged or another model's.
     """
 
     model: str = "coca_ViT-L-14/mscoco_finetuned_laion2b_s13b_b90k"
@@ -73,9 +73,9 @@ class CoCaCaptioner(Captioner):
     def _ask(self, dataset: CaptionedImages, tasks: list[Task], cache: CaptionCache) -> dict[str, str]:
         import torch
 
-        from taco_nb.text.clip import _check_device
+        from taco_nb.text.clip import usable_device
 
-        model, preprocess = _load(self.model, _check_device(self.device))
+        model, preprocess = _load(self.model, usable_device(self.device))
         remaining = iter(tasks)
         total = sum(len(task.keys) for task in tasks)
         with (
@@ -101,9 +101,9 @@ def write_captions(
     """
     import torch
 
-    from taco_nb.text.clip import _tokenizer
+    from taco_nb.text.tokens import clip_tokenizer
 
-    tokenizer, pad = _tokenizer(), model.pad_id
+    tokenizer, pad = clip_tokenizer(), model.pad_id
     generators = [torch.Generator().manual_seed(_seed(key)) for key in keys]
     ids = torch.full((len(keys), 1), tokenizer.sot_token_id, device=image_embs.device)
     done = torch.zeros(len(keys), dtype=torch.bool)
@@ -144,7 +144,7 @@ def _load(name: str, device: str) -> tuple[torch.nn.Module, Callable[[Image.Imag
     import open_clip
     import torch
 
-    from taco_nb.pretrained import weights_file
+    from taco_nb.pretrained import OpenClip
 
     model, _, pretrained = name.partition("/")
     config = open_clip.get_model_config(model) if model in open_clip.list_models() else {}
@@ -152,13 +152,7 @@ def _load(name: str, device: str) -> tuple[torch.nn.Module, Callable[[Image.Imag
         known = [f"{known}/{tag}" for known, tag in open_clip.list_pretrained() if known.startswith("coca")]
         raise SettingError(f"{name!r} is no CoCa model of open_clip. Known: {', '.join(known)}.")
     tag = open_clip.get_pretrained_cfg(model, pretrained)
-    arguments = str((model, pretrained))
-    command = f'python -c "import open_clip as o; o.download_pretrained(o.get_pretrained_cfg{arguments})"'
-    path = (
-        Path(weights_file(tag, f"captioner {name}", partial(_megabytes, config), command))
-        if tag
-        else Path(pretrained).expanduser()
-    )
+    path = OpenClip(name).require() if tag else Path(pretrained).expanduser()
     if not tag and not path.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
         raise SettingError(
@@ -173,13 +167,3 @@ def _load(name: str, device: str) -> tuple[torch.nn.Module, Callable[[Image.Imag
             "Delete it and fetch it again, or name the model that it was made for."
         ) from error
     return module.requires_grad_(False).eval().to(device), preprocess
-
-
-def _megabytes(config: dict[str, Any]) -> int:
-    """Size in float32 of a CoCa model, without building it."""
-    import open_clip
-    import torch
-
-    with torch.device("meta"):
-        model = open_clip.CoCa(**{key: value for key, value in config.items() if key != "custom_text"})
-    return round(sum(weight.numel() for weight in model.parameters()) * 4e-6)
