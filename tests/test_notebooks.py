@@ -286,7 +286,7 @@ def test_the_other_codecs_are_matched_on_a_hundred_pictures(tmp_path):
     mine = {"codec": "mine", "dataset": "many", "name": dataset.names, "width": 8, "height": 8, "bytes": 1000}
     namespace = {
         "results": pd.DataFrame(mine).assign(bpp=1.0, psnr=1.0, fid=1.0),
-        "sets": [dataset],
+        "few": [dataset],
         "means": means,
     }
     namespace |= {"evaluate_matched": evaluate_matched, "sortable": pd.DataFrame}
@@ -345,7 +345,7 @@ def executed(tmp_path_factory):
         "2",
     ]
     command += ["-p", "eval_limit", "1", "-p", "out_dir", out_dir]
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert {path.name for path in home.iterdir()} == {"out.ipynb", "results"}
     return nbformat.read(home / "out.ipynb", 4), out_dir

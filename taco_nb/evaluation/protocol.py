@@ -239,7 +239,8 @@ def _lmbda_in(name: str) -> float:
 
 
 def _sizes(exp: Experiment) -> dict[str, Any]:
-    return json.loads(exp.to_json())["sizes"]
+    sizes = json.loads(exp.to_json())["sizes"]
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
 
 
 def _paper_sizes() -> dict[str, Any]:
