@@ -1,6 +1,6 @@
-"""What an evaluation is called, how to repeat it, and why its figures may not be held against the report's.
+"""This module gives an evaluation its label, the commands that repeat it, and the reasons not to judge the report by it.
 
-`evaluate` knows all this and writes it down, so that no reader of the file has to guess.
+`evaluate` knows all this and writes it down, so that no reader of its files has to guess.
 """
 
 from __future__ import annotations

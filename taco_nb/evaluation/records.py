@@ -1,4 +1,4 @@
-"""What an evaluation keeps in its folder, and how a row of its table is known to be true.
+"""An evaluation keeps in its folder what it has measured, together with what tells whether that is still true.
 
     files/<data set>/<image>.taco   the image, as the codec keeps it
     files/<data set>/<image>.json   its record: its row, and a digest of all that the row was measured under

@@ -1,4 +1,4 @@
-"""`evaluate`: real files, measured, with a row per image, and where every number came from."""
+"""`evaluate` codes images as real files, measures each of them, and writes down where every number came from."""
 
 from __future__ import annotations
 
@@ -63,24 +63,12 @@ if TYPE_CHECKING:
 BATCH_SIZE = 16
 """Crops of one size that go through the networks together."""
 _COMPUTES = (
-    "model",
-    "text",
-    "metrics",
-    "codec.py",
-    "evaluation/measure.py",
-    "data/captioned.py",
-    "data/images.py",
-)
+    "model", "text", "metrics", "codec.py", "evaluation/measure.py", "data/captioned.py", "data/colour.py", "data/images.py",
+)  # fmt: skip
 """The code that figures depend on."""
 _PACKAGES = (
-    "torch",
-    "torchvision",
-    "compressai",
-    "open_clip_torch",
-    "lpips",
-    "pytorch-msssim",
-    "torch-fidelity",
-)
+    "torch", "torchvision", "compressai", "open_clip_torch", "lpips", "pytorch-msssim", "torch-fidelity",
+)  # fmt: skip
 """The packages whose arithmetic figures depend on. Half an evaluation is not gone on with under another version."""
 
 
@@ -410,7 +398,7 @@ def _evaluate_in_processes(
 ) -> None:
     """Let `count` new processes do the same call, each with a copy of the codec."""
     check_device(codec.device.type, count)
-    names = (
+    names = [
         "text_encoder",
         "text_tokens",
         "text_length",
@@ -419,7 +407,7 @@ def _evaluate_in_processes(
         "mode",
         "name",
         "about",
-    )
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch, "codec.safetensors")
         save_weights(weights, codec.net, {})
