@@ -110,7 +110,7 @@ def test_parameters_are_the_shared_ones_and_settings_of_an_experiment(path):
 def test_a_step_is_timed_in_pieces_as_small_as_each_processs_and_after_all_is_measured(monkeypatch):
     cells = [cell.source for cell in code_cells(nbformat.read(BASELINE, 4))]
     (at,) = [i for i, cell in enumerate(cells) if "step_times(" in cell]
-    assert "measure(p, runs)" in "".join(cells[:at])
+    assert "evaluate_runs(p, runs)" in "".join(cells[:at])
     asked = []
     monkeypatch.setattr("taco_nb.training.step_times", lambda exp, **how: asked.append(how["accumulation"]))
     exec(
