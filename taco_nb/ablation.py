@@ -1,4 +1,4 @@
-"""What the three ablation notebooks share: train the change and the baseline alike, and measure both."""
+"""What the ablation notebooks share: they train the change and the baseline alike, and evaluate both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def differences(baseline: Experiment, changed: Experiment) -> pd.DataFrame:
-    """The settings in which two experiments differ, a row each: the whole of an ablation."""
+    """Return the settings in which two experiments differ, a row each: the whole of an ablation."""
     import pandas as pd
 
     rows = [(name, str(was), str(now)) for name, (was, now) in baseline.diff(changed).items()]
@@ -28,9 +28,9 @@ def differences(baseline: Experiment, changed: Experiment) -> pd.DataFrame:
 
 
 def same_steps(baseline: Experiment, changed: Experiment, data_dir: str | None = None) -> Experiment:
-    """`changed` with its epochs set so that it takes as many steps as `baseline`, as nearly as whole epochs can.
+    """Return `changed` with the whole number of epochs that takes most nearly as many steps as `baseline`.
 
-    Epochs differ in length where captions do in number: the published ones are five to an image, paragraphs may be one.
+    An epoch is longer where images have more captions: the published ones are five to an image, paragraphs may be one.
     """
     steps = [
         len(Batches(len(pairs), exp.batch_size, exp.seed))
@@ -43,10 +43,10 @@ def same_steps(baseline: Experiment, changed: Experiment, data_dir: str | None =
 def train(
     p: Parameters, experiments: Mapping[str, Experiment], on_log: OnLog | None = None
 ) -> dict[str, Run]:
-    """Train each experiment into a folder of its own below `p.runs`, or resume it, or find it finished; `on_log` as `fit`'s.
+    """Train each experiment into a folder of its own below `p.runs`, or resume it, or find it finished.
 
-    `p.max_hours` is for all of them together, and counts from when the parameters were checked. Where its end or a signal
-    stops one, it is returned unfinished, and those after it take a single step.
+    `on_log` is passed to `fit`. `p.max_hours` is for all runs together, and counts from when the parameters were checked.
+    Where its end or a signal stops one, it is returned unfinished, and those after it take a single step.
     """
     runs = {}
     for label, exp in experiments.items():
@@ -67,9 +67,9 @@ def train(
 
 
 def measure_start(p: Parameters, experiments: Mapping[str, Experiment]) -> pd.DataFrame:
-    """Evaluate the bundled codecs that the experiments start from, each under the captions it was trained on.
+    """Evaluate the bundled codecs that the experiments start from, under their own captions and on 24 pictures of each set.
 
-    `codec` is a bundled codec's own name. Of experiments that start from other weights there are no rows.
+    The column `codec` has a bundled codec's own name. Experiments that start from other weights have no rows.
     """
     import pandas as pd
 
@@ -78,23 +78,24 @@ def measure_start(p: Parameters, experiments: Mapping[str, Experiment]) -> pd.Da
     for name in dict.fromkeys(exp.init for exp in experiments.values() if exp.init in bundled):
         codec = load(name, device=p.torch_device, data_dir=p.data_dir)
         folder = p.runs / f"evaluation-{codec.name}"
-        sets = p.datasets(codec.about["experiment"]["captions"])
-        tables.append(evaluate(codec, sets, folder, caption=p.caption, num_processes=p.num_processes))
+        # a few pictures show where it starts; all of MS-COCO's would take hours, and are for what is trained
+        few = [dataset.head(24) for dataset in p.datasets(codec.about["experiment"]["captions"])]
+        tables.append(evaluate(codec, few, folder, caption=p.caption, num_processes=p.num_processes))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def codecs(p: Parameters, runs: Mapping[str, Run]) -> dict[str, Codec]:
-    """The codec of every run, named by its label, on the device that was asked for."""
+    """Return the codec of every run, named by its label, on the device that was asked for."""
     loaded = {label: load(run.dir, device=p.torch_device, data_dir=p.data_dir) for label, run in runs.items()}
     for label, codec in loaded.items():
         codec.name = label
     return loaded
 
 
-def measure(p: Parameters, runs: Mapping[str, Run]) -> pd.DataFrame:
-    """Evaluate every run on the profile's data sets, under the captions it was trained on; `codec` is its label.
+def evaluate_runs(p: Parameters, runs: Mapping[str, Run]) -> pd.DataFrame:
+    """Evaluate every run on the profile's data sets, under the captions it was trained on, and name it by its label.
 
-    A run whose training was stopped is named in a line and left out: its time is over, and its figures would not stay.
+    A run whose training was stopped is named in a line and left out, since its figures would not stay.
     """
     import pandas as pd
 

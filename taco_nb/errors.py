@@ -38,6 +38,10 @@ class ProcessError(TacoError, RuntimeError):
     """One of several processes that work together has died. The message holds the last lines that it printed."""
 
 
+class StoppedError(TacoError, RuntimeError):
+    """A signal has asked for a stop before the work was done; what is done is kept, and the same call goes on."""
+
+
 class BitstreamError(TacoError, ValueError):
     """A `.taco` file cannot be decoded to exactly the picture that was encoded."""
 

@@ -72,6 +72,11 @@ class Parameters:
         return (self.started_in / Path(self.out_dir).expanduser()).resolve()
 
     @property
+    def peers(self) -> Path:
+        """Where the other codecs' curves are kept. A sweep gives each lambda a folder below one, which all of them share."""
+        return (self.runs.parent if self.runs.name.startswith("lmbda-") else self.runs) / "peers"
+
+    @property
     def trains(self) -> bool:
         """Whether to train: a checkpoint that is given is only validated, unless `epochs` is given too."""
         return self.checkpoint is None or self.epochs is not None

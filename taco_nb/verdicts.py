@@ -1,13 +1,13 @@
-"""What the runs say of the published figures: each beside what was measured, with the difference and a verdict.
+"""What the runs say about the published figures: each figure beside what was measured, the difference, and a verdict.
 
 The rules, which notebook 06 states to its readers as well:
 
 - Only a run that follows the report's protocol is judged: the profile `paper`, its settings, at least as many epochs, every
   image of the data set (of MS-COCO all that are large enough for the crop), evaluated in the mode "exact", with FID of
-  whole images over patches of 256 pixels, and on MS-COCO with the best of an image's captions (`unjudged` in
-  `taco_nb.report.collect` says what is amiss). All others are shown, and are "not yet measured".
+  whole images over patches of 256 pixels, and on MS-COCO with the best of an image's captions. `unjudged` in
+  `taco_nb.report.collect` says what is amiss. All other runs are shown, and are "not yet measured".
 - A **figure** is "reproduced" if the measured mean is within `TOLERANCE` of it, else "not reproduced". Beside it stands
-  a 95 % bootstrap interval of the mean, and whether the figure lies in it; that speaks of the choice of images alone.
+  a 95 % bootstrap interval of the mean, and whether the figure lies in it; the interval covers the choice of images alone.
 - A **sentence** ("better on all data sets") is judged on each data set by the difference to the baseline at the same lambda
   and number of steps, paired by image: "reproduced" if the whole 95 % interval of the mean difference is on the side that the
   sentence says, else "not reproduced", which so includes differences too small to tell. "Similar" means within `TOLERANCE` of
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from taco_nb.evaluation.protocol import starts_from_sibling
 from taco_nb.experiment import Experiment, baseline
 from taco_nb.files import bundled
 from taco_nb.report import (
@@ -33,7 +34,6 @@ from taco_nb.report import (
     PUBLISHED_AS,
     WHOLE_SET,
     points,
-    starts_from_sibling,
 )
 
 if TYPE_CHECKING:
@@ -41,24 +41,24 @@ if TYPE_CHECKING:
 
 REPRODUCED, NOT_REPRODUCED, NOT_MEASURED = "reproduced", "not reproduced", "not yet measured"
 TOLERANCE = 0.05
-"""The share of a published figure by which a measured one may differ."""
+"""By this share of a published figure, a measured one may differ."""
 DRAWS = 2000
-"""Bootstrap samples."""
+"""How many bootstrap samples an interval rests on."""
 SAME_STEPS = 0.05
-"""The share by which two runs' numbers of steps may differ and still be compared: whole epochs differ in length."""
+"""By this share two runs' numbers of steps may differ, and still be compared, since whole epochs differ in length."""
 COMPARED = tuple(name for name in MEASURES if not name.endswith("_s"))
-"""The metrics of which `paired` takes differences: all but the times, which other work on the machine changes."""
+"""The metrics that `paired` compares: all but the times, which other work on the machine changes."""
 
 
 class Claim(NamedTuple):
-    """A sentence of the report on an ablation against the baseline, in a form that a measurement can decide."""
+    """A sentence of the report that compares an ablation with the baseline, in a form that a measurement can decide."""
 
     ablation: str
     text: str
     """Its key in `report.json`, under the ablation's "text"."""
     metric: str
     sides: dict[str, str]
-    """Our names of data sets: "lower", "higher" or "similar" than the baseline."""
+    """{our name of a data set: "lower" or "higher" than the baseline, or "similar" to it}."""
     limit: float = math.inf
     """The largest difference, in the metric's unit, that the sentence allows."""
 
@@ -71,9 +71,8 @@ CLAIMS = (
     Claim("context", "lpips", "lpips", _everywhere("lower")),
     Claim("context", "psnr", "psnr", _everywhere("higher")),
     Claim("context", "fid", "fid", _everywhere("similar")),
-    Claim(
-        "linformer", "accuracy", "psnr", _everywhere("lower")
-    ),  # "accuracy" is not defined there; this is our reading
+    # "accuracy" is not defined there; this is our reading
+    Claim("linformer", "accuracy", "psnr", _everywhere("lower")),
     Claim("linformer", "accuracy", "lpips", _everywhere("higher")),
     Claim("keywords", "psnr", "psnr", {"coco": "lower", "kodak": "lower", "clic": "higher"}, limit=0.5),
     Claim("keywords", "fid", "fid", {"clic": "higher"}),
@@ -81,9 +80,10 @@ CLAIMS = (
 
 
 def interval(values: Sequence[float], draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of the mean of `values`, one per image (Efron and Tibshirani 1993, ch. 13).
+    """Return the 95 % bootstrap interval of the mean of `values`, one per image.
 
-    NaN for fewer than two values, which say nothing of a spread.
+    It lies between percentiles of the means of resampled values (Efron and Tibshirani 1993, ch. 13). Both ends are NaN for
+    fewer than two values, which say nothing about a spread.
     """
     from scipy.stats import bootstrap
 
@@ -100,11 +100,11 @@ def interval(values: Sequence[float], draws: int = DRAWS, seed: int = 0) -> tupl
 
 
 def paired(runs: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
-    """Every ablation against every baseline that differs from it in nothing else, image by image.
+    """Compare every ablation, image by image, with every baseline that differs from it in nothing else.
 
-    A row per pair of runs, data set and metric: the means over the images that both have, the mean difference (ablation
-    less baseline), its bootstrap interval low and high (NaN for metrics of a whole data set), and images. Pairs have the
-    same lambda and seed, and numbers of steps within `SAME_STEPS` of each other.
+    There is a row per pair of runs, data set and metric: the means over the images for which both have a figure, how many
+    these are, the mean difference (ablation less baseline), and its bootstrap interval, low and high (NaN for metrics of a
+    whole data set). Pairs have the same lambda and seed, and numbers of steps within `SAME_STEPS` of each other.
     """
     import pandas as pd
     from tqdm.auto import tqdm
@@ -117,7 +117,7 @@ def paired(runs: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFram
         about |= {"baseline_run": base["run"], "epochs": changed["epochs"], "baseline_epochs": base["epochs"]}
         about["unjudged"] = "; ".join(dict.fromkeys(r["unjudged"] for r in (changed, base) if r["unjudged"]))
         for metric in COMPARED:
-            values = both[[metric, f"{metric}_baseline"]].dropna()
+            values = both[[metric, f"{metric}_baseline"]].replace([math.inf, -math.inf], math.nan).dropna()
             if values.empty:
                 continue
             here, there = values.to_numpy().T
@@ -135,11 +135,11 @@ def paired(runs: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFram
 def verdicts(
     runs: pd.DataFrame, ablation: str | None = None, data_dir: str | os.PathLike | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """What the report states, of one ablation ("baseline" is one too) or of all, beside what `runs` measured.
+    """Return what the report states, about one ablation ("baseline" is one too) or all, beside what `runs` measured.
 
-    A row per statement and run that bears on it, or one with NaN where none does: of, what, published, measured, difference
-    (to the published figure; for a sentence, to the baseline), its 95 % interval or the mean's, verdict, and the run or the
-    reason. See the module for the rules.
+    There is a row per statement and run that bears on it, or one with NaN where none does. Its columns are of, what,
+    published, measured, images, difference (to the published figure; for a sentence, to the baseline), its 95 % interval or
+    the mean's, verdict, and the run or the reason. See the module for the rules.
     """
     import pandas as pd
 
@@ -165,19 +165,17 @@ def _figure_rows(runs, means, ablation, dataset, metric, value, stated, seed) ->
     bearing = found[(found["unjudged"] == "") & np.isclose(found["lmbda"], lmbda)]
     rows = []
     for _, run in (found if bearing.empty else bearing).iterrows():
-        other = (
-            ""
-            if np.isclose(run["lmbda"], lmbda)
-            else f"lambda {run['lmbda']:g}, taken as published at {lmbda}"
-        )
-        amiss = "; ".join(filter(None, [run["unjudged"], other]))
-        values = runs.loc[(runs["run"] == run["run"]) & (runs["dataset"] == ours), column].dropna()
+        amiss = [run["unjudged"]] if run["unjudged"] else []
+        if not np.isclose(run["lmbda"], lmbda):
+            amiss.append(f"lambda {run['lmbda']:g}, taken as published at {lmbda}")
+        values = runs.loc[(runs["run"] == run["run"]) & (runs["dataset"] == ours), column]
+        values = values[np.isfinite(values)]
         low, high = (math.nan, math.nan) if metric in WHOLE_SET else interval(values, seed=seed)
         within = abs(run[column] - value) <= TOLERANCE * value
         rows.append(
             _row(
-                ablation, f"{metric}, {dataset}", value, run[column], run[column] - value, low, high,
-                NOT_MEASURED if amiss else REPRODUCED if within else NOT_REPRODUCED, amiss or run["run"],
+                ablation, f"{metric}, {dataset}", value, run[column], len(values), run[column] - value, low, high,
+                NOT_MEASURED if amiss else REPRODUCED if within else NOT_REPRODUCED, "; ".join(amiss) or run["run"],
             )
         )  # fmt: skip
     return rows or [_row(ablation, f"{metric}, {dataset}", value, why="no run here has measured it")]
@@ -193,7 +191,7 @@ def _claim_rows(pairs, claim: Claim, sentence: str) -> list[dict[str, Any]]:
         rows.append(
             _row(
                 claim.ablation, f"{claim.metric}, {pair['dataset']}, lambda {pair['lmbda']:g}", sentence, pair["here"],
-                pair["difference"], pair["low"], pair["high"], verdict,
+                pair["images"], pair["difference"], pair["low"], pair["high"], verdict,
                 pair["unjudged"] or f"{pair['run']}, {pair['baseline_run']}",
             )
         )  # fmt: skip
@@ -202,7 +200,7 @@ def _claim_rows(pairs, claim: Claim, sentence: str) -> list[dict[str, Any]]:
 
 
 def holds(claim: Claim, pair: Any) -> bool:
-    """Whether a difference, as a row of `paired`, is what the sentence says, by the module's rules."""
+    """Tell whether a difference, as a row of `paired`, is what the sentence says, by the module's rules."""
     side = claim.sides[pair["dataset"]]
     low, high = (pair["difference"],) * 2 if math.isnan(pair["low"]) else (pair["low"], pair["high"])
     if side == "similar":
@@ -211,31 +209,24 @@ def holds(claim: Claim, pair: Any) -> bool:
 
 
 def _row(
-    of,
-    what,
-    published,
-    measured=math.nan,
-    difference=math.nan,
-    low=math.nan,
-    high=math.nan,
-    verdict=NOT_MEASURED,
-    why="",
-) -> dict[str, Any]:
-    span = "–" if math.isnan(low) else f"{low:.4f} to {high:.4f}"
-    inside = (
-        "–" if math.isnan(low) or isinstance(published, str) else "yes" if low <= published <= high else "no"
-    )
+    of, what, published, measured=math.nan, images=0, difference=math.nan, low=math.nan, high=math.nan,
+    verdict=NOT_MEASURED, why="",
+) -> dict[str, Any]:  # fmt: skip
+    known = not math.isnan(low)
+    inside = known and not isinstance(published, str)
     return {
-        "of": of, "what": what, "published": published, "measured": measured, "difference": difference,
-        "95 % interval": span, "published in it": inside, "verdict": verdict, "run, or why not": why,
+        "of": of, "what": what, "published": published, "measured": measured, "images": images, "difference": difference,
+        "95 % interval": f"{low:.4f} to {high:.4f}" if known else "–",
+        "published in it": ("yes" if low <= published <= high else "no") if inside else "–",
+        "verdict": verdict, "run, or why not": why,
     }  # fmt: skip
 
 
 def _pairs(means: pd.DataFrame):
-    """Rows of `points` of an ablation and of its baseline, on one data set.
+    """Yield rows of `points` in pairs, of an ablation and of its baseline on the same data set.
 
-    What belongs to an ablation may differ, but only by the ablation's doing: where the baseline is not the profile's own,
-    both must be alike.
+    Settings that belong to an ablation may differ, but only by the ablation's doing: where the baseline has other values
+    than its profile, the ablation must have the same.
     """
     told = means[means["experiment"] != ""]
     for _, changed in told[told["ablation"] != "baseline"].iterrows():

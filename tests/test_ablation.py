@@ -16,9 +16,9 @@ from conftest import make_codec
 from PIL import Image
 
 from taco_nb import baseline, datasets, fit, load
-from taco_nb.ablation import differences, measure, same_steps, train
+from taco_nb.ablation import differences, evaluate_runs, same_steps, train
 from taco_nb.checkpoint import load_fitting, save_weights
-from taco_nb.data import training_pairs
+from taco_nb.data import CaptionedFolder, training_pairs
 from taco_nb.errors import CheckpointError, DataError, SettingError
 from taco_nb.files import REPOSITORY
 from taco_nb.inspection import cost_table, look_at_attention, text_contribution
@@ -220,7 +220,7 @@ def executed(request, tmp_path_factory) -> tuple[str, Path]:
         "out_dir",
         "here",
     ]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return request.param, folder
 
@@ -252,7 +252,7 @@ def test_one_allowance_of_time_is_for_all_that_a_notebook_does(tmp_path, capsys)
     runs = train(p, {"baseline": tiny(), "linformer": tiny(attention="linformer")})
     assert [(run.steps, run.finished) for run in runs.values()] == [(1, False), (1, False)]
     capsys.readouterr()
-    assert measure(p, runs).empty and not list(tmp_path.rglob("evaluation.*"))
+    assert evaluate_runs(p, runs).empty and not list(tmp_path.rglob("evaluation.*"))
     total = runs["baseline"].total_steps
     assert capsys.readouterr().out.splitlines() == [
         f"Not evaluated: {label}, which has taken 1 of {total} steps." for label in runs
@@ -260,14 +260,38 @@ def test_one_allowance_of_time_is_for_all_that_a_notebook_does(tmp_path, capsys)
     for path in sorted(
         (REPOSITORY / "notebooks").glob("0[2-4]_*.ipynb")
     ):  # which then show no table of nothing
-        namespace = {"p": p, "runs": runs, "measure": measure, "sets": p.datasets()}
+        namespace = {"p": p, "runs": runs, "evaluate_runs": evaluate_runs, "sets": p.datasets()}
         sources = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
-        for source in (s for s in sources if "measure(p, runs)" in s or "explorer(" in s):
+        for source in (s for s in sources if "evaluate_runs(p, runs)" in s or "explorer(" in s):
             exec(source, namespace)
         assert namespace["results"].empty and "curves" not in namespace
 
     finished = runs | {"baseline": fit(runs["baseline"].experiment, runs["baseline"].dir)}
-    assert set(measure(Parameters(**how, eval_limit=1), finished)["codec"]) == {"baseline"}
+    assert set(evaluate_runs(Parameters(**how, eval_limit=1), finished)["codec"]) == {"baseline"}
+
+
+def test_a_bundled_codec_is_shown_on_a_few_pictures_and_a_checkpoint_on_all(tmp_path):
+    """Notebook 01 would else evaluate the toy codec on 30,504 images of MS-COCO before it trains."""
+    for i in range(30):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i:03}.png")
+    (tmp_path / "captions.json").write_text(json.dumps({f"{i:03}.png": "" for i in range(30)}))
+    sets = [CaptionedFolder(tmp_path, tmp_path / "captions.json", name="many")]
+    (source,) = [
+        cell.source
+        for cell in nbformat.read(REPOSITORY / "notebooks" / "01_baseline.ipynb", 4).cells
+        if cell.cell_type == "code" and "results = evaluate(" in cell.source
+    ]
+    for checkpoint, images in ((None, 24), ("0.0004.pth.tar", 30)):
+        p = Parameters(profile="sample", out_dir=str(tmp_path / str(images)), checkpoint=checkpoint)
+        namespace = {"p": p, "sets": sets, "codec": make_codec()}
+        exec(source, namespace)
+        assert len(namespace["results"]) == images
+
+
+def test_the_lambdas_of_a_sweep_share_the_curves_of_other_codecs(tmp_path):
+    shared = [Parameters(out_dir=str(tmp_path / f"lmbda-{lmbda}")).peers for lmbda in (0.1, 0.2)]
+    assert shared == [tmp_path.resolve() / "peers"] * 2
+    assert Parameters(out_dir=str(tmp_path / "runs")).peers == tmp_path.resolve() / "runs" / "peers"
 
 
 def test_windows_with_keywords_is_refused_before_anything_is_loaded():

@@ -27,14 +27,16 @@ from taco_nb.checkpoint import save_weights
 from taco_nb.data import CaptionedFolder, CaptionedImages
 from taco_nb.data.images import to_tensor
 from taco_nb.errors import DataError, SettingError
-from taco_nb.evaluation import evaluate_matched, evaluate_peers, means
+from taco_nb.evaluation import evaluate_matched, evaluate_peers, means, read_evaluation
 from taco_nb.evaluation.peers import available_peers
+from taco_nb.evaluation.records import write_csv
 from taco_nb.experiment import baseline
 from taco_nb.files import REPOSITORY
 from taco_nb.metrics.distortion import psnr
 from taco_nb.metrics.perception import Lpips
 from taco_nb.processes import cpu_count
 from taco_nb.provenance import code_digest, commit
+from taco_nb.widgets import rate_distortion
 
 SIZES = {"barn.png": (176, 192), "cat.png": (70, 45), "dog.png": (161, 163)}
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not on this machine")
@@ -102,7 +104,7 @@ def test_bytes_are_those_of_the_files_and_bpp_follows(evaluated):
     for row in results.itertuples():
         assert row.bytes == (out / "files" / "photos" / f"{row.name}.taco").stat().st_size
         assert row.bpp == 8 * row.bytes / (row.width * row.height)
-    assert len(list((out / "files").rglob("*.*"))) == len(results)
+    assert len(list((out / "files").rglob("*.taco"))) == len(results)
 
 
 def test_a_kept_file_is_what_encode_gives_for_that_caption(evaluated):
@@ -178,7 +180,7 @@ for seed in range(2):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -228,13 +230,17 @@ def test_the_json_says_where_the_numbers_came_from(saved):
     assert said["weights"]["experiment"] == json.loads(experiment.to_json())
     assert said["text_encoder"] == "untrained-16"
     assert said["fingerprint"] == load(out.parent / "weights.safetensors").fingerprint.hex()
-    of_photos = {"images": 3, "skipped": 0, "captions": "published", "sha256": dataset.checksum()}
-    assert said["data"] == {"photos": of_photos}
-    assert said["python"] == platform.python_version()
-    assert said["packages"]["torch"] == metadata.version("torch")
-    assert said["packages"].keys() >= {"torch", "compressai", "open_clip_torch", "lpips", "numpy", "pillow"}
-    assert said["commit"] == commit()
-    assert said["hardware"]["cores"] == cpu_count() and said["hardware"]["cpu"]
+    assert (said["ablation"], said["lmbda"]) == ("baseline", experiment.lmbda)
+    of_photos = said["data"]["photos"]
+    assert (of_photos["images"], of_photos["skipped"], of_photos["sha256"]) == (3, 0, dataset.checksum())
+    captions = {"kind": "published", "file": "captions.json", "sha256": dataset.captions_digest()}
+    assert of_photos["captions"] == captions
+    assert of_photos["label"].startswith("baseline, ") and "profile sample" in of_photos["unjudged"]
+    assert of_photos["python"] == platform.python_version()
+    assert of_photos["packages"]["torch"] == metadata.version("torch")
+    assert of_photos["packages"].keys() >= {"torch", "compressai", "lpips", "numpy", "pillow"}
+    assert of_photos["commit"] == commit()
+    assert of_photos["hardware"]["cores"] == cpu_count() and of_photos["hardware"]["cpu"]
     pd.testing.assert_frame_equal(pd.DataFrame(said["means"]), means(results))
 
 
@@ -243,7 +249,7 @@ def test_the_json_says_how_many_were_left_out_and_which_captions(tmp_path, tiny_
     paragraphs = datasets("sample", limit=1, captions="context")[0]
     evaluate(tiny_codec, [whole.centre_crop(64), paragraphs], tmp_path, networks={})
     said = json.loads((tmp_path / "evaluation.json").read_text(encoding="utf-8"))["data"]
-    of = {name: (data["images"], data["skipped"], data["captions"]) for name, data in said.items()}
+    of = {name: (data["images"], data["skipped"], data["captions"]["kind"]) for name, data in said.items()}
     assert of == {"photos": (1, 1, "published"), "sample": (1, 0, "context")}
 
 
@@ -260,8 +266,8 @@ def test_the_json_is_json_even_of_pictures_too_small_for_ms_ssim(tmp_path, tiny_
 
 def test_no_file_names_the_machine_the_user_or_the_environment(saved):
     out = saved[3]
-    files = [path for path in out.rglob("*") if path.is_file()]
-    assert len(files) == len(SIZES) + 2
+    files = [path for path in out.rglob("*") if path.is_file() and path.name != ".lock"]
+    assert len(files) == 2 * len(SIZES) + 2
     for path in files:
         content = path.read_bytes()
         assert b"secret-of-" not in content, path
@@ -328,6 +334,184 @@ def test_the_tower_is_loaded_before_the_first_image_is_timed(tmp_path, network):
     assert not watched.given
 
 
+# --- One folder, and what is in it ------------------------------------------------------------------------------------
+
+ODD = [
+    "a boat\r",
+    "a\rb",
+    "a\r\nb",
+    "\n",
+    '"',
+    "a,b",
+    "",
+    "nan",
+    "NA",
+    "a\0b",
+    " x ",
+    "\u2028",
+    "日本",
+    "=1+1",
+    "1.50",
+    "\\",
+]
+
+
+def test_tables_hold_captions_and_names_as_they_are(tmp_path, tiny_codec):
+    """A carriage return made invented rows on Python before 3.11.9, in which its CSV writer does not quote it."""
+    from PIL import Image
+
+    for i in range(len(ODD)):
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "a\rb.png").write_bytes((tmp_path / "0.png").read_bytes())
+    texts = {f"{i}.png": text for i, text in enumerate(ODD)} | {"a\rb.png": "a name with a carriage return"}
+    (tmp_path / "captions.json").write_text(json.dumps(texts), encoding="utf-8")
+    dataset = CaptionedFolder(tmp_path, tmp_path / "captions.json", name="odd")
+    results = evaluate(tiny_codec, [dataset], tmp_path / "out", networks={})
+    assert dict(zip(results["name"], results["caption"])) == texts and set(results["dataset"]) == {"odd"}
+    assert read_evaluation(tmp_path / "out").equals(results)
+    text = {"dtype": dict.fromkeys(("name", "caption"), str), "keep_default_na": False}
+    for engine in ("c", "python"):
+        table = pd.read_csv(tmp_path / "out" / "evaluation.csv", engine=engine, **text)
+        found = dict(zip(table["name"], table["caption"]))
+        assert found == {name: caption.replace("\0", "\ufffd") for name, caption in texts.items()}
+
+
+def test_a_table_that_reads_otherwise_than_it_was_written_is_refused(tmp_path):
+    write_csv(tmp_path / "a.csv", pd.DataFrame({"name": ["a", "b"], "psnr": [1.0, math.nan]}))
+    with pytest.raises(DataError, match=r"b\.csv, read back, does not hold the rows"):
+        write_csv(
+            tmp_path / "b.csv", pd.DataFrame({"name": ["a", "b"], "text of no known column": ["01", "2"]})
+        )
+
+
+def test_another_data_set_is_kept_beside_the_first(tmp_path, capsys):
+    codec, photos, more = (
+        make_codec(),
+        folder(tmp_path / "photos"),
+        folder(tmp_path / "more", {"a.png": (40, 30)}),
+    )
+    first = evaluate(codec, [photos], tmp_path / "out", networks={})
+    second = evaluate(codec, [more], tmp_path / "out", networks={}, caption="last")
+    assert set(second["dataset"]) == {"more"}
+    both = read_evaluation(tmp_path / "out")
+    assert list(both["dataset"]) == ["photos"] * 3 + ["more"] and both[:3].equals(first)
+    assert len(pd.read_csv(tmp_path / "out" / "evaluation.csv")) == 4
+    said = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    rules = {name: of_set["caption"]["rule"] for name, of_set in said["data"].items()}
+    assert rules == {"photos": "first", "more": "last"}
+    capsys.readouterr()
+    assert (
+        evaluate(codec, [more, photos], tmp_path / "out", networks={}, caption="last")["dataset"][0] == "more"
+    )
+    assert "Evaluating photos again" in capsys.readouterr().out
+    with torch.no_grad():
+        codec.net.g_a.analysis_transform[0].bias.add_(0.01)
+    evaluate(codec, [more], tmp_path / "out", networks={})
+    assert "The earlier figures of photos" in capsys.readouterr().out
+    assert set(read_evaluation(tmp_path / "out")["dataset"]) == {"more"}
+
+
+def evaluate_under(rule: str, home: str) -> None:
+    """In a process of its own: evaluate, and fail unless every row is of the rule that is asked for, and reported."""
+    photos = CaptionedFolder(Path(home) / "photos", Path(home) / "photos" / "captions.json")
+    results = evaluate(make_codec(), [photos], Path(home) / "out", caption=rule, networks={})
+    turn = {"first": 0, "last": 1}[rule]
+    assert list(results["caption"]) == [f"caption {turn} of {name}" for name in photos.names]
+
+
+def test_two_evaluations_in_one_folder_wait_for_each_other(tmp_path, tiny_codec):
+    """Each gets its own rows, and what is left says what it is."""
+    photos = folder(tmp_path / "photos", {f"{i:02}.png": (200, 160) for i in range(12)})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)])}
+    code = "import sys, test_evaluation; test_evaluation.evaluate_under(*sys.argv[1:])"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, rule, tmp_path],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        for rule in ("first", "last")
+    ]
+    said = [process.communicate(timeout=600) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    about = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    rule = about["data"]["photos"]["caption"]["rule"]
+    turn = {"first": 0, "last": 1}[rule]
+    assert {row["caption"] for row in about["rows"]} == {f"caption {turn} of {name}" for name in photos.names}
+    results = evaluate(tiny_codec, [photos], tmp_path / "out", caption=rule, networks={})
+    assert [row["psnr"] for row in about["rows"]] == list(results["psnr"])
+
+
+def test_the_second_of_two_says_that_it_waits(tmp_path, tiny_codec, capsys):
+    photos = folder(tmp_path / "photos", {"a.png": (40, 30)})
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    code = """
+import sys, time
+from pathlib import Path
+from taco_nb.processes import alone_in
+with alone_in(Path(sys.argv[1]), "evaluating"):
+    print("held", flush=True)
+    time.sleep(2)
+"""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "out"], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    evaluate(tiny_codec, [photos], tmp_path / "out", networks={})
+    assert holder.wait(600) == 0
+    assert f"is evaluating in {tmp_path / 'out'}: waiting for it to end." in capsys.readouterr().out
+
+
+def test_a_leftover_of_a_launcher_keeps_nobody_waiting(tmp_path):
+    program = """
+import sys
+from pathlib import Path
+from conftest import make_codec
+from test_evaluation import folder
+from taco_nb import evaluate
+print(len(evaluate(make_codec(), [folder(Path(sys.argv[1]) / "photos", {"a.png": (40, 30)})], networks={})))
+"""
+    environment = os.environ | {"WORLD_SIZE": "2"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)])
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "1", done.stderr
+
+
+def test_captions_that_were_replaced_are_not_called_published(tmp_path, tiny_codec):
+    """The experiment of effl-lab/TACO#2: every caption is "NA". The report must not judge it."""
+    sample = datasets("sample", limit=1)[0]
+    (tmp_path / "na.json").write_text(json.dumps(dict.fromkeys(sample.names, "NA")))
+    replaced = sample.recaptioned(tmp_path / "na.json")
+    evaluate(tiny_codec, [replaced], tmp_path / "out", networks={})
+    said = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))["data"]["sample"]
+    digest = replaced.captions_digest()
+    assert said["captions"] == {"kind": "replaced", "file": "na.json", "sha256": digest}
+    assert digest != sample.captions_digest()
+    assert "evaluated with captions replaced, not published" in said["unjudged"]
+    assert "captions=replaced" in said["label"] and said["evaluate"] is None
+
+
+def test_names_too_long_for_a_file_system_get_short_files(tmp_path, tiny_codec):
+    from PIL import Image
+
+    names = [letter + "図" * 80 + ".jpg" for letter in "ab"]
+    for name in names:
+        Image.fromarray(picture(64, 64, len(name))).save(tmp_path / name)
+    (tmp_path / "captions.json").write_text(json.dumps(dict.fromkeys(names, "")))
+    dataset = CaptionedFolder(tmp_path, tmp_path / "captions.json", name="long")
+    assert list(evaluate(tiny_codec, [dataset], tmp_path / "out", networks={})["name"]) == names
+    files = list((tmp_path / "out").rglob("*.taco"))
+    assert len(files) == 2 and all(len(os.fsencode(path.name)) < 220 for path in files)
+
+
 # --- Other codecs -----------------------------------------------------------------------------------------------------
 
 
@@ -364,6 +548,39 @@ def test_matching_needs_one_budget_per_image(evaluated):
         evaluate_matched(results.iloc[:2], [dataset])
 
 
+def test_curves_are_kept_as_long_as_they_are_true(tmp_path, monkeypatch):
+    dataset = folder(tmp_path / "photos", {"a.png": (40, 32), "b.png": (64, 64)})
+    curves = evaluate_peers([dataset], [30, 80], ["JPEG"], tmp_path / "peers")
+    pd.testing.assert_frame_equal(curves, evaluate_peers([dataset], [30, 80], ["JPEG"]))
+    with monkeypatch.context() as patch:
+        patch.setattr("taco_nb.evaluation.peers.peer_curve", lambda *_: pytest.fail("encoded once more"))
+        again = evaluate_peers([dataset], [30, 80], ["JPEG"], tmp_path / "peers")
+    pd.testing.assert_frame_equal(again, curves)
+    assert len(evaluate_peers([dataset], [30], ["JPEG", "WebP"], tmp_path / "peers")) == 4
+    shutil.copy(tmp_path / "photos" / "b.png", tmp_path / "photos" / "a.png")
+    other = evaluate_peers([dataset], [30, 80], ["JPEG"], tmp_path / "peers")
+    assert set(other["width"]) == {64}
+
+
+def test_a_picture_that_comes_back_unharmed_does_not_hide_a_curve(tmp_path):
+    """JPEG reproduces a white page exactly, and a PSNR of it is infinite, or whatever it is capped to."""
+    from PIL import Image
+
+    dataset = folder(tmp_path / "photos", {"noise.png": (200, 200)})
+    Image.new("RGB", (200, 200), "white").save(tmp_path / "photos" / "white.png")
+    texts = {"noise.png": "noise", "white.png": "paper"}
+    (tmp_path / "photos" / "captions.json").write_text(json.dumps(texts))
+    dataset = CaptionedFolder(tmp_path / "photos", tmp_path / "photos" / "captions.json")
+    table = means(evaluate_peers([dataset], [20, 80], ["JPEG"], tmp_path / "peers"))
+    assert np.isfinite(table["psnr"]).all() and (table["images"] == 2).all()
+    (curve,) = [trace for trace in rate_distortion(table_of(dataset)).data if "lines" in trace.mode]
+    assert all(y is not None for y in curve.y)
+
+
+def table_of(dataset) -> pd.DataFrame:
+    return evaluate_peers([dataset], [20, 80], ["JPEG"])
+
+
 # --- Means and the report ---------------------------------------------------------------------------------------------
 
 
@@ -389,6 +606,23 @@ def test_means_of_frames_put_together(evaluated):
             assert getattr(row, column) == pytest.approx(expected, nan_ok=True)
 
 
+def test_means_say_over_how_many_images_they_are():
+    rows = pd.DataFrame({"codec": "a", "dataset": "d", "name": list("pqrs"), "bpp": [1.0, 2.0, 3.0, 4.0]})
+    rows = rows.assign(psnr=[30.0, math.inf, 32.0, math.inf], ms_ssim=[0.5, 0.7, math.nan, 0.6], fid=math.nan)
+    (table,) = means(rows).to_dict("records")
+    assert (table["images"], table["bpp"], table["psnr"], table["ms_ssim"]) == (
+        4,
+        2.5,
+        31,
+        pytest.approx(0.6),
+    )
+    assert (table["psnr_images"], table["ms_ssim_images"]) == (2, 3)
+    assert not {"bpp_images", "fid_images"} & table.keys()
+    assert list(means(rows, ["images", "ms_ssim", "lpips"])) == ["images", "ms_ssim", "ms_ssim_images"]
+    figure = rate_distortion(rows)
+    assert "mean of 4 images (psnr of 2) (ms_ssim of 3)" in figure.data[0].text
+
+
 def test_means_keep_data_sets_apart(evaluated):
     results = evaluated[2]
     table = means(pd.concat([results, results.assign(dataset="elsewhere", bpp=9.0)])).set_index("dataset")
@@ -404,7 +638,7 @@ def commit_of(root: Path) -> str:
     """What `commit()` says in a copy of the package at `root`."""
     program = "from taco_nb.provenance import code_digest, commit; print(commit())"
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -437,13 +671,18 @@ def test_the_commit_is_that_of_this_code_or_none(tmp_path):
     assert commit_of(root) == f"{head}+changes"
 
 
-def test_a_digest_of_code_changes_with_any_line_of_it(tmp_path, monkeypatch):
+def test_a_digest_of_code_changes_with_what_it_computes_and_not_with_its_words(tmp_path, monkeypatch):
     shutil.copytree(
         REPOSITORY / "taco_nb", tmp_path / "taco_nb", ignore=shutil.ignore_patterns("__pycache__")
     )
     here = code_digest("model", "codec.py")
     monkeypatch.setattr("taco_nb.provenance.__file__", str(tmp_path / "taco_nb" / "provenance.py"))
     assert code_digest("model", "codec.py") == here != code_digest("model")
-    with open(tmp_path / "taco_nb" / "model" / "taco.py", "a", encoding="utf-8") as file:
-        file.write("# changed")
+    path = tmp_path / "taco_nb" / "codec.py"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(
+        text.replace('"""The file', '"""The bytes of a file').replace("\n\n\n", "\n\n# changed\n\n")
+    )
+    assert path.read_text() != text and code_digest("model", "codec.py") == here
+    path.write_text(text.replace("VERSION = 1", "VERSION = 2"))
     assert code_digest("model", "codec.py") != here

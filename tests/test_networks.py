@@ -99,7 +99,7 @@ def test_without_weights_every_metric_is_reported_missing_with_a_command(caches,
 def test_weights_on_this_machine_are_found_loaded_and_used(filled, tiny_codec, tmp_path, capsys):
     dataset = folder(tmp_path / "photos", {"a.png": (70, 64), "b.png": (64, 90)})
     results = evaluate(tiny_codec, [dataset], tmp_path / "out", patch_size=32)
-    said = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    said = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))["data"]["photos"]
     assert said["absent"].keys() == {"lpips"} and capsys.readouterr().out.count("Without ") == 1
     assert said["metrics"]["fid"]["weights"] == "inception, 95,628,359 bytes"
     assert said["metrics"]["cmmd"]["weights"].startswith("ViT-L-14-336-quickgelu/openai, ")

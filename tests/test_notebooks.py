@@ -120,7 +120,7 @@ def test_parameters_are_the_shared_ones_and_settings_of_an_experiment(path):
 def test_a_step_is_timed_in_pieces_as_small_as_each_processs_and_after_all_is_measured(monkeypatch):
     cells = [cell.source for cell in code_cells(nbformat.read(BASELINE, 4))]
     (at,) = [i for i, cell in enumerate(cells) if "step_times(" in cell]
-    assert "measure(p, runs)" in "".join(cells[:at])
+    assert "evaluate_runs(p, runs)" in "".join(cells[:at])
     asked = []
     monkeypatch.setattr("taco_nb.training.step_times", lambda exp, **how: asked.append(how["accumulation"]))
     exec(
@@ -341,7 +341,7 @@ def test_the_other_codecs_are_matched_on_a_hundred_pictures(tmp_path):
     mine = {"codec": "mine", "dataset": "many", "name": dataset.names, "width": 8, "height": 8, "bytes": 1000}
     namespace = {
         "results": pd.DataFrame(mine).assign(bpp=1.0, psnr=1.0, fid=1.0),
-        "sets": [dataset],
+        "few": [dataset],
         "means": means,
     }
     namespace |= {"evaluate_matched": evaluate_matched, "sortable": pd.DataFrame}

@@ -18,21 +18,17 @@ import pytest
 import torch
 from conftest import make_net
 
-from taco_nb import baseline, datasets, evaluate, fit, load
-from taco_nb.evaluation import means
+from taco_nb import Codec, baseline, datasets, evaluate, fit, load
+from taco_nb.data import CaptionedImages
+from taco_nb.data.captioned import Entry
+from taco_nb.evaluation import means, protocol, read_evaluation
+from taco_nb.evaluation.protocol import FOLDER, ablation_of, of_data_set, train_command
+from taco_nb.evaluation.records import write_evaluation
 from taco_nb.experiment import Experiment
-from taco_nb.files import REPOSITORY, sha256
-from taco_nb.report import (
-    MEASURES,
-    _commands,
-    _label,
-    ablation_of,
-    bd_rates,
-    cards,
-    collect,
-    points,
-    published_curves,
-)
+from taco_nb.files import REPOSITORY
+from taco_nb.metrics.networks import Network
+from taco_nb.model import ModelConfig
+from taco_nb.report import MEASURES, bd_rates, cards, collect, points, published_curves
 from taco_nb.tools.export import export_html
 from taco_nb.training import __main__ as training
 from taco_nb.verdicts import NOT_MEASURED, verdicts
@@ -65,17 +61,27 @@ def run(home, tmp_path):
     return shutil.copytree(home / "deeper" / "baseline", tmp_path / "run")
 
 
+def said(run):
+    return json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+
+
 def edit(run, **changes):
-    path = run / "evaluation.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Change what the run's evaluation.json says of the run."""
+    about = said(run) | changes
+    write_evaluation(run, {k: v for k, v in about.items() if k not in ("rows", "rows_sha256")}, about["rows"])
+
+
+def edit_set(run, **changes):
+    """Change what it says of its only data set; None takes something out."""
+    ((name, of_set),) = said(run)["data"].items()
+    edit(run, data={name: {k: v for k, v in (of_set | changes).items() if v is not None}})
 
 
 def rewrite(run, change):
-    """Another table in place of the run's, one that its evaluation.json vouches for."""
-    change(pd.read_csv(run / "evaluation.csv", dtype={"name": str})).to_csv(
-        run / "evaluation.csv", index=False
-    )
-    edit(run, csv_sha256=sha256(run / "evaluation.csv"))
+    """Put other rows in place of the run's."""
+    about = said(run)
+    rows = change(pd.DataFrame(about["rows"])).to_dict("records")
+    write_evaluation(run, {k: v for k, v in about.items() if k not in ("rows", "rows_sha256")}, rows)
 
 
 # --- The table --------------------------------------------------------------------------------------------------------
@@ -101,17 +107,16 @@ def test_every_run_is_in_the_table_and_the_one_begun_is_named(home, capsys):
         by_run.loc["deeper/linformer", "fingerprint"] == load(home / "deeper" / "linformer").fingerprint.hex()
     )
     assert by_run.loc["deeper/linformer", "epochs"] == 2 and by_run.loc["deeper/linformer", "steps"] > 0
-    said = json.loads((home / "authors" / "evaluation.json").read_text())
-    assert by_run.loc["authors", "data_sha256"] == said["data"]["sample"]["sha256"]
+    assert by_run.loc["authors", "data_sha256"] == said(home / "authors")["data"]["sample"]["sha256"]
     assert tuple(table["name"].unique()) == datasets("sample", limit=2)[0].names
 
 
 def test_its_figures_are_those_of_the_evaluations(home):
     table = points(collect(home)).set_index("run")
     for run in table.index:
-        (said,) = json.loads((home / run / "evaluation.json").read_text())["means"]
-        for metric in set(MEASURES) & said.keys():
-            assert table.loc[run, metric] == pytest.approx(said[metric], rel=1e-12)
+        (mean,) = said(home / run)["means"]
+        for metric in set(MEASURES) & mean.keys():
+            assert table.loc[run, metric] == pytest.approx(mean[metric], rel=1e-12)
     rows = pd.read_csv(home / "deeper" / "linformer" / "evaluation.csv")
     assert table.loc["deeper/linformer", "psnr"] == pytest.approx(float(means(rows)["psnr"].iloc[0]))
 
@@ -143,36 +148,61 @@ def leave_out(run, key):
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != key}))
 
 
+def without(run, key):
+    about = said(run)
+    rows = about.pop("rows")
+    del about["rows_sha256"], about[key]
+    write_evaluation(run, about, rows)
+
+
 DAMAGE = {
     "evaluation.json is damaged": lambda run: halve(run / "evaluation.json"),
-    "evaluation.json does not say weights": lambda run: leave_out(run, "weights"),
-    "evaluation.json does not say python": lambda run: leave_out(run, "python"),
-    "evaluation.json does not say cores": lambda run: edit(run, hardware={"cpu": "a", "gpus": []}),
-    "evaluation.json does not say sha256": lambda run: edit(run, data={"sample": {"images": 2}}),
+    "evaluation.json does not say weights": lambda run: without(run, "weights"),
+    "evaluation.json does not say python": lambda run: edit_set(run, python=None),
+    "evaluation.json does not say cores": lambda run: edit_set(run, hardware={"cpu": "a", "gpus": []}),
+    "evaluation.json does not say sha256": lambda run: edit_set(run, sha256=None),
     "evaluation.json is damaged (": lambda run: (run / "evaluation.json").write_text("[1]"),
-    "there is no evaluation.json": lambda run: (run / "evaluation.json").unlink(),
-    "its evaluation is unfinished": lambda run: ((run / "evaluation.json").unlink(), (run / "unfinished").mkdir()),
-    "evaluation.csv is missing or damaged": lambda run: (run / "evaluation.csv").unlink(),
-    "evaluation.csv": lambda run: halve(run / "evaluation.csv"),
-    "evaluation.csv has no psnr": lambda run: rewrite(run, lambda rows: rows.drop(columns="psnr")),
-    "{'sample': 1}, but evaluation.json says {'sample': 2}": lambda run: rewrite(run, lambda rows: rows[:1]),
-    "has rows of": lambda run: rewrite(run, lambda rows: rows.assign(name="twice")),
-    "evaluation.csv has rows without": lambda run: rewrite(run, lambda rows: rows.assign(bpp=-1.0)),
-    "evaluation.csv is not the one": lambda run: (
-        rewrite(run, lambda rows: rows), pd.read_csv(run / "evaluation.csv").assign(psnr=50.0).to_csv(run / "evaluation.csv")
+    "it has not been evaluated, there is no evaluation.json": lambda run: (
+        (run / "evaluation.json").unlink(), shutil.rmtree(run / "files"),
+    ),
+    "its evaluation is unfinished": lambda run: (run / "evaluation.json").unlink(),
+    "{'sample': 1}, but says {'sample': 2}": lambda run: rewrite(run, lambda rows: rows[:1]),
+    "(its rows are not those that were written)": lambda run: (run / "evaluation.json").write_text(
+        (run / "evaluation.json").read_text().replace('"psnr": ', '"psnr": 1')
     ),
     "its experiment cannot be read": lambda run: halve(run / "experiment.json"),
     "not what experiment.json describes": lambda run: (run / "experiment.json").write_text(Experiment(seed=1).to_json()),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("said", DAMAGE)
-def test_a_damaged_run_is_named_and_the_others_are_there(said, run, home, capsys):
-    DAMAGE[said](run)
+@pytest.mark.parametrize("words", DAMAGE)
+def test_a_damaged_run_is_named_and_the_others_are_there(words, run, home, capsys):
+    DAMAGE[words](run)
     table = collect(run, home / "authors")
     assert list(table["run"].unique()) == ["authors"]
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"Left out: {run}: ") and said in line
+    assert line.startswith(f"Left out: {run}: ") and words in line
+
+
+def test_two_data_sets_of_a_run_have_labels_and_commands_of_their_own(run):
+    """As where MS-COCO was evaluated with the best of its captions, and the others with the first."""
+    codec, train = load(run), datasets("sample-train", limit=1)
+    evaluate(codec, train, run, caption="last")
+    table = collect(run).drop_duplicates("dataset").set_index("dataset")
+    assert "caption=last" in table.loc["sample-train", "label"]
+    assert "caption" not in table.loc["sample", "label"]
+    (card,) = cards(collect(run)).to_dict("records")
+    assert card["to repeat it"].count("taco-nb train ") == 1
+    assert card["to repeat it"].count("taco-nb evaluate ") == 2
+    assert len(points(collect(run))) == 2
+
+
+def test_points_say_over_how_many_images_a_mean_is(run):
+    rewrite(run, lambda rows: rows.assign(ms_ssim=[0.5, math.nan]))
+    (point,) = points(collect(run)).to_dict("records")
+    assert (point["images"], point["ms_ssim_images"], point["ms_ssim"]) == (2, 1, 0.5)
+    figure = rate_panels(points(collect(run)).assign(psnr_images=1))
+    assert "mean of 1 images" in figure.data[0].text[0]
 
 
 # --- What may be judged -----------------------------------------------------------------------------------------------
@@ -180,15 +210,27 @@ def test_a_damaged_run_is_named_and_the_others_are_there(said, run, home, capsys
 PAPER = Experiment()
 
 
-def measured_on(run, exp, dataset, images, steps=100, data=None, **said):
-    """The table of the run, as if it were one of `exp` and measured on so many images of that data set."""
-    (run / "experiment.json").write_text(exp.to_json())
-    weights = {"experiment": json.loads(exp.to_json()), "steps": steps, "total_steps": 100}
-    about = {"images": images, "skipped": 0, "captions": exp.captions, "sha256": "0" * 64}
-    edit(run, weights=weights, data={dataset: about | (data or {})}, **said)
-    one = {"dataset": dataset, "name": [f"{i}.png" for i in range(images)]}
-    rewrite(run, lambda rows: pd.concat([rows.iloc[:1]] * images, ignore_index=True).assign(**one))
-    return collect(run)
+def described(
+    dataset, images, exp=None, steps=100, skipped=0, kind="published", networks=None, mode="exact", **how
+):
+    """What would be said of an evaluation of a codec of `exp`, or of one from elsewhere, on so many images."""
+    about = (
+        {} if exp is None else {"experiment": json.loads(exp.to_json()), "steps": steps, "total_steps": 100}
+    )
+    text_encoder = "ViT-B-32-quickgelu/openai" if exp is None else exp.text_encoder
+    codec = Codec(make_net(), text_encoder, mode=mode, name="a codec", about=about)
+    codec.net.config = ModelConfig()
+    entries = [Entry(f"{i}.png", Path(f"{i}.png"), (f"caption {i}",)) for i in range(images)]
+    data = CaptionedImages(dataset, entries)
+    data.skipped, data.captioned = skipped, kind
+    how = {"caption": "first", "batch_size": 16, "patch_size": 256} | how
+    return of_data_set(codec, data, how, networks or {}, [data])
+
+
+@pytest.fixture
+def any_captions(monkeypatch):
+    """Take any captions for those that were published."""
+    monkeypatch.setattr(protocol, "PUBLISHED_CAPTIONS", {})
 
 
 @pytest.mark.parametrize(
@@ -215,55 +257,60 @@ def measured_on(run, exp, dataset, images, steps=100, data=None, **said):
         (baseline("sample"), 100, "sample", 3, "profile sample; sample is not a data set of the report"),
     ],
 )
-def test_who_follows_the_protocol(experiment, steps, dataset, images, reasons, run):
-    table = measured_on(run, experiment, dataset, images, steps=steps)
-    assert len(table) == images and set(table["unjudged"]) == {reasons}
-    assert table["epochs"].iloc[0] == experiment.epochs * steps / 100
+def test_who_follows_the_protocol(experiment, steps, dataset, images, reasons, any_captions):
+    found = described(dataset, images, experiment, steps, kind=experiment.captions)
+    assert "; ".join(found["unjudged"]) == reasons
 
 
-BEST, COCO = {"caption": {"rule": "best"}}, {"skipped": 30_502}
+BEST, SKIPPED = {"caption": "best"}, {"skipped": 30_502}
 
 
 @pytest.mark.parametrize(
-    "dataset, images, said, reasons",
+    "dataset, images, how, reasons",
     [
-        ("coco", 2, {**BEST, "data": COCO}, ""),  # the others are too small for the crop
-        ("coco", 1, {**BEST, "data": COCO}, "1 of 30,504 images"),
-        ("coco", 2, {"data": COCO}, "evaluated with caption first"),
-        ("coco", 2, {**BEST, "data": COCO, "subject": {"patch_size": 64}}, ""),  # FID is over crops
-        ("kodak", 24, {"caption": {"rule": "last"}}, ""),  # of one
-        ("kodak", 24, {"subject": {"patch_size": 64}}, "evaluated with patch-size 64"),
+        ("coco", 2, BEST | SKIPPED, ""),  # the others are too small for the crop
+        ("coco", 1, BEST | SKIPPED, "1 of 30,504 images"),
+        ("coco", 2, SKIPPED, "evaluated with caption first"),
+        ("coco", 2, BEST | SKIPPED | {"patch_size": 64}, ""),  # FID is over crops
+        ("kodak", 24, {"caption": "last"}, ""),  # of one
+        ("kodak", 24, {"patch_size": 64}, "evaluated with patch-size 64"),
         ("kodak", 24, {"mode": "fast"}, "evaluated with mode fast"),
-        ("kodak", 24, {"data": {"captions": "context"}}, "evaluated with captions context, not published"),
+        ("kodak", 24, {"kind": "context"}, "evaluated with captions context, not published"),
+        ("kodak", 24, {"kind": "replaced"}, "evaluated with captions replaced, not published"),
+        (
+            "kodak", 24, {"networks": {"lpips": Network("alexnet, 1 byte", None), "fid": Network("given, SHA-256 0", None)}},
+            "fid through weights that were given to it",
+        ),
     ],
-)
-def test_who_was_evaluated_by_the_protocol(dataset, images, said, reasons, run):
-    assert set(measured_on(run, PAPER, dataset, images, **said)["unjudged"]) == {reasons}
+)  # fmt: skip
+def test_who_was_evaluated_by_the_protocol(dataset, images, how, reasons, any_captions):
+    assert "; ".join(described(dataset, images, PAPER, **how)["unjudged"]) == reasons
+    assert "; ".join(described(dataset, images, **how)["unjudged"]) == reasons, "of the authors' weights"
 
 
-def test_the_authors_weights_count_at_paper_size_and_through_clip(home, tmp_path):
-    run = shutil.copytree(home / "authors", tmp_path / "authors")
+def test_captions_are_published_only_if_they_are_the_published_ones(shared, tmp_path):
+    """Whatever file they lie in: a user may have written others over it."""
+    shutil.copytree(shared / "kodak", tmp_path / "kodak")
+    codec = Codec(make_net(), about={"experiment": json.loads(PAPER.to_json()), "steps": 1, "total_steps": 1})
+    how = {"caption": "first", "batch_size": 16, "patch_size": 256}
+    (kodak,) = datasets("kodak", data_dir=tmp_path)
+    assert of_data_set(codec, kodak, how, {}, [kodak])["unjudged"] == []
+    (tmp_path / "kodak" / "captions_ofa.json").write_text(json.dumps(dict.fromkeys(kodak.names, "NA")))
+    (kodak,) = datasets("kodak", data_dir=tmp_path)
+    assert of_data_set(codec, kodak, how, {}, [kodak])["unjudged"] == [
+        "its captions are not those that TACO's authors published"
+    ]
+
+
+def test_the_authors_weights_count_at_paper_size_and_through_clip(home):
     amiss = [
         "captions read through untrained-16",
         "not a model of the paper's size",
         "sample is not a data set of the report",
     ]
-    assert set(collect(run)["unjudged"]) == {"; ".join(amiss)}
-    edit(run, text_encoder="ViT-B-32-quickgelu/openai")
-    assert set(collect(run)["unjudged"]) == {"; ".join(amiss[1:])}
-    edit(run, sizes=vars(PAPER.sizes))
-    assert set(collect(run)["unjudged"]) == {amiss[2]}
-    data = json.loads((run / "evaluation.json").read_text())["data"]
-    edit(run, data={"sample": data["sample"] | {"captions": "context"}})
-    other = "evaluated with captions context, not published"
-    assert set(collect(run)["unjudged"]) == {f"{other}; {amiss[2]}"}
-    assert "--captions context" in collect(run)["options"].iloc[0]
-    edit(run, data=data)
-    edit(
-        run,
-        metrics={"lpips": {"weights": "alexnet, 244,408,911 bytes"}, "fid": {"weights": "given, SHA-256 0"}},
-    )
-    assert set(collect(run)["unjudged"]) == {f"fid through weights that were given to it; {amiss[2]}"}
+    assert said(home / "authors")["data"]["sample"]["unjudged"] == amiss
+    assert set(collect(home / "authors")["unjudged"]) == {"; ".join(amiss)}
+    assert "--text-encoder untrained-16" in collect(home / "authors")["to_evaluate"].iloc[0]
 
 
 def test_nothing_of_the_sample_reproduces_or_refutes_anything(home):
@@ -290,21 +337,12 @@ def test_ablations_have_names():
     ids=str,
 )  # fmt: skip
 def test_runs_have_a_label_in_common_if_they_differ_in_lambda_alone(change):
-    about = {
-        "codec": "x",
-        "fingerprint": "00000000",
-        "data": {"kodak": {"captions": "published"}},
-        "mode": "exact",
-    }
-    labels = {_label(exp, about, exp.epochs) for exp in (PAPER, PAPER.replace(lmbda=0.01))}
+    labels = {described("kodak", 1, exp)["label"] for exp in (PAPER, PAPER.replace(lmbda=0.01))}
     assert labels == {"baseline, 50 epochs"}
     changed = PAPER.replace(**change)
-    assert _label(changed, about, changed.epochs) not in labels
-    others = [{"mode": "fast"}, {"caption": {"rule": "best"}}, {"subject": {"patch_size": 64}}]
-    others += [{"data": {"kodak": {"captions": "context"}}}]
-    assert len({_label(PAPER, about | other, 50) for other in others} - labels) == len(others)
-    sibling = baseline("sample", attention="linformer", init="demo-linformer")
-    assert _label(sibling, about, 5) == "linformer, sample, 5 epochs"
+    assert described("kodak", 1, changed)["label"] not in labels
+    others = [{"mode": "fast"}, {"caption": "best"}, {"patch_size": 64}, {"kind": "context"}]
+    assert len({described("kodak", 1, PAPER, **other)["label"] for other in others} - labels) == len(others)
 
 
 # --- BD-rates ---------------------------------------------------------------------------------------------------------
@@ -356,7 +394,7 @@ def test_the_card_and_the_evaluation_it_repeats(tmp_path, monkeypatch):
     assert card["fingerprint"] == load("demo").fingerprint.hex()
     assert card["data, SHA-256"] == f"sample: 1 images, {sets[0].checksum()[:12]}"
     assert f"torch {torch.__version__.partition('+')[0]}" in card["versions"]
-    before = (tmp_path / "runs" / "evaluation-demo" / "evaluation.csv").read_text()
+    before = read_evaluation(tmp_path / "runs" / "evaluation-demo")
     shutil.move(tmp_path / "runs", tmp_path / "before")
     assert card["what"] == "baseline, bundled demo codec"
     assert card["to repeat it"].endswith(f"--out {tmp_path / 'runs' / 'evaluation-demo'}")
@@ -369,31 +407,45 @@ def test_the_card_and_the_evaluation_it_repeats(tmp_path, monkeypatch):
         command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    untimed = [[row[:-2] for row in map(lambda line: line.split(","), text.splitlines())] for text in
-               (before, (tmp_path / "runs" / "evaluation-demo" / "evaluation.csv").read_text())]  # fmt: skip
-    assert untimed[0] == untimed[1]
+    after = read_evaluation(tmp_path / "runs" / "evaluation-demo")
+    times = ["encode_s", "decode_s"]
+    pd.testing.assert_frame_equal(after.drop(columns=times), before.drop(columns=times), check_exact=True)
 
 
 @pytest.mark.parametrize(
     "exp", [baseline("sample", epochs=3, init=""), PAPER.replace(text_pooling="keywords")]
 )
 def test_the_command_that_trains_names_all_settings(exp):
-    run = {"run": "x", "folder": "out/x", "codec": "x", "fingerprint": "0" * 8, "experiment": exp.to_json()}
-    run = pd.Series(run | {"options": "--caption best"})
-    train, measure = _commands(run, pd.DataFrame({"dataset": ["kodak"], "images": [24]}))
-    words = shlex.split(train)
-    assert words[:2] == ["taco-nb", "train"]
-    asked = training.train.make_context("train", words[2:]).params
+    words = train_command(exp)
+    assert words[:2] == ["taco-nb", "train"] and words[-2:] == ["--out", FOLDER]
+    asked = training.train_command_line.make_context("train", words[2:]).params
     asked = training._experiment(
         *(asked[name] for name in ("out", "profile", "experiment", "changes", "data_dir"))
     )
     assert asked == exp
-    assert measure == "taco-nb evaluate out/x kodak --caption best --out out/x"
 
 
-def test_a_run_called_like_the_bundled_codec_is_none(run, tmp_path, monkeypatch):
+def test_commands_are_quoted_and_follow_a_folder_that_was_moved(run, tmp_path):
+    folder = shutil.move(run, tmp_path / "my run's")
+    command = collect(folder)["to_train"].iloc[0] + "\n" + collect(folder)["to_evaluate"].iloc[0]
+    train, again = map(shlex.split, command.splitlines())
+    assert train == ["taco-nb", "train", "--experiment", f"{folder}/experiment.json", "--out", str(folder)]
+    assert again[:5] == ["taco-nb", "evaluate", str(folder), "sample", "--limit"] and again[-1] == str(folder)
+
+
+def test_the_command_of_a_whole_set_has_no_limit(any_captions):
+    assert "--limit" not in described("kodak", 24, PAPER)["evaluate"]
+    assert "--limit" in described("kodak", 23, PAPER)["evaluate"]
+
+
+def test_a_run_called_like_the_bundled_codec_is_none(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    edit(shutil.move(run, tmp_path / "demo"), codec="demo")
+    shutil.copytree(
+        home / "deeper" / "baseline", tmp_path / "demo", ignore=shutil.ignore_patterns("evaluation.*")
+    )
+    codec = load(tmp_path / "demo")
+    codec.name = "demo"
+    evaluate(codec, datasets("sample", limit=1), tmp_path / "demo")
     (card,) = cards(collect("demo")).to_dict("records")
     assert "bundled" not in card["what"]
     assert card["to repeat it"].startswith("taco-nb train --experiment demo/experiment.json --out demo && ")
@@ -444,7 +496,7 @@ def page(request, home, tmp_path_factory):
         "06.ipynb",
     ]
     command += ["-p", "profile", "sample", "-p", "out_dir", str(runs)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     soup = bs4.BeautifulSoup(export_html(folder / "06.ipynb").read_text(encoding="utf-8"), "html.parser")
     return request.param, nbformat.read(folder / "06.ipynb", 4), soup
@@ -454,17 +506,17 @@ def test_the_report_opens_with_runs_and_without(page, home):
     which, notebook, soup = page
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"]
-    said = "".join(output.get("text", "") for output in outputs)
+    printed = "".join(output.get("text", "") for output in outputs)
     figures = [output for output in outputs if "application/vnd.plotly.v1+json" in output.get("data", {})]
     assert len(figures) == len(soup.select("[role=figure]")) == (5 if which == "with runs" else 3)
-    assert "0 reproduced; 0 not reproduced; " in said
+    assert "0 reproduced; 0 not reproduced; " in printed
     if which == "with runs":
-        assert "begun: it has not been evaluated" in said
-        assert "1 of the 4 points that a BD-rate needs" in said
-        assert f"taco-nb train --experiment {home}/deeper/linformer/experiment.json" in said
+        assert "begun: it has not been evaluated" in printed
+        assert "1 of the 4 points that a BD-rate needs" in printed
+        assert f"taco-nb train --experiment {home}/deeper/linformer/experiment.json" in printed
     else:
-        assert "No runs in" in said and "papermill notebooks/01_baseline.ipynb" in said
-        assert "Notebooks 02 to 04 train both" in said
+        assert "No runs in" in printed and "papermill notebooks/01_baseline.ipynb" in printed
+        assert "Notebooks 02 to 04 train both" in printed
     headings = [heading.get_text() for heading in soup.select("h2")]
     assert headings[-3:] == ["Reproducibility card", "What this shows, and what it does not", "Exercises"]
 

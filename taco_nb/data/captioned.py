@@ -8,7 +8,7 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from reprlib import repr as shorten
@@ -47,13 +47,15 @@ class CaptionedImages(Dataset):
 
     `dataset[i]` is a `Sample`. It raises `DataError`, naming the file, if the image cannot be read; how images are read is
     said in `taco_nb.data.images.to_rgb`. `name` is the data set's name, and `skipped` says how many images `centre_crop`
-    has left out. `captioned` is the kind of the captions: "published" if they came with the data set, or "context".
+    has left out. `captioned` is the kind of the captions: "published" if they came with the data set, "context", or
+    "replaced" if they were taken from another file, and `captions_file` is the name of the file they come from.
     """
 
     def __init__(self, name: str, entries: Iterable[Entry]):
         self.name = name
         self.skipped = 0
         self.captioned = "published"
+        self.captions_file = ""
         self._entries = sorted(entries)
         self._crop: int | None = None
 
@@ -81,6 +83,10 @@ class CaptionedImages(Dataset):
     def names(self) -> tuple[str, ...]:
         """The file names, in order."""
         return tuple(entry.name for entry in self._entries)
+
+    def path(self, i: int) -> Path:
+        """Return where the file of image i lies."""
+        return self._entries[i].path
 
     def captions(self, i: int) -> tuple[str, ...]:
         """Return the captions of image i, without opening it."""
@@ -124,17 +130,26 @@ class CaptionedImages(Dataset):
             raise DataError(f"Missing captions: {source} has no entry for {few(missing)} of {self.name}.")
         view = copy.copy(self)
         view._entries = [entry._replace(captions=by_name[entry.name]) for entry in self._entries]
+        view.captioned, view.captions_file = "replaced", Path(source).name
         return view
 
-    def checksum(self) -> str:
-        """Return a SHA-256 over names, image files and captions, so that an evaluation can say exactly what it ran on."""
+    def captions_digest(self) -> str:
+        """Return a SHA-256 over the names and captions, in whatever file and layout they came."""
+        listed = [[entry.name, entry.captions] for entry in self._entries]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+    def checksum(self, digest_of: Callable[[Path], str] = sha256) -> str:
+        """Return a SHA-256 over names, image files and captions, which says exactly what an evaluation ran on.
+
+        `digest_of` gives the SHA-256 of an image file. Callers that know it need not read all files again.
+        """
         from tqdm.auto import tqdm
 
         digest = hashlib.sha256()
         for name, path, captions, _ in tqdm(
             self._entries, f"reading {self.name}", unit="image", leave=False, delay=2
         ):
-            digest.update(json.dumps([name, sha256(path), captions]).encode())
+            digest.update(json.dumps([name, digest_of(path), captions]).encode())
         return digest.hexdigest()
 
 
@@ -162,6 +177,7 @@ class CaptionedFolder(CaptionedImages):
         if missing := images.keys() - by_name.keys():
             raise DataError(f"Missing captions: {source} has no entry for {few(missing)} in {root}.")
         super().__init__(name or root.resolve().name, (Entry(n, images[n], by_name[n]) for n in by_name))
+        self.captions_file = source.name
 
 
 def _captions_by_name(source: Path) -> dict[str, tuple[str, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 
 import click
@@ -11,7 +10,7 @@ from taco_nb.command import Command, data_dir_option, device_option
 from taco_nb.errors import SettingError
 
 
-@click.command(cls=Command)
+@click.command("evaluate", cls=Command)
 @click.argument("codec")
 @click.argument("sets", nargs=-1)
 @click.option("--out", metavar="FOLDER", help="Where to keep the evaluation; a run's own folder by default.")
@@ -34,7 +33,7 @@ from taco_nb.errors import SettingError
 )
 @device_option
 @click.option("--text-encoder", help="Use this text tower in place of the one that the weights name.")
-def evaluate(
+def evaluate_command_line(
     codec, sets, out, data_dir, captions, caption, limit, batch_size, patch_size, mode, device, text_encoder
 ) -> None:
     """Measure a codec on data sets, with real files.
@@ -46,23 +45,23 @@ def evaluate(
 
     from taco_nb.codec import load
     from taco_nb.data import datasets
-    from taco_nb.evaluation.run import evaluate as run
-    from taco_nb.evaluation.run import means
-    from taco_nb.processes import check_device
+    from taco_nb.evaluation.records import means
+    from taco_nb.evaluation.run import evaluate
+    from taco_nb.processes import check_device, launched_processes
 
     check_device(device)
-    # Shares may take longer than the ten minutes for which processes on GPUs wait for each other by default.
-    process = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
+    launched_processes()
+    process = PartialState(cpu=device == "cpu")
     loaded = load(codec, data_dir=data_dir, mode=mode, device=str(process.device), text_encoder=text_encoder)
     out = out or (codec if Path(codec).is_dir() else None)
     if out is None:
         raise SettingError(f"{codec} is no folder to keep the evaluation in: say where, by --out.")
     captions = captions or loaded.about.get("experiment", {}).get("captions", "published")
     found = datasets(*(sets or ("kodak", "clic", "coco")), data_dir=data_dir, limit=limit, captions=captions)
-    results = run(loaded, found, out, caption=caption, batch_size=batch_size, patch_size=patch_size)
+    results = evaluate(loaded, found, out, caption=caption, batch_size=batch_size, patch_size=patch_size)
     if process.is_main_process:
         click.echo(means(results).to_string(index=False))
 
 
 if __name__ == "__main__":
-    evaluate(prog_name="python -m taco_nb.evaluation")
+    evaluate_command_line(prog_name="python -m taco_nb.evaluation")

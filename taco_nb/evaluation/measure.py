@@ -1,4 +1,4 @@
-"""Some images through the codec and back, as real files, and everything that is measured of each of them."""
+"""Takes some images through the codec and back, as real files, and measures everything about each of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from taco_nb.codec import Codec
 from taco_nb.data import Sample
 from taco_nb.data.images import to_tensor
+from taco_nb.evaluation.records import file_of
 from taco_nb.files import atomic_write
 from taco_nb.metrics.distortion import distortion
 from taco_nb.metrics.fid import patches
@@ -23,13 +24,13 @@ from taco_nb.metrics.rate import bpp
 
 CAPTIONS = {
     "first": "the first of each image's captions",
-    "last": "the last of each image's captions, of which the figures of TACO's released script are",
+    "last": "the last of each image's captions, which TACO's released script reports",
     "best": "of each image's captions the one with the lowest lpips_01, as TACO's paper chose among the five of MS-COCO",
 }
 
 
 class Coded(NamedTuple):
-    """An image's file under one caption, and what it decodes to."""
+    """An image's file under one caption, what it decodes to, and how many seconds both took."""
 
     caption: str
     data: bytes
@@ -43,23 +44,27 @@ def measure(
     samples: Sequence[Sample],
     folder: Path,
     networks: Mapping[str, Any],
-    *,
     caption: str = "first",
     patch_size: int | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Rows of figures of images of one size, and the features from which a whole data set's figures come.
+    """Return a row of figures for each of some images of one size, and features, from which a data set's figures come.
 
-    `networks` has what metrics look through, by metric; without one, its columns or features are absent. A row has the
-    columns that `taco_nb.evaluate` documents, but for those of the whole set. Features: "fid.x" and "fid.x_hat", of the
-    pictures themselves where `patch_size` is None, else of their patches; "cmmd.x" and "cmmd.x_hat".
+    The images' `.taco` files are written to `folder`. `networks` has what metrics look through, by metric; without one,
+    its columns or features are absent. A row has the columns that `taco_nb.evaluate` documents, but for those of the whole
+    set. Features: "fid.x" and "fid.x_hat", of the pictures themselves where `patch_size` is None, else of their patches;
+    "cmmd.x" and "cmmd.x_hat".
     """
     lpips = networks.get("lpips")
     x = torch.stack([to_tensor(sample.image) for sample in samples]).to(codec.device)
     chosen = _choose(codec, samples, x, folder, caption, lpips)
     x_hat = torch.stack([coded.x_hat for coded in chosen])
-    pictures, decoded = (_8_bit(values) for values in (x, x_hat))
+    # what metrics that are fed 8-bit pictures see, which is what a user gets
+    pictures, decoded = (values.clamp(0, 1).mul(255).round().byte() for values in (x, x_hat))
     with _float32():
-        figures = [_distortions(*pair) for pair in zip(x, x_hat)]
+        figures = [
+            distortion(*pair) | {f"{key}_taco": value for key, value in distortion(*pair, "taco").items()}
+            for pair in zip(x, x_hat)
+        ]
         if lpips:
             shown = _lpips(lpips, x, decoded.float() / 255, "pm1")
             floats = _lpips(lpips, x, x_hat, "01")
@@ -70,17 +75,13 @@ def measure(
         features = {}
         for name, seen in (("x", pictures), ("x_hat", decoded)):
             if "fid" in networks:
-                cut = (
-                    seen
-                    if patch_size is None
-                    else torch.cat([patches(picture, patch_size) for picture in seen])
-                )
+                cut = seen if patch_size is None else torch.cat([patches(one, patch_size) for one in seen])
                 features[f"fid.{name}"] = networks["fid"](cut)
             if "cmmd" in networks:
                 features[f"cmmd.{name}"] = networks["cmmd"](seen)
     rows = [
         {
-            **rate(sample, _path(folder, sample).stat().st_size),
+            **size_columns(sample, len(coded.data)),
             "caption": coded.caption,
             **figure,
             "encode_s": coded.encode_s,
@@ -91,26 +92,20 @@ def measure(
     return rows, features
 
 
-def rate(sample: Sample, size: int) -> dict[str, Any]:
-    """The columns of a file of `size` bytes."""
+def size_columns(sample: Sample, size: int) -> dict[str, Any]:
+    """Return the columns that follow from an image's file of `size` bytes."""
     width, height = sample.image.size
-    return {
-        "name": sample.name,
-        "width": width,
-        "height": height,
-        "bytes": size,
-        "bpp": bpp(size, width, height),
-    }
+    columns = {"name": sample.name, "width": width, "height": height, "bytes": size}
+    return columns | {"bpp": bpp(size, width, height)}
 
 
 def _choose(
     codec: Codec, samples: Sequence[Sample], x: Tensor, folder: Path, caption: str, lpips: Lpips | None
 ) -> list[Coded]:
-    """Each image under the caption that the rule chooses, its file in `folder`."""
+    """Return each image under the caption that the rule chooses, its file in `folder`."""
     if caption != "best":
-        return _code(
-            codec, samples, [sample.captions[0 if caption == "first" else -1] for sample in samples], folder
-        )
+        turn = 0 if caption == "first" else -1
+        return _code(codec, samples, [sample.captions[turn] for sample in samples], folder)
     best: list[Coded] = []
     lowest = [math.inf] * len(samples)
     for turn in range(max(len(sample.captions) for sample in samples)):
@@ -122,19 +117,17 @@ def _choose(
         for i, distance in enumerate(distances):
             if distance < lowest[i]:
                 best[i], lowest[i] = coded[i], distance
-    for sample, one in zip(samples, best):
-        _write(_path(folder, sample), one.data)
+    for sample, one in zip(samples, best):  # the last caption's files are there, whichever was the best
+        _write_file(folder, sample, one.data)
     return best
 
 
 def _code(codec: Codec, samples: Sequence[Sample], captions: Sequence[str], folder: Path) -> list[Coded]:
     """Encode to files and decode the files; of the time that a batch takes, each image has its share."""
-    paths = [_path(folder, sample) for sample in samples]
     clock = time.perf_counter()
     files = codec.encode_batch([sample.image for sample in samples], captions)
     encode_s = (time.perf_counter() - clock) / len(samples)
-    for path, data in zip(paths, files):
-        _write(path, data)
+    paths = [_write_file(folder, sample, data) for sample, data in zip(samples, files)]
     clock = time.perf_counter()
     x_hat = codec.decode_batch(paths)
     if x_hat[0].is_cuda:
@@ -143,25 +136,11 @@ def _code(codec: Codec, samples: Sequence[Sample], captions: Sequence[str], fold
     return [Coded(caption, data, x, encode_s, decode_s) for caption, data, x in zip(captions, files, x_hat)]
 
 
-def _path(folder: Path, sample: Sample) -> Path:
-    return folder / f"{sample.name}.taco"
-
-
-def _write(path: Path, data: bytes) -> None:
-    with atomic_write(path) as file:
+def _write_file(folder: Path, sample: Sample, data: bytes) -> Path:
+    path = file_of(folder, sample.name, ".taco")
+    with atomic_write(path, durable=False) as file:
         file.write(data)
-
-
-def _8_bit(x: Tensor) -> Tensor:
-    """The pictures that a user gets of floats (B,3,H,W): uint8."""
-    return x.clamp(0, 1).mul(255).round().byte()
-
-
-def _distortions(x: Tensor, x_hat: Tensor) -> dict[str, float]:
-    return {
-        **distortion(x, x_hat),
-        **{f"{key}_taco": value for key, value in distortion(x, x_hat, "taco").items()},
-    }
+    return path
 
 
 def _lpips(lpips: Lpips, x: Tensor, x_hat: Tensor, convention: str) -> list[float]:

@@ -1,35 +1,42 @@
-"""Real files, measured: a row per image, and where every number came from."""
+"""`evaluate` codes images as real files, measures each of them, and writes down where every number came from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import pickle
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from PIL import Image
+from torch import Tensor
 
-from taco_nb import errors
-from taco_nb.checkpoint import save_weights
-from taco_nb.codec import Codec, load
-from taco_nb.data import CaptionedImages, Sample
+from taco_nb.checkpoint import load_net, save_weights
+from taco_nb.codec import Codec
+from taco_nb.data import CaptionedImages
 from taco_nb.data.captioned import check_count
-from taco_nb.data.images import to_tensor
-from taco_nb.errors import MissingWeightsError, SettingError, TacoError
-from taco_nb.evaluation.measure import CAPTIONS, measure, rate
-from taco_nb.evaluation.peers import PeerResult, available_peers, match_bpp, peer_curve
-from taco_nb.evaluation.unfinished import Part, Unfinished
-from taco_nb.files import atomic_write, sha256
-from taco_nb.metrics.distortion import distortion
+from taco_nb.errors import DataError, MissingWeightsError, SettingError, StoppedError
+from taco_nb.evaluation.measure import CAPTIONS, measure
+from taco_nb.evaluation.protocol import of_codec, of_data_set
+from taco_nb.evaluation.records import (
+    TABLE,
+    Records,
+    as_json,
+    as_table,
+    means,
+    read_about,
+    read_evaluation,
+    write_csv,
+    write_evaluation,
+)
+from taco_nb.files import sha256
 from taco_nb.metrics.fid import PATCH_SIZE, check_patch_size, frechet_distance
 from taco_nb.metrics.joint_space import cmmd
 from taco_nb.metrics.networks import (
@@ -40,28 +47,29 @@ from taco_nb.metrics.networks import (
     say_missing,
     state_digest,
 )
-from taco_nb.processes import check_device
+from taco_nb.processes import (
+    Group,
+    check_device,
+    launched_processes,
+    progress_bar,
+    run_in_processes,
+    stop_requests,
+)
 from taco_nb.provenance import code_digest, provenance
-from taco_nb.settings import Sizes
 
 if TYPE_CHECKING:
     import pandas as pd
 
-QUALITIES = (5, 10, 20, 35, 50, 65, 80, 90)
-"""Of the other codecs' own scales, for their rate-distortion curves."""
 BATCH_SIZE = 16
 """Crops of one size that go through the networks together."""
-_MEASURES = (
-    "model",
-    "text",
-    "metrics",
-    "codec.py",
-    "evaluation",
-    "data/captioned.py",
-    "data/images.py",
-)
+_COMPUTES = (
+    "model", "text", "metrics", "codec.py", "evaluation/measure.py", "data/captioned.py", "data/colour.py", "data/images.py",
+)  # fmt: skip
 """The code that figures depend on."""
-_TEXT = ("codec", "dataset", "name", "caption")  # the columns of a table that are not numbers
+_PACKAGES = (
+    "torch", "torchvision", "compressai", "open_clip_torch", "lpips", "pytorch-msssim", "torch-fidelity",
+)  # fmt: skip
+"""The packages whose arithmetic figures depend on. Half an evaluation is not gone on with under another version."""
 
 
 def evaluate(
@@ -77,181 +85,53 @@ def evaluate(
 ) -> pd.DataFrame:
     """Encode every image with a caption to a `.taco` file, decode the file, and measure both: a row per image.
 
-    Columns: codec, dataset, name, width, height, bytes (the file's size), bpp, caption, psnr and ms_ssim of the 8-bit
-    picture, psnr_taco and ms_ssim_taco by the reference's protocol; then, where the weights are on the machine, lpips (of
-    the 8-bit picture, in [-1, 1] as the library wants) and lpips_01 (of the floats, in [0, 1], as TACO published),
-    clip_score (0 to 100, picture against caption), and fid and cmmd of the whole data set, the same in each of its rows
-    (`taco_nb.metrics` says by which protocol); encode_s and decode_s (seconds, wall clock, without the loading of tower
-    and tables; of a batch, each image has its share).
+    Columns: codec, dataset, name, width, height, bytes (the file's size), bpp, caption; psnr and ms_ssim of the 8-bit
+    picture, psnr_taco and ms_ssim_taco by the reference's protocol; where the weights are on the machine, lpips (of the
+    8-bit picture, in [-1, 1]), lpips_01 (of the floats, in [0, 1], as TACO published), clip_score (0 to 100), and fid and
+    cmmd of the whole set, the same in each of its rows; encode_s and decode_s (seconds; each image's share of its batch).
 
-    Args:
-        caption: which of an image's captions: "first"; "last", as the reference's released script; or "best", the one with
-            the lowest lpips_01, as the paper meant it for the five of MS-COCO.
-        batch_size: how many images of a data set that is cropped to one size go through the networks together. Others go
-            one by one.
-        patch_size: side in pixels of the patches that FID is measured on where a data set is not cropped to one size.
-        num_processes: how many processes share the images, each on a GPU of its own if the codec is on one. In a
-            process of `accelerate launch` the processes there do, and this is ignored.
-        networks: {"lpips": Lpips, "fid": Inception, "cmmd": CmmdEmbedding, "clip_score": ClipScore}, any of them, to look
-            through in place of those on this machine.
+    `caption` chooses among an image's captions: "first"; "last", as the reference's script; or "best", the one with the
+    lowest lpips_01, as its paper. `batch_size` images of a set that is cropped to one size go through the networks
+    together, others alone. `patch_size` is the side of FID's patches on whole images. `num_processes` share the images, on
+    a GPU each where the codec is on one; those of `accelerate launch` do so by themselves. `networks` {"lpips": Lpips,
+    "fid": Inception, "cmmd": CmmdEmbedding, "clip_score": ClipScore} replace those on this machine, any of them.
 
-    With `out_dir`, `files/<dataset>/<name>.taco`, `evaluation.csv` and `evaluation.json` (means, protocols, experiment,
-    versions, commit, hardware, checksums of the data) are kept there. Killed, it goes on from the image, or batch, where it
-    was when it is called again; finished, it returns what is there, at once; but if weights, data, settings or this program
-    have changed, it says so and starts over.
+    With `out_dir`, the files and tables that `taco_nb.evaluation.records` describes are kept there, beside those of other
+    data sets. One call at a time works in a folder; a second one waits. A call that was stopped goes on where it was; one
+    that was finished returns what is there, unless what is measured, or how, has changed, which is then said.
 
-    Raises `DataError` for an image that cannot be read, `SettingError` if `sets` is no list of data sets with names of
-    their own, a setting is out of range or there are fewer GPUs than processes, `MissingWeightsError` for caption="best"
-    without LPIPS.
+    Raises `DataError` for an image that cannot be read, `SettingError` for sets or settings that cannot be,
+    `MissingWeightsError` for caption="best" without LPIPS, `StoppedError` when a signal asks for a stop.
     """
-    from accelerate import PartialState
-
-    _check_sets(sets)
-    processes = PartialState()
+    check_sets(sets)
+    launched_processes()
+    group = Group(PartialState())
+    how = {"caption": caption, "batch_size": batch_size, "patch_size": patch_size}
     found, absent = find_networks() if networks is None else given_networks(networks)
-    if networks is None and processes.is_main_process:
-        for metric in absent:
-            say_missing(metric)
-    settings = {"caption": caption, "batch_size": batch_size, "patch_size": patch_size}
-    _check_settings(settings, num_processes, found, absent)
-    if processes.num_processes == 1:
-        check_device(codec.device.type, num_processes)
-    elif out_dir is None:
+    _check_settings(how, num_processes, found, absent)
+    if group.size > 1 and out_dir is None:
         raise SettingError("Several processes need a folder that they share: give out_dir.")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch if out_dir is None else out_dir)
-        unfinished = Unfinished(folder)
-        parts = _parts(sets, batch_size)
-        if processes.is_main_process:
-            subject = _subject(codec, sets, settings, found)
-            _begin(folder, subject, parts)
-        processes.wait_for_everyone()
-        if unfinished.exists:
-            if num_processes > 1 and processes.num_processes == 1:
-                _launch(codec, sets, folder, settings, networks, num_processes)
-            else:
-                _share(codec, sets, folder, settings, found, processes.process_index, processes.num_processes)
-            processes.wait_for_everyone()
-            if processes.is_main_process:
-                _finish(codec, sets, folder, settings, found, absent)
-            processes.wait_for_everyone()
-        return read_evaluation(folder).assign(
-            codec=codec.name
-        )  # it may have had another when it was measured
+    with tempfile.TemporaryDirectory() if out_dir is None else nullcontext(out_dir) as folder:
+        if num_processes > 1 and group.size == 1:
+            _evaluate_in_processes(codec, num_processes, sets, folder, {**how, "networks": networks})
+        else:
+            if networks is None and group.is_main:
+                for metric in absent:
+                    say_missing(metric)
+            _Evaluation(codec, sets, Path(folder), how, (found, absent), group).run()
+        results = read_evaluation(folder, [dataset.name for dataset in sets])
+    return results.assign(codec=codec.name)  # it may have had another name when it was measured
 
 
-def read_evaluation(folder: str | os.PathLike) -> pd.DataFrame:
-    """The table that `evaluate` left in a folder, every number and caption as it was."""
-    import pandas as pd
-
-    path = Path(folder, "evaluation.csv")
-    numbers = pd.read_csv(path, nrows=0).columns.difference(_TEXT)
-    return pd.read_csv(
-        path,
-        float_precision="round_trip",
-        dtype=dict.fromkeys(_TEXT, str),
-        keep_default_na=False,  # "" and "nan" are captions
-        na_values=dict.fromkeys(numbers, ""),
-    )
-
-
-def evaluate_peers(
-    sets: Sequence[CaptionedImages],
-    qualities: Iterable[int] = QUALITIES,
-    peers: Sequence[str] | None = None,
-) -> pd.DataFrame:
-    """The rate-distortion curves of JPEG, WebP, AVIF (and JPEG XL where Pillow has it): a row per image and quality.
-
-    Columns as `evaluate`'s, as far as they apply, and quality. `peers` defaults to all that this machine's Pillow has.
-    """
-    import pandas as pd
-
-    qualities = list(qualities)
-    rows = [
-        {**_peer_row(dataset, sample, result), "quality": result.quality}
-        for dataset, sample in _samples(sets, "encoding with other codecs")
-        for peer in (available_peers() if peers is None else peers)
-        for result in peer_curve(sample.image, peer, qualities)
-    ]
-    return pd.DataFrame(rows)
-
-
-def evaluate_matched(results: pd.DataFrame, sets: Sequence[CaptionedImages]) -> pd.DataFrame:
-    """The other codecs at no more bytes than `results` (from `evaluate`) spent on the same image: a row per both.
-
-    Where even a peer's smallest file is larger, that file is measured, and `above_target` is true in its row. Raises
-    `SettingError` unless `results` holds each image of `sets` exactly once.
-    """
-    import pandas as pd
-
-    budget = results.set_index(["dataset", "name"])["bytes"]
-    if not budget.index.is_unique:
-        raise SettingError("These results have more than one row per image: give those of a single codec.")
-    rows = []
-    for dataset, sample in _samples(sets, "matching other codecs"):
-        if (dataset.name, sample.name) not in budget.index:
-            raise SettingError(
-                f"{sample.name} of {dataset.name} is not in these results: evaluate the same data sets."
-            )
-        for peer in available_peers():
-            result = match_bpp(sample.image, peer, int(budget[dataset.name, sample.name]))
-            choice = {"chosen_quality": result.quality, "above_target": result.above_target}
-            rows.append({**_peer_row(dataset, sample, result), **choice})
-    return pd.DataFrame(rows)
-
-
-def means(results: pd.DataFrame) -> pd.DataFrame:
-    """The mean of every measured column over the images of each data set, per codec (and quality, for peers)."""
-    results = results.reset_index(
-        drop=True
-    )  # frames put together keep their row numbers, which would be ambiguous
-    keys = [key for key in ("codec", "dataset", "quality") if key in results]
-    numbers = results.drop(columns=[*keys, "width", "height"]).select_dtypes("number")
-    table = results[keys].join(numbers).groupby(keys, sort=False, dropna=False).mean()
-    return table.assign(images=results.groupby(keys, sort=False, dropna=False).size()).reset_index()
-
-
-def _samples(sets: Sequence[CaptionedImages], what: str) -> Iterator[tuple[CaptionedImages, Sample]]:
-    """One image in memory at a time, under a progress bar."""
-    from tqdm.auto import tqdm
-
-    _check_sets(sets)
-    with tqdm(total=sum(map(len, sets)), desc=what, unit="image") as bar:
-        for dataset in sets:
-            for i in range(len(dataset)):
-                yield dataset, dataset[i]
-                bar.update()
-
-
-def _peer_row(dataset: CaptionedImages, sample: Sample, result: PeerResult) -> dict[str, Any]:
-    return {
-        "codec": result.format,
-        "dataset": dataset.name,
-        **rate(sample, len(result.data)),
-        **distortion(to_tensor(sample.image), to_tensor(result.image)),
-    }
-
-
-def _check_sets(sets: Sequence[CaptionedImages]) -> None:
+def check_sets(sets: Sequence[CaptionedImages]) -> None:
+    """Raise `SettingError` unless this is a list of data sets that have names of their own."""
     if isinstance(sets, CaptionedImages) or not sets:
         raise SettingError(
             "The data sets are a list with at least one in it, as taco_nb.datasets gives them."
         )
-    if len({dataset.name for dataset in sets}) < len(sets):
-        raise SettingError(
-            f"Two data sets have the same name, of {[dataset.name for dataset in sets]}: rename one."
-        )
-
-
-def _check_settings(
-    settings: Mapping[str, Any], num_processes: int, found: Mapping[str, Network], absent: Mapping[str, str]
-) -> None:
-    check_caption(settings["caption"])
-    check_count(settings["batch_size"], "batch_size")
-    check_count(num_processes, "num_processes")
-    check_patch_size(settings["patch_size"])
-    if settings["caption"] == "best" and "lpips" not in found:
-        raise MissingWeightsError(f'caption="best" is chosen by LPIPS, and there is none: {absent["lpips"]}.')
+    names = [dataset.name for dataset in sets]
+    if len(set(names)) < len(names):
+        raise SettingError(f"Two data sets have the same name, of {names}: rename one.")
 
 
 def check_caption(caption: str) -> None:
@@ -260,305 +140,291 @@ def check_caption(caption: str) -> None:
         raise SettingError(f"caption must be {' or '.join(map(json.dumps, CAPTIONS))}, but is {caption!r}.")
 
 
-def _parts(sets: Sequence[CaptionedImages], batch_size: int) -> list[Part]:
-    """What is measured together, in order. It depends on nothing else, so neither do the figures."""
-    steps = [batch_size if dataset.crop else 1 for dataset in sets]
-    return [
-        Part(dataset.name, start, min(start + step, len(dataset)))
-        for dataset, step in zip(sets, steps)
-        for start in range(0, len(dataset), step)
-    ]
+def _check_settings(
+    how: Mapping[str, Any], num_processes: int, found: Mapping[str, Network], absent: Mapping[str, str]
+) -> None:
+    check_caption(how["caption"])
+    check_count(how["batch_size"], "batch_size")
+    check_count(num_processes, "num_processes")
+    check_patch_size(how["patch_size"])
+    if how["caption"] == "best" and "lpips" not in found:
+        raise MissingWeightsError(f'caption="best" is chosen by LPIPS, and there is none: {absent["lpips"]}.')
 
 
-def _subject(
-    codec: Codec, sets: Sequence[CaptionedImages], settings: Mapping[str, Any], found: Mapping[str, Network]
-) -> dict[str, Any]:
-    """All that the figures depend on; where it is the same, they are."""
-    tower = Path(codec.text_encoder.partition("/")[2]).expanduser()
-    keywords = codec.keywords and hashlib.sha256(codec.keywords.encode()).hexdigest()
-    text = [codec.text_encoder, codec.text_tokens, codec.text_length, codec.text_pooling, keywords]
+class _Evaluation:
+    """An evaluation at work. What it is of is held in memory, so that nothing in the folder can change it."""
+
+    def __init__(
+        self,
+        codec: Codec,
+        sets: Sequence[CaptionedImages],
+        folder: Path,
+        how: Mapping[str, Any],
+        networks: tuple[dict[str, Network], dict[str, str]],
+        group: Group,
+    ):
+        self.codec, self.sets, self.folder, self.how, self.group = codec, sets, folder, how, group
+        self.found, self.absent = networks
+        tower = Path(codec.text_encoder.partition("/")[2]).expanduser()
+        keywords = codec.keywords and hashlib.sha256(codec.keywords.encode()).hexdigest()
+        text = [codec.text_encoder, codec.text_tokens, codec.text_length, codec.text_pooling, keywords]
+        packages = provenance()["packages"]
+        settings = {
+            "weights": state_digest(codec.net),
+            "text encoder": [*text, sha256(tower) if tower.is_file() else None],
+            "mode": codec.mode,
+            "kind of device": codec.device.type,
+            "caption": how["caption"],
+            "networks": {metric: network.weights for metric, network in self.found.items()},
+            "program": code_digest(*_COMPUTES),
+            "packages": {name: packages[name] for name in _PACKAGES},
+        }
+        self.records = []
+        for dataset in sets:
+            cropped = {"crop": dataset.crop, "batch_size": how["batch_size"], "patch_size": None}
+            whole = {"crop": None, "batch_size": 1, "patch_size": how["patch_size"]}
+            self.records.append(Records(folder, dataset, settings | (cropped if dataset.crop else whole)))
+
+    def run(self) -> None:
+        """Measure what is not measured yet, together with the other processes, if any, and write the table."""
+        with self.group.alone_in(self.folder, "evaluating", wait=True):
+            before = self._before()
+            new = [records for records in self.records if not _holds(records, before)]
+            left = {records: _left(records) for records in new}
+            if self.group.is_main:
+                self._say(before, left)
+            self.group.wait()  # for those that still look at what is there
+            self._measure(left)
+            self.group.wait()
+            if self.group.is_main and new:
+                self._finish(new, before)
+            elif self.group.is_main:
+                write_csv(self.folder / TABLE, read_evaluation(self.folder))
+            self.group.wait()
+
+    def _before(self) -> dict[str, Any]:
+        """Return what the folder's evaluation.json says of each of its data sets; {} where it is not to be believed."""
+        try:
+            data = read_about(self.folder)["data"]
+            return data if all({"settings", "sha256"} <= of_set.keys() for of_set in data.values()) else {}
+        except (DataError, KeyError, AttributeError):
+            return {}
+
+    def _say(self, before: Mapping[str, Any], left: Mapping[Records, set[range]]) -> None:
+        """Print what was found in the folder, where anything was."""
+        if not left:
+            path = self.folder / TABLE
+            print(f"Evaluated before, and nothing has changed since: the figures are those of {path}.")
+        for records in left:
+            if about := before.get(records.dataset.name):
+                changes = ", ".join(_changes(about["settings"], records.settings)) or "data"
+                print(
+                    f"Evaluating {records.dataset.name} again in {self.folder}: other than the last time are {changes}."
+                )
+        total = sum(len(records.dataset) for records in left)
+        done = total - sum(len(batch) for batches in left.values() for batch in batches)
+        if done:
+            print(f"Going on with the evaluation in {self.folder}: {done} of {total} images are done.")
+
+    def _measure(self, left: Mapping[Records, set[range]]) -> None:
+        """Measure this process's share of what is left. Raises `StoppedError` where a signal asks for a stop."""
+        rank, count = self.group.rank, self.group.size
+        every = [(records, batch) for records in left for batch in records.batches]
+        share = [(records, batch) for records, batch in every[rank::count] if batch in left[records]]
+        if not share:
+            return
+        codec = self.codec
+        codec.decode(codec.encode(Image.new("RGB", (64, 64)), ""))  # loads what would else count as time
+        networks = {metric: network.load(codec.device) for metric, network in self.found.items()}
+        what = f"evaluating {codec.name}" + (f", 1 process of {count}" if count > 1 else "")
+        total = sum(len(batch) for _, batch in share)
+        with (
+            progress_bar(total=total, desc=what, unit="image", disable=rank > 0) as bar,
+            stop_requests() as requests,
+        ):
+            for records, batch in share:
+                if requests:
+                    raise StoppedError(
+                        f"The evaluation in {self.folder} was asked to stop. What is measured is kept, and the same call "
+                        "goes on."
+                    )
+                clock, dataset = time.perf_counter(), records.dataset
+                images = [records.identify(i) for i in batch]
+                samples, patch_size = [dataset[i] for i in batch], records.settings["patch_size"]
+                measured = measure(codec, samples, records.files, networks, self.how["caption"], patch_size)
+                records.write(batch, images, *measured, time.perf_counter() - clock)
+                bar.update(len(batch))
+
+    def _finish(self, new: Sequence[Records], before: Mapping[str, Any]) -> None:
+        """Write the table and what is to be known of it, beside those of data sets that are not measured now."""
+        data, now = dict(before), new[0].settings
+        for records in new:
+            data.pop(records.dataset.name, None)
+        for name in list(data):
+            if any(data[name]["settings"][key] != now[key] for key in ("weights", "text encoder")):
+                del data[name]
+                print(
+                    f"The earlier figures of {name} in {self.folder} are left out: they are of other weights."
+                )
+        rows = [row for row in read_about(self.folder)["rows"] if row["dataset"] in data] if data else []
+        for records in new:
+            data[records.dataset.name], more = self._put_together(records)
+            rows += more
+        rows = [{**row, "codec": self.codec.name} for row in rows]
+        about = {**of_codec(self.codec), "data": data, "means": means(as_table(rows)).to_dict("records")}
+        write_evaluation(self.folder, about, rows)
+        for records in new:
+            records.forget_features()
+
+    def _put_together(self, records: Records) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return what evaluation.json says of a data set, and its rows, each measured under these very settings."""
+        clock, dataset = time.perf_counter(), records.dataset
+        batches = _read_all(records)
+        if None in batches:
+            raise DataError(
+                f"Images or results of {dataset.name} in {self.folder} changed while they were evaluated. Evaluate again: "
+                "what is right is kept."
+            )
+        digests = [batch[0]["measured_under"] for batch in batches]
+        metrics = {
+            metric: {"protocol": METRICS[metric].protocol, "weights": network.weights}
+            for metric, network in self.found.items()
+        }
+        figures = {}
+        if "fid" in self.found:
+            figures["fid"], of = _fid(records, digests, self.how["patch_size"])
+            metrics["fid"] |= of
+        if "cmmd" in self.found:
+            x, x_hat = (torch.cat(list(records.features(digests, f"cmmd.{name}"))) for name in ("x", "x_hat"))
+            figures["cmmd"] = cmmd(x, x_hat, self.codec.device)
+        seconds = sum(record["seconds"] for batch in batches for record in batch)
+        about = {
+            **of_data_set(self.codec, dataset, self.how, self.found, self.sets),
+            "sha256": _checksum(records, batches),
+            "caption": {"rule": self.how["caption"], "chosen": CAPTIONS[self.how["caption"]]},
+            "settings": records.settings,
+            "metrics": metrics,
+            "absent": self.absent,
+            "figures": json.loads(as_json(figures)),
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": round(seconds + time.perf_counter() - clock, 1),  # of all processes together
+            **provenance(),
+        }
+        return about, _table_rows(dataset.name, batches, about["figures"])
+
+
+def _left(records: Records) -> set[range]:
+    """Return the batches that are not measured yet under the settings that are wanted."""
     return {
-        "weights": state_digest(codec.net),
-        "mode": codec.mode,
-        "text encoder": [*text, sha256(tower) if tower.is_file() else None],
-        "data": [[dataset.name, len(dataset), dataset.crop, dataset.checksum()] for dataset in sets],
-        **settings,
-        "networks": {metric: network.weights for metric, network in found.items()},
-        "kind of device": codec.device.type,
-        "program": code_digest(*_MEASURES),
-        "packages": provenance()["packages"],
+        batch
+        for batch in records.batches
+        if not ((found := records.read(batch)) and records.has_features(found))
     }
 
 
-def _begin(folder: Path, subject: dict[str, Any], parts: Sequence[Part]) -> None:
-    """Leave `unfinished` to be gone on with, or fresh, or, if all is done, none; and say which, but for a fresh one."""
-    unfinished = Unfinished(folder)
-    finished = _finished(folder)
-    if finished and not _changed(finished, subject):
-        unfinished.forget()
-        print(
-            f"Evaluated before, and nothing has changed since: the figures are those of {folder / 'evaluation.csv'}."
-        )
-        return
-    before = unfinished.about() if unfinished.exists else None
-    if before == subject:
-        total = sum(part.stop - part.start for part in parts)
-        print(
-            f"Going on with the evaluation in {folder}: {_done(unfinished, parts)} of {total} images are done."
-        )
-        return
-    if before is not None or finished:
-        changes = ", ".join(_changed(before or finished or {}, subject)) or "networks"
-        print(f"Evaluating from the start in {folder}: other than the last time are {changes}.")
-    unfinished.begin(subject)
+def _read_all(records: Records) -> list[list[dict[str, Any]] | None]:
+    return [records.read(batch) for batch in records.batches]
 
 
-def _done(unfinished: Unfinished, parts: Iterable[Part]) -> int:
-    """How many images are measured."""
-    return sum(part.stop - part.start for part in parts if unfinished.path(part).exists())
+def _holds(records: Records, before: Mapping[str, Any]) -> bool:
+    """Tell whether all that was measured of a data set before is what would be measured now."""
+    about = before.get(records.dataset.name)
+    if about is None or _changes(about["settings"], records.settings):
+        return False
+    batches = _read_all(Records(records.folder, records.dataset, about["settings"]))
+    return None not in batches and _checksum(records, batches) == about["sha256"]
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
-    """Of what the whole evaluation in a folder is, None where there is none, or its table is not the one it was."""
-    try:
-        said = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        return said["subject"] if said["csv_sha256"] == sha256(folder / "evaluation.csv") else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the names of settings that differ, and make finished figures untrue.
+
+    They outlive the networks that they were measured with, as long as no others have come, and new versions of packages.
+    """
+    still_true = {"packages": before["packages"], "networks": {**before["networks"], **now["networks"]}}
+    return [key for key, value in {**now, **still_true}.items() if before.get(key) != value]
 
 
-def _changed(before: Mapping[str, Any], subject: Mapping[str, Any]) -> list[str]:
-    """In what they differ, by name. Networks that are not there any more do not count: their figures are."""
-    still = {**(before.get("networks") or {}), **subject["networks"]}
-    return [
-        key
-        for key, value in subject.items()
-        if key not in before or before[key] != (still if key == "networks" else value)
-    ]
+def _checksum(records: Records, batches: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    """Return the data set's checksum, by the digests in its records in place of reading all images again."""
+    images = (record["image"] for batch in batches for record in batch)
+    known = {records.dataset.path(i): image[2] for i, image in enumerate(images)}
+    return records.dataset.checksum(known.__getitem__)
 
 
-def _share(
-    codec: Codec,
-    sets: Sequence[CaptionedImages],
-    folder: Path,
-    settings: Mapping[str, Any],
-    found: Mapping[str, Network],
-    index: int,
-    count: int,
-) -> None:
-    """Measure what is not measured yet, every `count`-th part of it, from part `index` on."""
-    from tqdm.auto import tqdm
-
-    unfinished, by_name = Unfinished(folder), {dataset.name: dataset for dataset in sets}
-    parts = _parts(sets, settings["batch_size"])[index::count]
-    left = [part for part in parts if not unfinished.path(part).exists()]
-    if not left:
-        return
-    codec.decode(
-        codec.encode(Image.new("RGB", (64, 64)), "")
-    )  # what is loaded once is no part of the first row's time
-    networks = {metric: network.load(codec.device) for metric, network in found.items()}
-    what = f"evaluating {codec.name}" + (f", 1 process of {count}" if count > 1 else "")
-    with tqdm(total=sum(p.stop - p.start for p in left), desc=what, unit="image", disable=index > 0) as bar:
-        for part in left:
-            clock, dataset = time.perf_counter(), by_name[part.dataset]
-            rows, features = measure(
-                codec,
-                [dataset[i] for i in range(part.start, part.stop)],
-                folder / "files" / part.dataset,
-                networks,
-                caption=settings["caption"],
-                patch_size=None if dataset.crop else settings["patch_size"],
-            )
-            unfinished.write(part, rows, features, time.perf_counter() - clock)
-            bar.update(len(rows))
+def _table_rows(
+    name: str, batches: Sequence[Sequence[Mapping[str, Any]]], figures: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the rows of a table, with the figures of the whole set in each."""
+    rows = []
+    for record in (record for batch in batches for record in batch):
+        row = {"codec": "", "dataset": name, **record["row"]}
+        times = {key: row.pop(key) for key in ("encode_s", "decode_s")}
+        rows.append(row | figures | times)
+    return rows
 
 
-def _finish(
-    codec: Codec,
-    sets: Sequence[CaptionedImages],
-    folder: Path,
-    settings: Mapping[str, Any],
-    found: Mapping[str, Network],
-    absent: Mapping[str, str],
-) -> None:
-    """Put the parts together: the table and what is to be known of it; then the parts are forgotten."""
-    import pandas as pd
-
-    unfinished, clock = Unfinished(folder), time.perf_counter()
-    subject, seconds, tables = unfinished.about(), 0.0, []
-    metrics = {
-        metric: {"protocol": METRICS[metric].protocol, "weights": found[metric].weights} for metric in found
-    }
-    for dataset in sets:
-        parts = _parts([dataset], settings["batch_size"])
-        rows = []
-        for part in parts:
-            some, spent = unfinished.rows(part)
-            rows += some
-            seconds += spent
-        table = pd.DataFrame(rows)
-        table.insert(0, "codec", codec.name)
-        table.insert(1, "dataset", dataset.name)
-        if "fid" in found:
-            figure, about = _fid(dataset, unfinished, parts, settings["patch_size"])
-            table.insert(table.columns.get_loc("encode_s"), "fid", figure)
-            metrics["fid"].setdefault("sets", {})[dataset.name] = about
-        if "cmmd" in found:
-            x, x_hat = (
-                torch.cat(list(unfinished.features(parts, f"cmmd.{name}"))) for name in ("x", "x_hat")
-            )
-            table.insert(table.columns.get_loc("encode_s"), "cmmd", cmmd(x, x_hat, codec.device))
-            metrics["cmmd"].setdefault("sets", {})[dataset.name] = {"images": len(x)}
-        tables.append(table)
-    results = pd.concat(tables, ignore_index=True)
-    with atomic_write(folder / "evaluation.csv", "w") as file:
-        results.to_csv(file, index=False)
-    about = {
-        "codec": codec.name,
-        "fingerprint": codec.fingerprint.hex(),
-        "weights": codec.about,
-        "mode": codec.mode,
-        "text_encoder": codec.text_encoder,
-        "sizes": {name: getattr(codec.net.config, name) for name in vars(Sizes())},
-        "data": {
-            dataset.name: {
-                "images": n,
-                "skipped": dataset.skipped,
-                "captions": dataset.captioned,
-                "sha256": digest,
-            }
-            for dataset, (_, n, _, digest) in zip(sets, subject["data"])
-        },
-        "caption": {"rule": settings["caption"], "chosen": CAPTIONS[settings["caption"]]},
-        "batch_size": settings["batch_size"],
-        "metrics": metrics,
-        "absent": dict(absent),
-        "means": json.loads(means(results).to_json(orient="records", double_precision=15)),  # null for NaN
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(seconds + time.perf_counter() - clock, 1),  # of all processes together
-        **provenance(),
-        "subject": subject,
-        "csv_sha256": sha256(folder / "evaluation.csv"),
-    }
-    with atomic_write(folder / "evaluation.json", "w") as file:
-        json.dump(about, file, indent=1)
-    unfinished.forget()
-
-
-def _fid(
-    dataset: CaptionedImages, unfinished: Unfinished, parts: list[Part], patch_size: int
-) -> tuple[float, dict[str, Any]]:
-    """FID of a data set, and what it is over; figures of too few pictures come with a warning."""
-    of = "crops" if dataset.crop else f"patches of {patch_size}x{patch_size}"
+def _fid(records: Records, digests: Sequence[str], patch_size: int) -> tuple[float, dict[str, Any]]:
+    """Return the FID of a data set, and what it is over. Of too few pictures it comes with a warning."""
+    name = records.dataset.name
+    of = "crops" if records.dataset.crop else f"patches of {patch_size}x{patch_size}"
     counted = [0, 0]
 
-    def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for pair in zip(*(unfinished.features(parts, f"fid.{name}") for name in ("x", "x_hat"))):
+    def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+        for pair in zip(records.features(digests, "fid.x"), records.features(digests, "fid.x_hat")):
             counted[:] = counted[0] + len(pair[0]), pair[0].shape[1]
             yield pair
 
     figure = frechet_distance(pairs())
     count, features = counted
     if count < 2:
-        print(f"No FID of {dataset.name}: there are {count} {of} in its images, and two are the least.")
+        print(f"No FID of {name}: there are {count} {of} in its images, and two are the least.")
     elif count <= features:
         print(
-            f"FID of {dataset.name} is over {count:,} {of}, no more than the {features:,} features of each: it comes out too "
+            f"FID of {name} is over {count:,} {of}, no more than the {features:,} features of each: it comes out too "
             "high. Compare it only with figures over as many."
         )
-    return figure, {"of": of, "images": len(dataset), "count": count}
+    return figure, {"of": of, "images": len(records.dataset), "count": count}
 
 
-# --- Several processes ------------------------------------------------------------------------------------------------
+# Several processes ----------------------------------------------------------------------------------------------------
 
 
-def _launch(
+def _evaluate_in_processes(
     codec: Codec,
-    sets: Sequence[CaptionedImages],
-    folder: Path,
-    settings: Mapping[str, Any],
-    networks: Mapping[str, Any] | None,
     count: int,
+    sets: Sequence[CaptionedImages],
+    out_dir: str | os.PathLike,
+    options: dict[str, Any],
 ) -> None:
-    """Measure in `count` new processes, by PyTorch's launcher, which ends all of them when one fails.
-
-    New rather than forked ones: a GPU or an OpenMP in use does not survive a fork. Raises the error that ended them.
-    """
-    from tqdm.auto import tqdm
-
-    unfinished, parts = Unfinished(folder), _parts(sets, settings["batch_size"])
+    """Let `count` new processes do the same call, each with a copy of the codec."""
+    check_device(codec.device.type, count)
+    names = (
+        "text_encoder", "text_tokens", "text_length", "text_pooling", "keywords", "mode", "name", "about", "data_dir",
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        home = Path(scratch)
-        experiment = {
-            name: getattr(codec, name)
-            for name in ("text_encoder", "text_tokens", "text_length", "text_pooling")
+        weights = Path(scratch, "codec.safetensors")
+        save_weights(weights, codec.net, {})
+        arguments = {
+            "weights": weights,
+            "cpu": codec.device.type == "cpu",
+            "codec": {name: getattr(codec, name) for name in names},
+            "sets": list(sets),
+            "out_dir": Path(out_dir).resolve(),
+            "options": options,
         }
-        about = {
-            **codec.about,
-            "experiment": codec.about.get("experiment", {}) | experiment,
-            "keywords": codec.keywords,
-        }
-        save_weights(home / "codec.safetensors", codec.net, {**about, "name": codec.name})
-        job = (
-            codec.device.type,
-            codec.mode,
-            codec.data_dir,
-            list(sets),
-            folder.resolve(),
-            settings,
-            networks,
-        )
-        (home / "job.pickle").write_bytes(pickle.dumps(job))
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(count),
-        ]
-        command += ["-m", "taco_nb.evaluation.run", str(home)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        with (
-            open(home / "log", "wb") as log,
-            subprocess.Popen(command, stdout=log, stderr=log, env=environment) as launched,
-            tqdm(
-                total=sum(p.stop - p.start for p in parts), desc=f"evaluating {codec.name}", unit="image"
-            ) as bar,
-        ):
-            try:
-                while launched.poll() is None:
-                    time.sleep(0.5)
-                    if new := _done(unfinished, parts) - bar.n:
-                        bar.update(new)
-            finally:
-                launched.terminate()  # if this process was interrupted; the launcher ends its own
-        if reported := sorted(home.glob("error-*.json")):
-            kind, message = json.loads(reported[0].read_text(encoding="utf-8"))
-            raise getattr(errors, kind)(message)
-        if launched.returncode:
-            end = (home / "log").read_text(encoding="utf-8", errors="replace")[-4000:]
-            raise RuntimeError(f"A process of the evaluation ended with {launched.returncode}:\n{end}")
+        target = "taco_nb.evaluation.run:evaluate_saved"
+        run_in_processes(target, arguments, count, f"evaluating {codec.name}", "image")
 
 
-def _work(home: Path) -> None:
-    """What one of the processes of `_launch` does."""
-    from accelerate import PartialState
-
-    device, mode, data_dir, sets, folder, settings, networks = pickle.loads(
-        (home / "job.pickle").read_bytes()
-    )
-    process = PartialState(cpu=device == "cpu")
-    try:
-        codec = load(home / "codec.safetensors", mode=mode, device=str(process.device), data_dir=data_dir)
-        found, _ = find_networks() if networks is None else given_networks(networks)
-        _share(codec, sets, folder, settings, found, process.process_index, process.num_processes)
-    except TacoError as error:
-        with atomic_write(home / f"error-{process.process_index}.json", "w") as file:
-            json.dump([type(error).__name__, str(error)], file)
-        raise
-
-
-if __name__ == "__main__":
-    _work(Path(sys.argv[1]))
+def evaluate_saved(
+    weights: Path,
+    cpu: bool,
+    codec: dict[str, Any],
+    sets: list[CaptionedImages],
+    out_dir: Path,
+    options: dict[str, Any],
+) -> None:
+    """Do the work of one of these processes."""
+    device = PartialState(cpu=cpu).device
+    net, _ = load_net(weights)
+    evaluate(Codec(net.to(device), **codec), sets, out_dir, **options)

@@ -67,7 +67,8 @@ def frechet_distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 
     metric = None
     for x, x_hat in _larger_parts(pairs):
-        metric = metric or FrechetInceptionDistance(feature=_GivenFeatures(x.shape[1]))
+        # One of several processes may compute it alone; torchmetrics would wait for the others to join in.
+        metric = metric or FrechetInceptionDistance(feature=_GivenFeatures(x.shape[1]), sync_on_compute=False)
         metric.update(x.double(), real=True)
         metric.update(x_hat.double(), real=False)
     if metric is None or min(metric.real_features_num_samples, metric.fake_features_num_samples) < 2:

@@ -13,8 +13,8 @@ from typing import Any
 import click
 
 from taco_nb.command import Command, data_dir_option, device_option
-from taco_nb.evaluation.__main__ import evaluate
-from taco_nb.training.__main__ import train
+from taco_nb.evaluation.__main__ import evaluate_command_line
+from taco_nb.training.__main__ import train_command_line
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,8 +25,8 @@ def main() -> None:
     """
 
 
-main.add_command(train)
-main.add_command(evaluate)
+main.add_command(train_command_line)
+main.add_command(evaluate_command_line)
 
 
 def _profile_option(function: Any) -> Any:

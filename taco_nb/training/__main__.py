@@ -32,7 +32,7 @@ between two steps, and the same command goes on with it. The exit status is 0 in
 """
 
 
-@click.command(cls=Command, epilog=EXAMPLES)
+@click.command("train", cls=Command, epilog=EXAMPLES)
 @click.option("--out", required=True, type=Path, metavar="FOLDER", help="The run's folder.")
 @click.option(
     "--profile", type=click.Choice(["auto", "paper", "sample"]), help="Train this profile's baseline."
@@ -60,7 +60,7 @@ between two steps, and the same command goes on with it. The exit status is 0 in
 )
 @click.option("--status", is_flag=True, help="Train nothing; say how far the run has come.")
 @click.pass_context
-def train(
+def train_command_line(
     context: click.Context,
     out: Path,
     profile: str | None,
@@ -139,4 +139,4 @@ def _status(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    train(prog_name="python -m taco_nb.training")
+    train_command_line(prog_name="python -m taco_nb.training")

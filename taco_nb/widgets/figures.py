@@ -153,13 +153,16 @@ def _by_metric(rows: pd.DataFrame, metrics: Sequence[str]) -> dict[str, list]:
 
 
 def _said_of_means(curve: pd.DataFrame) -> list[str]:
-    """Say of each point of a curve how many images are behind its mean, and its quality setting where it has one."""
-    qualities = curve["quality"] if "quality" in curve else [math.nan] * len(curve)
-    return [
-        f"mean of {count} image{'' if count == 1 else 's'}"
-        + ("" if math.isnan(quality) else f", quality {quality:.0f}")
-        for quality, count in zip(qualities, curve["images"])
-    ]
+    """Say what each point of a curve is: how many images are behind its means, and its quality, where it has one."""
+    said = []
+    for point in curve.to_dict("records"):
+        text = f"mean of {point['images']} image{'s' * (point['images'] != 1)}"
+        for metric in METRICS:
+            if 0 < point.get(f"{metric}_images", 0) < point["images"]:
+                text += f" ({metric} of {point[f'{metric}_images']:.0f})"
+        quality = point.get("quality", math.nan)
+        said.append(text if math.isnan(quality) else f"{text}, quality {quality:.0f}")
+    return said
 
 
 def _button(label: str, traces: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
@@ -230,7 +233,7 @@ def rate_panels(
         measured = points.dropna(subset=[metric]).sort_values("bpp")
         for label, curve in measured.groupby("label", sort=False):
             figure.add_scatter(
-                x=curve["bpp"], y=curve[metric], name=legend[label], mode="lines+markers", text=_said_of_runs(curve),
+                x=curve["bpp"], y=curve[metric], name=legend[label], mode="lines+markers", text=_said_of_runs(curve, metric),
                 marker={"size": 9, "symbol": ["circle-open" if reason else "circle" for reason in curve["unjudged"]]},
                 hovertemplate="%{text}<br>%{x:.3f} bpp, %{y:.4g}<extra>%{fullData.name}</extra>", **place,
             )  # fmt: skip
@@ -263,13 +266,14 @@ def rate_panels(
     return figure
 
 
-def _said_of_runs(curve: pd.DataFrame) -> list[str]:
+def _said_of_runs(curve: pd.DataFrame, metric: str) -> list[str]:
     """Say of each point which run it is, and why it is not judged, if it is not."""
-    columns = curve[["run", "lmbda", "images", "unjudged"]]
+    # A mean may be over fewer than all images, such as that of MS-SSIM, which small ones do not have.
+    counts = curve[f"{metric}_images"] if f"{metric}_images" in curve else curve["images"]
     return [
-        f"{run}<br>lambda {lmbda:g}, mean of {images} images"
+        f"{run}<br>lambda {lmbda:g}, mean of {count:.0f} images"
         + (f"<br>not judged: {reason}" if reason else "")
-        for run, lmbda, images, reason in columns.itertuples(index=False)
+        for run, lmbda, count, reason in zip(curve["run"], curve["lmbda"], counts, curve["unjudged"])
     ]
 
 
