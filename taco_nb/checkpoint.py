@@ -20,7 +20,8 @@ from taco_nb.model import TACO, ModelConfig
 from taco_nb.model.taco import modern_key
 
 WEIGHTS = "weights.safetensors"
-_FORMAT = "taco_nb weights 1"
+_FORMAT = "taco_nb weights 2"
+_INTEGERS = "integer_model"
 _GAUSSIAN_TABLES = ("_offset", "_quantized_cdf", "_cdf_length")
 _NUMPY_SCALARS = [np.core.multiarray.scalar, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType]
 """What training loops put into checkpoints beside tensors, such as the best PSNR so far; unpickling them runs no code."""
@@ -33,7 +34,8 @@ def save_weights(
 
     `dtype` is that of the kernels; biases, norms and the small model of z stay in float32. The Gaussian model's coder
     tables follow from its fixed table of scales alone and are left out; those of z, which follow from the weights, are
-    kept, so that a file stays decodable wherever it goes.
+    kept. With the weights goes the integer form by which files decode on every machine (`IntegerModel.state`): that of
+    the weights as they are written, rounded to `dtype`.
     """
     net.tables()
     state = {
@@ -43,6 +45,12 @@ def save_weights(
         for key, value in net.state_dict().items()
         if key not in {f"gaussian_conditional.{table}" for table in _GAUSSIAN_TABLES}
     }
+    if dtype != torch.float32:
+        net = TACO(net.config)
+        net.load_state_dict(
+            {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        )
+    state[_INTEGERS] = torch.frombuffer(bytearray(net.integer_model().state()), dtype=torch.uint8)
     state = {
         key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()
     }  # none may be shared
@@ -99,10 +107,15 @@ def load_net(path: str | os.PathLike) -> tuple[TACO, dict[str, Any]]:
     """The network in a checkpoint, in evaluation mode, and what is known about it. Raises `CheckpointError`."""
     state, about = read_weights(path)
     try:
-        config = about.pop("config", None)
-        net = TACO(ModelConfig(**config) if config else ModelConfig.of_state_dict(state))
-        net.load_state_dict(state)
+        config, integers = about.pop("config", None), state.pop(_INTEGERS, None)
+        if config:
+            net = TACO(ModelConfig(**config))
+            net.load_state_dict(state)
+        else:
+            net = TACO.from_state_dict(state)
         net.tables()
+        if integers is not None:
+            net.keep_integer_model(integers.byte().numpy().tobytes())
     except (CheckpointError, SettingError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     return net.eval(), about
@@ -114,7 +127,7 @@ def load_fitting(net: TACO, path: str | os.PathLike) -> tuple[list[str], list[st
     Returns the names of the net's own weights that were not in the file, and of the file's that have no place in the
     net. Raises `CheckpointError` if fewer than half of the net's parameters fit: that is another model.
     """
-    state = {modern_key(key): value for key, value in read_weights(path)[0].items()}
+    state = {modern_key(key): value for key, value in read_weights(path)[0].items() if key != _INTEGERS}
     own = dict(net.named_parameters())
     fitting = {key for key, value in own.items() if key in state and state[key].shape == value.shape}
     if 2 * sum(own[key].numel() for key in fitting) < sum(value.numel() for value in own.values()):

@@ -39,7 +39,3 @@ class DamagedFileError(BitstreamError):
 
 class WrongWeightsError(BitstreamError):
     """The file is whole, but was written with other weights than the decoder's."""
-
-
-class DriftError(BitstreamError):
-    """File and weights are right, but this machine's arithmetic gave other latents than the encoder's."""

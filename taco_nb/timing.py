@@ -26,7 +26,7 @@ from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write
 from taco_nb.inspection import count_flops
 from taco_nb.model import TACO, ModelConfig
-from taco_nb.model.adapter import Injector, attentions
+from taco_nb.model.adapter import Injector, make_attentions
 from taco_nb.provenance import provenance
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Widened(nn.Module):
 def widened(config: ModelConfig, factor: int) -> TACO:
     """A TACO with random weights whose two Injectors attend over `factor` times N channels."""
     net = TACO(config)
-    over_text, _, over_text_again = attentions(replace(config, N=factor * config.N))
+    over_text, _, over_text_again = make_attentions(replace(config, N=factor * config.N))
     for at, attention in ((8, over_text), (15, over_text_again)):
         injector = Injector(factor * config.N, config.text_dim, attention)
         net.g_a.analysis_transform[at] = Widened(injector, factor)
@@ -250,7 +250,7 @@ def length_sweep(
 
 def _attention_alone(config: ModelConfig, device: str | None, side: int) -> Callable[[], Any]:
     """The adapter's three attentions, each on queries, keys and values of the shapes that it has in the encoder."""
-    layers = [_placed(layer.eval(), device) for layer in attentions(config)]
+    layers = [_placed(layer.eval(), device) for layer in make_attentions(config)]
     quarter, eighth = (side // 4, side // 4), (side // 8, side // 8)
     image = [torch.randn(1, h * w, config.N, device=device) for h, w in (quarter, eighth)]
     text = torch.randn(1, config.text_tokens, config.N, device=device)

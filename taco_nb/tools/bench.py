@@ -144,7 +144,8 @@ def parts(codec: Codec, device: str, repeats: int) -> pd.DataFrame:
     in_precision = codec.transform_precision
     with in_precision():
         y = net.g_a(on_device, *text).float()
-    coded = net.quantize(y)
+    model, z = net.integer_model(), net.h_a(y)
+    coded = model.quantize(y, z)
 
     def g_a() -> None:
         with in_precision():
@@ -155,7 +156,7 @@ def parts(codec: Codec, device: str, repeats: int) -> pd.DataFrame:
             net.g_s(coded.y_hat)
 
     symbols, indexes = (torch.cat(steps).cpu() for steps in (coded.y, coded.indexes))
-    tables, lengths = net.tables().y, [len(part) for part in coded.y]
+    tables, lengths = model.tables().y, [len(part) for part in coded.y]
     stream = rans.encode(symbols, indexes, tables)
 
     def read() -> None:
@@ -165,7 +166,7 @@ def parts(codec: Codec, device: str, repeats: int) -> pd.DataFrame:
 
     runs: dict[str, Callable[[], Any]] = {
         "g_a": g_a,
-        "entropy networks": lambda: net.quantize(y),
+        "entropy networks": lambda: model.quantize(y, z),
         "coder, encoding": lambda: rans.encode(symbols, indexes, tables),
         "coder, decoding": read,
         "g_s": g_s,
