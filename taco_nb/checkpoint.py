@@ -21,7 +21,8 @@ from taco_nb.model.taco import modern_key
 
 WEIGHTS = "weights.safetensors"
 _FORMAT = "taco_nb weights 2"
-_INTEGERS = "integer_model"
+INTEGERS = "integer_model"
+"""The key in a safetensors file under which `IntegerModel.state` is kept, as bytes."""
 _GAUSSIAN_TABLES = ("_offset", "_quantized_cdf", "_cdf_length")
 _NUMPY_SCALARS = [np.core.multiarray.scalar, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType]
 """What training loops put into checkpoints beside tensors, such as the best PSNR so far; unpickling them runs no code."""
@@ -50,7 +51,7 @@ def save_weights(
         net.load_state_dict(
             {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
         )
-    state[_INTEGERS] = torch.frombuffer(bytearray(net.integer_model().state()), dtype=torch.uint8)
+    state[INTEGERS] = torch.frombuffer(bytearray(net.integer_model().state()), dtype=torch.uint8)
     state = {
         key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()
     }  # none may be shared
@@ -107,13 +108,13 @@ def load_net(path: str | os.PathLike) -> tuple[TACO, dict[str, Any]]:
     """The network in a checkpoint, in evaluation mode, and what is known about it. Raises `CheckpointError`."""
     state, about = read_weights(path)
     try:
-        config, integers = about.pop("config", None), state.pop(_INTEGERS, None)
+        config, integers = about.pop("config", None), state.pop(INTEGERS, None)
         if config:
             net = TACO(ModelConfig(**config))
             net.load_state_dict(state)
         else:
             net = TACO.from_state_dict(state)
-        net.tables()
+        net.float().tables()  # whatever the program's default precision is
         if integers is not None:
             net.keep_integer_model(integers.byte().numpy().tobytes())
     except (CheckpointError, SettingError, TypeError) as error:
@@ -127,7 +128,7 @@ def load_fitting(net: TACO, path: str | os.PathLike) -> tuple[list[str], list[st
     Returns the names of the net's own weights that were not in the file, and of the file's that have no place in the
     net. Raises `CheckpointError` if fewer than half of the net's parameters fit: that is another model.
     """
-    state = {modern_key(key): value for key, value in read_weights(path)[0].items() if key != _INTEGERS}
+    state = {modern_key(key): value for key, value in read_weights(path)[0].items() if key != INTEGERS}
     own = dict(net.named_parameters())
     fitting = {key for key, value in own.items() if key in state and state[key].shape == value.shape}
     if 2 * sum(own[key].numel() for key in fitting) < sum(value.numel() for value in own.values()):

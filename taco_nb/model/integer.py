@@ -92,6 +92,8 @@ _LARGE, _FEW_CHUNKS = 1 << 19, 4
 _CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _DRAWN = (6, 6)
 """Height and width of the z that is drawn to find ranges: that of a picture of 384x384 pixels."""
+_DAMAGE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, zlib.error)
+"""What reading a damaged state can raise."""
 _LARGEST_STATE = 1 << 26
 """Bytes that the state of a forged file may unpack to."""
 
@@ -210,7 +212,8 @@ class ExactLayer:
         half = _power(q - r - 1)  # added to the bias, so that floor rounds
         if not (self._worst(weight, signed, bits) + bias.abs() + half <= LIMIT).all():
             raise CheckpointError("The integer form of these weights is damaged: its sums can leave float32.")
-        self.weight, self.bias = weight.short(), bias.int()  # 12 and 24 bits
+        # of at most 2^(24 - bits), so that 16 bits hold a weight from 10 bits of input on
+        self.weight, self.bias = weight.short(), bias.int()
         # in units of the output's grid, float32 has these to the last bit
         step = _power(r - q)
         weight, bias = (weight * step.view(-1, 1, 1, 1)).float(), ((bias + half) * step).float()
@@ -250,8 +253,8 @@ def _cuts(channels: int, chunks: int) -> list[slice]:
 
 
 def _power(exponents: Tensor) -> Tensor:
-    """Return 2 to each exponent, float64: exact, since ldexp is."""
-    return torch.ldexp(torch.ones((), dtype=torch.float64), exponents)
+    """Return 2 to each exponent, float64, exactly. (torch.ldexp goes by way of pow, which may round.)"""
+    return torch.from_numpy(np.ldexp(1.0, exponents.clamp(-1000, 1000).numpy()))
 
 
 def _exponent(values: Tensor) -> Tensor:
@@ -459,22 +462,16 @@ class IntegerModel(LatentCoder):
         self.groups, self.y_channels = net.groups, net.config.M
         self._device = torch.device("cpu")  # until all is set up
         try:
-            kept = {} if state is None else _unpacked(state)
+            kept = None if state is None else _unpacked(state)
             self._set_up(net, kept)
-            if kept:
+            if kept is not None:
                 for name, network in self._networks():
                     network.restore(kept["networks"][name])
             else:
                 self._derive()
-        except (
-            KeyError,
-            ValueError,
-            TypeError,
-            IndexError,
-            RuntimeError,
-            OverflowError,
-            zlib.error,
-        ) as error:
+        except CheckpointError:
+            raise
+        except _DAMAGE as error:
             raise CheckpointError(f"The integer form of these weights is damaged: {error!r}.") from None
         # other devices than these have no float64, or unknown convolutions
         device = net.medians().device
@@ -483,9 +480,9 @@ class IntegerModel(LatentCoder):
             network.to(self._device)
         self._medians, self._thresholds = (t.to(self._device) for t in (self._medians, self._thresholds))
 
-    def _set_up(self, net: TACO, kept: Mapping[str, Any]) -> None:
+    def _set_up(self, net: TACO, kept: Mapping[str, Any] | None) -> None:
         N = net.config.N
-        if kept:
+        if kept is not None:
             y_rows, y_offsets, z_rows, z_offsets = (
                 kept[name] for name in ("y", "y_offsets", "z", "z_offsets")
             )
