@@ -21,7 +21,9 @@ from taco_nb.model import TACO, ModelConfig
 from taco_nb.model.taco import modern_key
 
 WEIGHTS = "weights.safetensors"
-_FORMAT = "taco_nb weights 1"
+_FORMAT = "taco_nb weights 2"
+INTEGERS = "integer_model"
+"""The key in a safetensors file under which `IntegerModel.state` is kept, as bytes."""
 _GAUSSIAN_TABLES = ("_offset", "_quantized_cdf", "_cdf_length")
 _scalar = np.float64(0).__reduce__()[0]
 _NUMPY_SCALARS = [
@@ -39,9 +41,10 @@ def save_weights(
 ) -> None:
     """Write the network's weights and what is known `about` them, atomically.
 
-    `dtype` is the type of the kernels; biases, norms and the small model of z stay in float32. The Gaussian model's coder
-    tables follow from its fixed table of scales alone and are left out. Those of z are kept: they follow from the weights
-    by arithmetic that another machine may round otherwise, and then it could not decode the files.
+    `dtype` is that of the kernels; biases, norms and the small model of z stay in float32. The Gaussian model's coder
+    tables follow from its fixed table of scales alone and are left out; those of z, which follow from the weights, are
+    kept. With the weights goes the integer form by which files decode on every machine (`IntegerModel.state`): that of
+    the weights as they are written, rounded to `dtype`.
     """
     net.tables()
     state = {}
@@ -110,10 +113,15 @@ def load_net(path: str | os.PathLike) -> tuple[TACO, dict[str, Any]]:
     """Return the network in a checkpoint, in evaluation mode, and what is known about it. Raises `CheckpointError`."""
     state, about = read_weights(path)
     try:
-        config = about.pop("config", None)
-        net = TACO(ModelConfig(**config) if config else ModelConfig.of_state_dict(state))
-        net.load_state_dict(state)
-        net.tables()
+        config, integers = about.pop("config", None), state.pop(INTEGERS, None)
+        if config:
+            net = TACO(ModelConfig(**config))
+            net.load_state_dict(state)
+        else:
+            net = TACO.from_state_dict(state)
+        net.float().tables()  # whatever the program's default precision is
+        if integers is not None:
+            net.keep_integer_model(integers.byte().numpy().tobytes())
     except (CheckpointError, SettingError, TypeError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     return net.eval(), about
@@ -125,7 +133,7 @@ def load_fitting(net: TACO, path: str | os.PathLike) -> tuple[list[str], list[st
     Returns the names of the weights of `net` that found no partner in the file, and of those in the file that found none
     in `net`. Raises `CheckpointError` if fewer than half of the net's parameters fit: that is another model.
     """
-    state = {modern_key(key): value for key, value in read_weights(path)[0].items()}
+    state = {modern_key(key): value for key, value in read_weights(path)[0].items() if key != INTEGERS}
     own = dict(net.named_parameters())
     fitting = {key for key, value in own.items() if key in state and state[key].shape == value.shape}
     if 2 * sum(own[key].numel() for key in fitting) < sum(value.numel() for value in own.values()):

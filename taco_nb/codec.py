@@ -1,8 +1,8 @@
-"""Image and caption <-> bytes: the `.taco` file.
+"""Image and caption <-> bytes: the `.taco` file, which decodes to the same latents on every machine.
 
     offset  size  what
     0       4     magic, "TACO"
-    4       1     version of this layout, 1
+    4       1     version of this layout, 2
     5       4     fingerprint of the decoder's weights: the first bytes of a SHA-256
     9       2-8   width, then height, in pixels, each a LEB128 number
             1-4   length of z's string, a LEB128 number
@@ -10,11 +10,14 @@
             ...   z's string, then y's string, rANS streams
             4     CRC-32 of everything before it
 
-The last checksum tells a damaged file from a whole one before anything is decoded. The fingerprint tells wrong weights.
-The checksum of y_hat, to the last bit of every float, tells whether this machine computed the very numbers that the
-encoder's did, on which every learned entropy model depends. A decoded picture is therefore the right one, or there is
-none. (The synthesis after it may round a pixel otherwise on another machine or with other threads, by 1/255 and rarely.)
-22 or 23 bytes for a Kodak image.
+All that a decoder must repeat is computed on integers, as `taco_nb.model.integer` explains, so that neither the processor
+nor the GPU, the number of threads or the version of PyTorch matters. The last checksum tells a damaged file from a whole
+one before anything is decoded. The fingerprint, over those integers and the weights of g_s, tells wrong weights. The
+checksum of y_hat tells a forged file. A decoded picture is therefore the right one, or there is none. (The synthesis after
+it is in floating point and may round a pixel otherwise on another machine, by 1/255 and rarely.) 22 or 23 bytes for a
+Kodak image.
+
+Version 1 ran the entropy networks in floating point and decoded only where it had been encoded.
 """
 
 from __future__ import annotations
@@ -24,19 +27,21 @@ import os
 import platform
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from taco_nb import checkpoint
 from taco_nb.data.images import to_image, to_rgb, to_tensor
-from taco_nb.errors import DamagedFileError, DriftError, SettingError, WrongWeightsError
+from taco_nb.errors import DamagedFileError, SettingError, WrongWeightsError
 from taco_nb.model import TACO
+from taco_nb.model.integer import MEAN_BITS, IntegerModel
+from taco_nb.model.precision import full_float32
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,9 +50,11 @@ if TYPE_CHECKING:
     from taco_nb.text import Conditioning, TextTower
 
 MAGIC = b"TACO"
-VERSION = 1
+VERSION = 2
+READERS = {1: "taco-nb 0.1.0"}
+"""Which release reads files of other versions."""
 MULTIPLE = 64
-"""Of which the network needs height and width to be multiples."""
+"""The network needs heights and widths that are multiples of this."""
 MODES = ("exact", "fast")
 MAX_PIXELS = 1 << 26
 """The largest image, in pixels once it is padded, that is encoded or that a header may announce (8192 x 8192)."""
@@ -70,8 +77,12 @@ class Codec:
     beside results. Keywords that a language model chose are read from the data folder `data_dir`.
 
     `mode="fast"` computes g_a and g_s in bfloat16 where the device is quicker at it (`has_fast_bfloat16`), else as "exact"
-    does. All that a decoder repeats stays in float32, so the files of either mode decode in either; pictures and sizes
-    differ by rounding. "exact" is the default because measured figures are to be the weights' own, not the machine's.
+    does: in float32 throughout, whatever the program around it has allowed. All that a decoder repeats is in integers, so
+    the files of either mode decode in either; pictures and sizes differ by rounding. "exact" is the default because
+    measured figures are to be the weights' own, not the machine's.
+
+    A codec follows its network: after `load_state_dict` or a step of training it writes files of the new weights, under
+    their fingerprint. `net` may be compiled (`torch.compile`), and is converted to float32.
     """
 
     def __init__(
@@ -91,7 +102,7 @@ class Codec:
         if mode not in MODES:
             raise SettingError(f"mode is one of {MODES}, not {mode!r}.")
         self.mode = mode
-        self.net = net.eval().to(memory_format=torch.channels_last)
+        self.net = net.eval().float().to(memory_format=torch.channels_last)
         self.text_encoder, self.text_tokens = text_encoder, text_tokens
         self.text_length, self.text_pooling, self.keywords = text_length, text_pooling, keywords
         self.name, self.about, self.data_dir = name, about or {}, data_dir
@@ -115,7 +126,7 @@ class Codec:
 
     @cached_property
     def conditioning(self) -> Conditioning:
-        """From captions to what the encoder's adapter reads. Raises `MissingWeightsError` as `tower` does."""
+        """What turns captions into the encoder's tokens. Raises `MissingWeightsError` as `tower` does."""
         from taco_nb.text import Conditioning, KeywordWeights
         from taco_nb.text.chat_keywords import chat_keywords
 
@@ -124,18 +135,30 @@ class Codec:
             keywords = KeywordWeights.from_json(self.keywords, [chat_keywords(self.data_dir)])
         return Conditioning(self.tower, self.text_length, self.text_pooling, keywords)
 
-    @cached_property
+    @property
     def fingerprint(self) -> bytes:
-        """Four bytes that name the weights a decoder uses; the encoder's may differ without harm."""
-        digest = hashlib.sha256()
-        for key, value in sorted(self.net.state_dict().items()):
-            if not key.startswith(("g_a.", "h_a.")) and value.is_floating_point():
-                digest.update(key.encode())
-                digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return digest.digest()[:4]
+        """Four bytes that name the weights a decoder uses; the encoder's may differ without harm.
+
+        They follow the weights: what is kept is checked against `TACO.decoder_stamp` at every use.
+        """
+        return self._integers()[1]
+
+    def _integers(self) -> tuple[IntegerModel, bytes]:
+        """Return the integer form of the network as it is now, and the fingerprint."""
+        self.net.check_float32()
+        model = self.net.integer_model()
+        if self._fingerprinted is None or self._fingerprinted[0] is not model:
+            digest = hashlib.sha256(model.digest())
+            for name, weight in self.net.decoder_weights().items():
+                if name.startswith("g_s."):
+                    digest.update(
+                        name.encode() + weight.detach().cpu().contiguous().numpy().astype("<f4").tobytes()
+                    )
+            self._fingerprinted = model, digest.digest()[:4]
+        return self._fingerprinted
 
     def encode(self, image: Any, caption: str) -> bytes:
-        """The bytes of a `.taco` file.
+        """Return the bytes of a `.taco` file.
 
         `image`: a path, a PIL image, a uint8 or uint16 array, or a float tensor in [0, 1], as `taco_nb.data.to_rgb`
         takes them; any size from 1x1 to `MAX_PIXELS`. Transparency is laid over white, EXIF rotation applied. Raises
@@ -145,7 +168,7 @@ class Codec:
         return self.encode_batch([image], [caption])[0]
 
     def encode_batch(self, images: Sequence[Any], captions: Sequence[str]) -> list[bytes]:
-        """A `.taco` file of each image under its caption, as `encode` takes them; the images are all of one size.
+        """Return a `.taco` file of each image under its caption, as `encode` takes them; the images are all of one size.
 
         The transforms run on the batch, the entropy coder on each image by itself, since its decoder may get that file
         alone. The latents, and so the files, may differ from those of `encode` by the rounding of a larger batch.
@@ -167,75 +190,84 @@ class Codec:
                 f"{size[0]}x{size[1]}, padded to multiples of {MULTIPLE}, is more than the {MAX_PIXELS} "
                 "pixels a file may have. Scale the image down or cut it into parts."
             )
-        x = pad(torch.stack([to_tensor(picture) for picture in pictures]).to(self.device))
-        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):  # the caller's, if any
-            text = self.conditioning(captions)
+        model, fingerprint = self._integers()
+        x = pad(torch.stack([to_tensor(picture).float() for picture in pictures]).to(self.device))
+        with torch.inference_mode(), full_float32(self.device.type):
+            text, mask = self.conditioning(captions)
             with self.transform_precision():
-                y = self.net.g_a(x.contiguous(memory_format=torch.channels_last), *text).float()
-        return [self._file(size, self.net.encode_latents(latents)) for latents in y.split(1)]
+                y = self.net.g_a(x.contiguous(memory_format=torch.channels_last), text.float(), mask).float()
+            coded = [model.encode_latents(latents, self.net.h_a(latents)) for latents in y.split(1)]
+        return [self._file(fingerprint, size, image) for image in coded]
 
-    def transform_precision(self) -> torch.autocast:
-        """Around g_a and g_s, which a decoder need not repeat."""
+    def transform_precision(self) -> AbstractContextManager:
+        """Return the precision in which g_a and g_s run, which a decoder need not repeat to the last bit."""
         kind = self.device.type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.mode == "fast" and has_fast_bfloat16(kind))
+        if self.mode == "fast" and has_fast_bfloat16(kind):
+            return torch.autocast(kind, torch.bfloat16)
+        return full_float32(kind)
 
-    def _file(self, size: tuple[int, int], coded: Encoded) -> bytes:
+    def _file(self, fingerprint: bytes, size: tuple[int, int], coded: Encoded) -> bytes:
         size = _leb128(size[0]) + _leb128(size[1])
-        head = MAGIC + bytes([VERSION]) + self.fingerprint + size + _leb128(len(coded.z_string))
+        head = MAGIC + bytes([VERSION]) + fingerprint + size + _leb128(len(coded.z_string))
         body = head + _latents_crc(size, coded.y_hat).to_bytes(4, "little") + coded.z_string + coded.y_string
         return body + zlib.crc32(body).to_bytes(4, "little")
 
     def decode(self, data: bytes | str | os.PathLike) -> Image.Image:
-        """The picture in a `.taco` file, given its bytes or its path; no caption needed.
+        """Return the picture in a `.taco` file, given its bytes or its path; no caption is needed.
 
-        Raises `DamagedFileError`, `WrongWeightsError` or `DriftError` (all `BitstreamError`), and nothing else for any
-        bytes whatever: there is no wrong picture.
+        Raises `DamagedFileError` or `WrongWeightsError` (both `BitstreamError`), and nothing else for any bytes whatever:
+        there is no wrong picture.
         """
         return to_image(self.decode_tensor(data))
 
     def decode_tensor(self, data: bytes | str | os.PathLike) -> Tensor:
-        """As `decode`, but x_hat itself: float32 (3, height, width), neither clamped nor rounded."""
+        """Decode as `decode` does, but return x_hat itself: float32 (3, height, width), neither clamped nor rounded."""
         return self.decode_batch([data])[0]
 
     @torch.inference_mode()
     def decode_batch(self, files: Sequence[bytes | str | os.PathLike]) -> list[Tensor]:
-        """As `decode_tensor` for several files of pictures of one size, whose synthesis runs as one batch.
+        """Decode several files of pictures of one size as `decode_tensor` does; their synthesis runs as one batch.
 
         Raises what `decode` raises, and `SettingError` for pictures of different sizes.
         """
         parts = [read_header(data) for data in files]
         width, height = _common_size("files", [(header.width, header.height) for header, _, _ in parts])
-        y_hat = torch.cat([self._latents(*part) for part in parts])
+        y_hat = torch.cat([self._latents(*part) for part in parts]).to(self.device)
         with self.transform_precision():
             x_hat = self.net.g_s(y_hat.contiguous(memory_format=torch.channels_last)).float()
         if not torch.isfinite(x_hat).all():
             raise DamagedFileError("The latents decode to a picture of values that are not finite: forged.")
         return [picture.contiguous() for picture in x_hat[:, :, :height, :width]]
 
+    def decode_latents(self, data: bytes | str | os.PathLike) -> Tensor:
+        """Return the latents y_hat (1, M, h, w) in a file, float32: what is the same on every machine.
+
+        Raises what `decode` raises.
+        """
+        return self._latents(*read_header(data))
+
     def _latents(self, header: Header, z_string: bytes, y_string: bytes) -> Tensor:
-        """y_hat (1, M, h, w), the very numbers that the encoder had."""
-        if header.fingerprint != self.fingerprint:
+        model, fingerprint = self._integers()
+        if header.fingerprint != fingerprint:
             raise WrongWeightsError(
                 f"This file was written with the weights {header.fingerprint.hex()}, but this codec"
-                f"{f' ({self.name})' if self.name else ''} has {self.fingerprint.hex()}. Load the codec that wrote it."
+                f"{f' ({self.name})' if self.name else ''} has {fingerprint.hex()}. Load the codec that wrote it."
             )
         shape = (-(-header.height // MULTIPLE), -(-header.width // MULTIPLE))
-        drift = DriftError(
-            "The file is whole and the weights are right, but the decoded latents are not those that were encoded. This "
-            "machine's arithmetic differs from the encoder's (another kind of processor, device or PyTorch), or "
-            "the file was forged. Decode it where it was encoded."
-        )
-        try:
-            y_hat = self.net.decode_latents(y_string, z_string, shape)
-        except DamagedFileError as error:
-            raise drift from error
+        y_hat = model.decode_latents(y_string, z_string, shape)
         if _latents_crc(_leb128(header.width) + _leb128(header.height), y_hat) != header.latents_crc:
-            raise drift
+            raise DamagedFileError(
+                "The decoded latents are not those that the file says it holds: the file was forged, or damaged and given "
+                "new checksums."
+            )
         return y_hat
 
 
 def read_header(data: bytes | str | os.PathLike) -> tuple[Header, bytes, bytes]:
-    """Header, z's string and y's string of a `.taco` file. Raises `DamagedFileError` for anything that is not one."""
+    """Return header, z's string and y's string of a `.taco` file.
+
+    Raises `DamagedFileError` for anything that is not one, or is one of another version.
+    """
     if isinstance(data, (str, os.PathLike)):
         try:
             with open(data, "rb") as file:
@@ -249,8 +281,9 @@ def read_header(data: bytes | str | os.PathLike) -> tuple[Header, bytes, bytes]:
             f"These {len(data)} bytes were truncated or altered: the checksum at their end is wrong."
         )
     if data[4] != VERSION:
+        reader = READERS.get(data[4], "a newer taco-nb, perhaps")
         raise DamagedFileError(
-            f"This file has version {data[4]} of the format; this program reads version {VERSION}."
+            f"This file has version {data[4]} of the format, which {reader} reads; this program reads version {VERSION}."
         )
     try:
         width, at = _read_leb128(data, 9)
@@ -270,12 +303,15 @@ def read_header(data: bytes | str | os.PathLike) -> tuple[Header, bytes, bytes]:
 
 
 def pad(x: Tensor) -> Tensor:
-    """Zeros to the right and below, up to the next multiples of 64, as the reference pads: (..., H, W)."""
+    """Pad (..., H, W) with zeros to the right and below, up to the next multiples of 64, as the reference does."""
     return F.pad(x, (0, -x.shape[-1] % MULTIPLE, 0, -x.shape[-2] % MULTIPLE))
 
 
 def has_fast_bfloat16(device_type: str) -> bool:
-    """Whether bfloat16 is quicker than float32 there: on a processor without instructions for it, it is six times slower."""
+    """Tell whether bfloat16 is quicker than float32 there.
+
+    On a processor without instructions for it, it is six times slower.
+    """
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device_type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -294,7 +330,7 @@ def load(
     data_dir: str | os.PathLike | None = None,
     text_encoder: str | None = None,
 ) -> Codec:
-    """A codec ready to use, from a bundled codec's name, a run's folder, or a checkpoint file, the authors' included.
+    """Return a codec ready to use, from a bundled codec's name, a run's folder, or a checkpoint, the authors' included.
 
     `mode` is "exact", float32 throughout, or "fast", as `Codec` explains. `text_encoder` replaces the text tower that the
     weights name; the authors' name none and read CLIP ViT-B/32. Raises `CheckpointError` for weights that are missing,
@@ -317,7 +353,7 @@ def load(
 
 
 def _fits(width: int, height: int) -> bool:
-    """Whether an image is small enough for a file; padding counts, since a line of one pixel is padded to 64."""
+    """Tell whether an image is small enough for a file; padding counts, since a line of one pixel is padded to 64."""
     return -(-width // MULTIPLE) * -(-height // MULTIPLE) * MULTIPLE**2 <= MAX_PIXELS
 
 
@@ -329,12 +365,13 @@ def _common_size(what: str, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]
 
 
 def _latents_crc(size: bytes, y_hat: Tensor) -> int:
-    """CRC-32 of an image's size, and of y_hat (1, M, h, w) in that order as little-endian float32."""
-    return zlib.crc32(np.ascontiguousarray(y_hat.cpu().numpy(), "<f4"), zlib.crc32(size))
+    """Return the CRC-32 of an image's size, and of y_hat (1, M, h, w) in that order as little-endian integers."""
+    integers = (y_hat * 2**MEAN_BITS).int().cpu().contiguous().numpy()
+    return zlib.crc32(integers.astype("<i4").tobytes(), zlib.crc32(size))
 
 
 def _leb128(number: int) -> bytes:
-    """Seven bits to a byte, the lowest first, the top bit set on all but the last."""
+    """Write a number with seven bits to a byte, the lowest first, the top bit set on all but the last."""
     parts = []
     while number > 127:
         parts.append(number & 127 | 128)
@@ -343,7 +380,10 @@ def _leb128(number: int) -> bytes:
 
 
 def _read_leb128(data: bytes, at: int) -> tuple[int, int]:
-    """The number at `at`, of at most four bytes, and where the next one starts. Raises `IndexError` past the end."""
+    """Return the number at `at`, of at most four bytes, and where the next one starts.
+
+    Raises `IndexError` past the end of the data and for longer numbers.
+    """
     number = 0
     for shift in range(0, 28, 7):
         byte = data[at]

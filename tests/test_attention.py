@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from taco_nb.errors import SettingError
 from taco_nb.inspection import attention_flops, energy
 from taco_nb.model import TACO, ModelConfig
-from taco_nb.model.adapter import attentions
+from taco_nb.model.adapter import make_attentions
 from taco_nb.model.attention import CrossAttention, LengthProjection, LinformerAttention
 
 DIM, HEADS = 16, 4
@@ -85,7 +85,7 @@ def test_weights_times_values_is_the_attention():
 @pytest.mark.parametrize("sharing, projections", [("none", 6), ("key-value", 3), ("layerwise", 2)])
 def test_sharing_and_the_number_of_parameters(sharing, projections):
     config = dataclasses.replace(LINFORMER, linformer_sharing=sharing)
-    layers = torch.nn.ModuleList(attentions(config))
+    layers = torch.nn.ModuleList(make_attentions(config))
     maps = [m for m in layers.modules() if isinstance(m, LengthProjection)]
     assert len(set(maps)) == projections
     text, image = 6 * config.text_tokens, 6 * config.image_grid**2

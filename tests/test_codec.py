@@ -6,7 +6,6 @@ import random
 import time
 import zlib
 from collections import Counter
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +25,6 @@ from taco_nb.errors import (
     SettingError,
     WrongWeightsError,
 )
-from taco_nb.files import REPOSITORY
 from taco_nb.metrics.distortion import psnr
 
 CAPTION = "a red barn under a cloudy sky"
@@ -40,7 +38,7 @@ def picture(width: int = 64, height: int = 64, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.uint8((base + np.random.default_rng(seed).integers(0, 40, base.shape)) % 256))
 
 
-def forge(data: bytes, version: int = 1, z_length: int | None = None, **fields) -> bytes:
+def forge(data: bytes, version: int = 2, z_length: int | None = None, **fields) -> bytes:
     """The same file with other fields in its header, and its last checksum right again."""
     header, z, y = read_header(data)
     header = header._replace(**fields)
@@ -66,6 +64,14 @@ def file(tiny_codec) -> bytes:
 # Round trips ---------------------------------------------------------------------------------------------------------
 
 
+def as_the_net_has_it(codec: Codec, data: bytes, x: torch.Tensor, caption: str) -> torch.Tensor:
+    """Check that a file's latents are those of the padded image x, rounded, and return what g_s makes of them."""
+    with torch.inference_mode():
+        y, y_hat = codec.net.g_a(x, codec.tower([caption])), codec.decode_latents(data)
+        assert y_hat.shape == y.shape and (y_hat - y).abs().max() < 0.5 + 1e-4
+        return codec.net.g_s(y_hat)[0]
+
+
 @pytest.mark.parametrize("size", [(1, 1), (200, 1), (1, 200), (65, 63), (64, 64), (257, 129)])
 def test_any_size_decodes_to_what_the_net_makes_of_it(tiny_codec, size):
     image = picture(*size)
@@ -76,11 +82,10 @@ def test_any_size_decodes_to_what_the_net_makes_of_it(tiny_codec, size):
     assert x.shape[2] % 64 == x.shape[3] % 64 == 0
     assert torch.equal(x[0, :, : size[1], : size[0]], to_tensor(image))
     assert not x[..., size[1] :, :].any() and not x[..., size[0] :].any()
-    with torch.inference_mode():
-        x_hat = tiny_codec.net(x, tiny_codec.tower([CAPTION]))["x_hat"][0, :, : size[1], : size[0]]
-    assert (tiny_codec.decode_tensor(data) - x_hat).abs().max() < 1e-4
+    x_hat = as_the_net_has_it(tiny_codec, data, x, CAPTION)[:, : size[1], : size[0]]
+    assert (tiny_codec.decode_tensor(data) - x_hat).abs().max() < 1e-5
     difference = np.abs(np.int16(decoded) - np.int16(to_image(x_hat)))
-    assert difference.max() <= 1 and difference.mean() < 1e-3  # 1e-4 may lie on either side of a half
+    assert difference.max() <= 1 and difference.mean() < 1e-3  # 1e-5 may lie on either side of a half
 
 
 def test_decoding_is_deterministic(tiny_codec, file):
@@ -147,9 +152,8 @@ def test_the_caption_changes_the_file_and_every_file_decodes(tiny_codec):
     files = [tiny_codec.encode(picture(), caption) for caption in captions]
     assert len(set(files)) == len(captions)
     for data, caption in zip(files, captions):
-        with torch.inference_mode():
-            x_hat = tiny_codec.net(to_tensor(picture())[None], tiny_codec.tower([caption]))["x_hat"][0]
-        assert (tiny_codec.decode_tensor(data) - x_hat).abs().max() < 1e-4
+        x_hat = as_the_net_has_it(tiny_codec, data, to_tensor(picture())[None], caption)
+        assert (tiny_codec.decode_tensor(data) - x_hat).abs().max() < 1e-5
 
 
 def test_overhead_of_a_kodak_image(tiny_codec):
@@ -177,11 +181,8 @@ def test_a_batch_is_its_images(tiny_codec):
         alone = tiny_codec.decode_tensor(data)
         assert alone.shape == (3, 70, 100) and alone.dtype == x_hat.dtype == torch.float32
         assert (x_hat - alone).abs().max() < 1e-5
-        with torch.inference_mode():
-            expected = tiny_codec.net(pad(to_tensor(image)[None]), tiny_codec.tower([caption]))["x_hat"][
-                0, :, :70, :100
-            ]
-        assert (alone - expected).abs().max() < 1e-4
+        expected = as_the_net_has_it(tiny_codec, data, pad(to_tensor(image)[None]), caption)
+        assert (alone - expected[:, :70, :100]).abs().max() < 1e-5
 
 
 def test_captions_of_different_lengths_share_a_batch():
@@ -293,8 +294,8 @@ def test_an_edited_caption_is_encoded_while_one_waits(mode):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"TACO", b"TACO" * 20, bytes(100), b"\x89PNG\r\n\x1a\n" + bytes(50), sealed(b"TACO\1" + bytes(15)),
-     sealed(b"TACO\1" + b"\xff" * 15), sealed(b"TACO\1" + bytes(4) + b"\x01\x01\x80\x80\x80\x80\x80" + bytes(9))],
+    [b"", b"TACO", b"TACO" * 20, bytes(100), b"\x89PNG\r\n\x1a\n" + bytes(50), sealed(b"TACO\2" + bytes(15)),
+     sealed(b"TACO\2" + b"\xff" * 15), sealed(b"TACO\2" + bytes(4) + b"\x01\x01\x80\x80\x80\x80\x80" + bytes(9))],
 )  # fmt: skip
 def test_what_is_no_file(tiny_codec, data):
     with pytest.raises(DamagedFileError):
@@ -321,9 +322,13 @@ def test_every_flipped_bit_is_noticed(tiny_codec, file):
             tiny_codec.decode(bytes(damaged))
 
 
-def test_another_version_is_named(tiny_codec, file):
-    with pytest.raises(DamagedFileError, match="version 2 .* reads version 1"):
-        tiny_codec.decode(forge(file, version=2))
+def test_another_version_is_named_with_who_reads_it(tiny_codec, file):
+    with pytest.raises(
+        DamagedFileError, match="version 1 of the format, which taco-nb 0.1.0 reads; .* version 2"
+    ):
+        tiny_codec.decode(forge(file, version=1))
+    with pytest.raises(DamagedFileError, match="version 3 .* newer"):
+        tiny_codec.decode(forge(file, version=3))
 
 
 def test_wrong_weights_are_named(tiny_codec, file):
@@ -352,43 +357,6 @@ def test_another_encoder_of_the_same_decoder_writes_files_for_it(tiny_codec, fil
     data = other.encode(picture(), CAPTION)
     assert data != file
     assert tiny_codec.decode(data) == other.decode(data) != tiny_codec.decode(file)
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        "h_s",
-        "local_context.0",
-        "channel_context.1",
-        "entropy_parameters_anchor.0",
-        "entropy_parameters_nonanchor.1",
-    ],
-)
-@pytest.mark.parametrize("half", ["first", "second", "both"])
-def test_drifting_arithmetic_gives_the_same_picture_or_an_error(file, part, half):
-    drifting = make_codec()
-    x_hat, generator = drifting.decode_tensor(file), torch.Generator().manual_seed(0)
-
-    def drift(module, inputs, out: torch.Tensor, magnitude: float) -> torch.Tensor:
-        noise = magnitude * out.abs().mean() * torch.randn(out.shape, generator=generator)
-        untouched = {
-            "first": slice(out.shape[1] // 2, None),
-            "second": slice(out.shape[1] // 2),
-            "both": slice(0),
-        }
-        noise[:, untouched[half]] = 0
-        return out + noise
-
-    outcomes = []
-    for magnitude in (0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1, 100):
-        with drifting.net.get_submodule(part).register_forward_hook(partial(drift, magnitude=magnitude)):
-            outcomes.append(outcome(drifting, file, x_hat))
-    assert set(outcomes) == {"same", "DriftError"}
-    assert outcomes[0] == "same" and outcomes[-1] == "DriftError"
-    if (
-        half != "first"
-    ):  # of entropy parameters the first half are scales, which only matter near a step of their table
-        assert outcomes[-6:] == ["DriftError"] * 6
 
 
 def test_weights_that_are_not_finite_are_an_error():
@@ -515,7 +483,7 @@ def fuzz(count: int, seed: int, reseal: bool) -> Counter:
         data = bytearray(target.file)
         rng.choice(MUTATIONS)(data, rng, other.file)
         if reseal:
-            data = bytearray(sealed(b"TACO\1" + bytes(data[5:-4])))
+            data = bytearray(sealed(b"TACO\2" + bytes(data[5:-4])))
             if data == other.file:
                 continue
         outcomes[outcome(tiny, bytes(data), target.x_hat)] += 1
@@ -530,8 +498,8 @@ def fuzz_as_the_checksum_falls() -> None:
 
 def fuzz_with_the_checksum_right() -> None:
     outcomes = fuzz(1_500, seed=2, reseal=True)
-    assert outcomes["DriftError"] > 600, outcomes  # so many were decoded, or tried to be
-    assert min(outcomes[name] for name in ("WrongWeightsError", "DamagedFileError", "same")) > 0, outcomes
+    assert outcomes["DamagedFileError"] > 600, outcomes
+    assert min(outcomes[name] for name in ("WrongWeightsError", "same")) > 0, outcomes
 
 
 @pytest.mark.parametrize("fuzzer", [fuzz_as_the_checksum_falls, fuzz_with_the_checksum_right])
@@ -544,30 +512,15 @@ def forge_large_images() -> None:
     target = targets(tiny)[0]
     for width, height in ((8192, 8192), (64, 1 << 20), (1 << 20, 1), (4096, 4096)):
         forged = forge(target.file, width=width, height=height)
-        assert outcome(tiny, forged, target.x_hat) == "DriftError"
+        assert outcome(tiny, forged, target.x_hat) == "DamagedFileError"
     header, z, y = read_header(target.file)
     padded = sealed(target.file[:-4] + bytes(4_000_000))
     assert outcome(tiny, padded, target.x_hat) == "same"  # the coder never reads so far
     assert (
         outcome(tiny, forge(padded, width=8192, height=8192, z_length=4_000_000), target.x_hat)
-        == "DriftError"
+        == "DamagedFileError"
     )
 
 
 def test_a_forged_header_costs_no_memory(apart):
     apart(forge_large_images)
-
-
-@pytest.mark.parametrize("writing, reading", [(1, 2), (2, 1), (1, 3), (4, 1)])
-def test_a_file_decodes_whatever_the_number_of_threads(writing, reading):
-    """With the bundled codec: convolutions of its size do differ in the last bits between thread counts."""
-    demo, image = load("demo"), REPOSITORY / "data" / "sample" / "images" / "coffee.png"
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(writing)
-        data = demo.encode(image, CAPTION)
-        torch.set_num_threads(reading)
-        assert demo.decode(data).size == (512, 341)
-        assert torch.get_num_threads() == reading
-    finally:
-        torch.set_num_threads(threads)

@@ -7,6 +7,7 @@ with warnings.catch_warnings():
     import compressai  # noqa: F401
 
 from taco_nb.model.config import ModelConfig
-from taco_nb.model.taco import TACO, Encoded
+from taco_nb.model.latents import Encoded
+from taco_nb.model.taco import TACO
 
 __all__ = ["TACO", "Encoded", "ModelConfig"]

@@ -13,8 +13,8 @@ from taco_nb.model.attention import CrossAttention, Grid, LengthProjection, Linf
 from taco_nb.model.config import ModelConfig
 
 
-def attentions(config: ModelConfig) -> tuple[CrossAttention, CrossAttention, CrossAttention]:
-    """The adapter's three attentions in the order they run: over the text, over the image, over the new text."""
+def make_attentions(config: ModelConfig) -> tuple[CrossAttention, CrossAttention, CrossAttention]:
+    """Return the adapter's three attentions in the order they run: over the text, over the image, over the new text."""
     text, image = (1, config.text_tokens), (config.image_grid, config.image_grid)
     if config.attention == "softmax":
         return tuple(CrossAttention(dim, config.heads) for dim in (config.N, config.text_dim, config.N))

@@ -5,14 +5,15 @@
                                                                                      . A . A
                                                                                      A . A .
 
-The order of coding is written down once, in `SpaceChannelModel.walk`; the forward pass, compression and decompression
-differ only in what they do at each of its steps.
+The order of coding is written down once, in `walk`; the forward pass, compression and decompression differ only in what
+they do at each of its steps, and the floating-point networks and their integer form only in the networks they bring.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +21,14 @@ from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor, nn
 
 from taco_nb.model.layers import conv, relu_stack
-from taco_nb.model.repeatable import both
 
-SCALE_TABLE = torch.linspace(torch.tensor(0.11).log(), torch.tensor(256.0).log(), 64).exp().tolist()
+_ENDS = torch.tensor([0.11, 256.0], dtype=torch.float32).log()
+SCALE_TABLE = torch.linspace(*_ENDS, 64, dtype=torch.float32).exp().tolist()
+"""The standard deviations of y's 64 Gaussians, from 0.11 to 256 in equal ratios, as CompressAI has them."""
 
 
 def squeeze(x: Tensor, anchor: bool) -> Tensor:
-    """The anchors, or the others, of (B, C, H, W) side by side: (B, C, H, W/2), H and W even."""
+    """Return the anchors, or the others, of (B, C, H, W) side by side: (B, C, H, W/2), H and W even."""
     B, C, H, W = x.shape
     cells = x.reshape(B, C, H // 2, 2, W // 2, 2)
     first = 1 if anchor else 0  # the column of a cell of 2x2 that the even row contributes
@@ -36,7 +38,7 @@ def squeeze(x: Tensor, anchor: bool) -> Tensor:
 
 
 def unsqueeze(anchors: Tensor, others: Tensor) -> Tensor:
-    """The inverse of `squeeze`: two halves (B, C, H, W/2) back on their checkerboard (B, C, H, W)."""
+    """Undo `squeeze`: put two halves (B, C, H, W/2) back on their checkerboard (B, C, H, W)."""
     B, C, H, W = anchors.shape
     a, o = (t.reshape(B, C, H // 2, 2, W) for t in (anchors, others))
     even = torch.stack((o[:, :, :, 0], a[:, :, :, 0]), dim=-1)
@@ -45,25 +47,33 @@ def unsqueeze(anchors: Tensor, others: Tensor) -> Tensor:
 
 
 class LocalContext(nn.Conv2d):
-    """A 5x5 look at the anchors from the other positions: anchors (B, c, h, w/2), squeezed, -> (B, 2c, h, w/2).
-
-    What a convolution of the whole board with its other positions zero gives there, for a quarter of the arithmetic: of
-    the kernel's 25 taps 12 meet anchors, in rows of three and of two.
-    """
+    """A 5x5 look at the anchors from the other positions: anchors (B, c, h, w/2), squeezed, -> (B, 2c, h, w/2)."""
 
     def __init__(self, c: int):
         super().__init__(c, 2 * c, 5, padding=2)
 
     def forward(self, anchors: Tensor) -> Tensor:
-        even, odd = both(lambda: self._rows(anchors, 0), lambda: self._rows(anchors, 1))
-        return torch.stack((even, odd), dim=3).flatten(2, 3)
+        return look_at_anchors(anchors, self.weight, self.bias)
 
-    def _rows(self, anchors: Tensor, odd: int) -> Tensor:
-        """The even rows of the result, or the odd ones. Where a row has two taps, they lie left or right of the position."""
-        kernel = self.weight.new_zeros(*self.weight.shape[:3], 3)
-        kernel[:, :, 0::2, odd : odd + 2] = self.weight[:, :, 0::2, 1::2]
-        kernel[:, :, 1::2] = self.weight[:, :, 1::2, 0::2]
-        return F.conv2d(F.pad(anchors, (1, 1, 2 - odd, 1 + odd)), kernel, self.bias, stride=(2, 1))
+
+def look_at_anchors(
+    anchors: Tensor, weight: Tensor, bias: Tensor | None, conv2d: Callable[..., Tensor] = F.conv2d
+) -> Tensor:
+    """Convolve the squeezed anchors (B, c, h, w/2) with a 5x5 kernel (2c, c, 5, 5), seen from the other positions.
+
+    The result, (B, 2c, h, w/2), is what a convolution of the whole board with its other positions zero gives there, for
+    a quarter of the arithmetic: of the kernel's 25 taps 12 meet anchors, in rows of three and of two.
+    """
+
+    def rows(odd: int) -> Tensor:
+        # Anchors of neighbouring rows are half a position apart, so even and odd rows of the result need kernels of
+        # their own. Where a row of the kernel has two taps, they lie left or right of the position.
+        kernel = weight.new_zeros(*weight.shape[:3], 3)
+        kernel[:, :, 0::2, odd : odd + 2] = weight[:, :, 0::2, 1::2]
+        kernel[:, :, 1::2] = weight[:, :, 1::2, 0::2]
+        return conv2d(F.pad(anchors, (1, 1, 2 - odd, 1 + odd)), kernel, bias, stride=(2, 1))
+
+    return torch.stack((rows(0), rows(1)), dim=3).flatten(2, 3)
 
 
 class ChannelContext(nn.Module):
@@ -104,6 +114,49 @@ class Step:
     anchor: bool
 
 
+Network = Callable[[Tensor], Tensor]
+Visit = Callable[[Step, Tensor, Tensor], Tensor]
+
+
+class ContextNetworks(Protocol):
+    """The networks that `walk` asks, for every group of channels; group 0 has no channel context."""
+
+    groups: Sequence[int]
+    local_context: Sequence[Network]
+    channel_context: Mapping[str, Network]
+    entropy_parameters_anchor: Sequence[Network]
+    entropy_parameters_nonanchor: Sequence[Network]
+
+
+def walk(networks: ContextNetworks, hyper: Tensor, visit: Visit) -> Tensor:
+    """Visit the ten half groups of y in coding order, and return the y_hat (B, M, h, w) that the visits have made.
+
+    `hyper` is h_s's output, (B, 2M, h, w). `visit(step, scales, means)` gets the Gaussian parameters of a half group,
+    (B, c, h, w/2) each, and returns that half of y_hat: the context of everything that comes after it.
+    """
+    half_hyper = {anchor: squeeze(hyper, anchor) for anchor in (True, False)}
+    y_hat: list[Tensor] = []
+    first = 0
+    for k, c in enumerate(networks.groups):
+        channels = slice(first, first + c)
+        first += c
+        # what the groups before say, at all positions at once
+        context = [networks.channel_context[str(k)](torch.cat(y_hat, 1))] if k else []
+        known = {
+            anchor: [*(squeeze(t, anchor) for t in context), half_hyper[anchor]] for anchor in (True, False)
+        }
+
+        parameters = networks.entropy_parameters_anchor[k](torch.cat(known[True], 1))
+        anchors = visit(Step(channels, True), *parameters.chunk(2, 1))
+
+        local = networks.local_context[k](anchors)
+        parameters = networks.entropy_parameters_nonanchor[k](torch.cat([local, *known[False]], 1))
+        others = visit(Step(channels, False), *parameters.chunk(2, 1))
+
+        y_hat.append(unsqueeze(anchors, others))
+    return torch.cat(y_hat, 1)
+
+
 class SpaceChannelModel(nn.Module):
     """The probability model of y and z; `groups` are the channel counts of y's groups, summing to M.
 
@@ -128,44 +181,15 @@ class SpaceChannelModel(nn.Module):
         self.entropy_bottleneck = EntropyBottleneck(N)
         self.gaussian_conditional = GaussianConditional(SCALE_TABLE)
 
-    def walk(self, hyper: Tensor, visit: Callable[[Step, Tensor, Tensor], Tensor]) -> Tensor:
-        """Visit the ten half groups of y in coding order, and return the y_hat that the visits have made.
-
-        `hyper` is h_s's output, (B, 2M, h, w). `visit(step, scales, means)` gets the Gaussian parameters of a half
-        group, (B, c, h, w/2) each, and returns that half of y_hat: the context of everything that comes after it.
-        """
-        half_hyper = {anchor: squeeze(hyper, anchor) for anchor in (True, False)}
-        y_hat: list[Tensor] = []
-        for k, channels in enumerate(self._channels()):
-            context = [self.channel_context[str(k)](torch.cat(y_hat, 1))] if k else []
-            known = {
-                anchor: [*(squeeze(t, anchor) for t in context), half_hyper[anchor]]
-                for anchor in (True, False)
-            }
-
-            scales, means = self.entropy_parameters_anchor[k](torch.cat(known[True], 1)).chunk(2, 1)
-            anchors = visit(Step(channels, True), scales, means)
-
-            local = self.local_context[k](anchors)
-            scales, means = self.entropy_parameters_nonanchor[k](torch.cat([local, *known[False]], 1)).chunk(
-                2, 1
-            )
-            others = visit(Step(channels, False), scales, means)
-
-            y_hat.append(unsqueeze(anchors, others))
-        return torch.cat(y_hat, 1)
-
-    def _channels(self) -> Iterator[slice]:
-        start = 0
-        for c in self.groups:
-            yield slice(start, start + c)
-            start += c
+    def walk(self, hyper: Tensor, visit: Visit) -> Tensor:
+        """Visit the ten half groups of y in coding order with these networks, as the function `walk` explains."""
+        return walk(self, hyper, visit)
 
     def medians(self) -> Tensor:
-        """Around which z is rounded, (1, N, 1, 1)."""
+        """Return the numbers around which z is rounded, (1, N, 1, 1)."""
         return self.entropy_bottleneck.quantiles[:, 0, 1].reshape(1, -1, 1, 1)
 
 
 def ste_round(x: Tensor) -> Tensor:
-    """Rounding whose gradient is the identity (the straight-through estimator)."""
+    """Round x, with the identity for a gradient (the straight-through estimator)."""
     return x + (x.round() - x).detach()

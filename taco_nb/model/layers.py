@@ -5,25 +5,23 @@ CompressAI's `AttentionBlock` (Cheng et al., CVPR 2020, arXiv:2001.01568) is use
 
 from torch import Tensor, nn
 
-from taco_nb.model.repeatable import Conv2d, ConvTranspose2d
-
 
 def conv(in_channels: int, out_channels: int, kernel_size: int = 5, stride: int = 2) -> nn.Conv2d:
-    """A convolution that divides height and width by `stride` exactly."""
-    return Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
+    """Return a convolution that divides height and width by `stride` exactly."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
 
 
 def deconv(in_channels: int, out_channels: int, kernel_size: int = 5, stride: int = 2) -> nn.ConvTranspose2d:
-    """A transposed convolution that multiplies height and width by `stride` exactly."""
-    return ConvTranspose2d(
+    """Return a transposed convolution that multiplies height and width by `stride` exactly."""
+    return nn.ConvTranspose2d(
         in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, output_padding=stride - 1
     )
 
 
 class ResidualBottleneck(nn.Module):
-    """x + branch(x), the branch narrowing to half the channels for its 3x3 convolution (ELIC, Fig. 2).
+    """ELIC's residual block: x + branch(x), (B, N, H, W) -> (B, N, H, W) (ELIC, Fig. 2).
 
-    (B, N, H, W) -> (B, N, H, W).
+    The branch narrows to half the channels for its 3x3 convolution, which costs a quarter there.
     """
 
     def __init__(self, N: int):
@@ -37,12 +35,15 @@ class ResidualBottleneck(nn.Module):
 
 
 def relu() -> nn.ReLU:
-    """In place: a fresh tensor of a large image costs more time than the operation, since its pages come from the system."""
+    """Return a ReLU that works in place.
+
+    A fresh tensor of a large image costs more time than the operation itself, since its pages come from the system.
+    """
     return nn.ReLU(inplace=True)
 
 
 def relu_stack(*layers: nn.Module) -> nn.Sequential:
-    """The layers in order with a ReLU between each two, so layer i has the key 2i."""
+    """Return the layers in order with a ReLU between each two, so that layer i has the key 2i in a state dict."""
     stack: list[nn.Module] = []
     for layer in layers:
         stack += [layer, relu()]

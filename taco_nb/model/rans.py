@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Sequence
 
 import torch
 from compressai.ans import BufferedRansEncoder, RansDecoder
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from taco_nb.errors import CheckpointError, DamagedFileError
 
-CHUNK = 1 << 16  # symbols decoded between two checks
-LARGEST_SYMBOL = 1 << 26  # from 2^27 on CompressAI's encoder never returns
+CHUNK = 1 << 16
+"""Symbols decoded between two checks."""
+LARGEST_SYMBOL = 1 << 26
+"""From 2^27 on CompressAI's encoder never returns."""
 # A symbol takes at most 16 bits from the stream. An escape takes more: a run of full nibbles that says how many nibbles
 # follow. Beyond the end the run stops within 9 nibbles, when the zeros reach the low end of the decoder's state, and
 # says at most 15 each.
@@ -26,19 +29,19 @@ _BYTES_PER_ESCAPE = 72
 
 
 class CodingTables:
-    """The `count` cumulative distributions of an entropy model as CompressAI's coder wants them, rows without padding.
+    """Cumulative distributions as CompressAI's coder wants them: rows of integers that rise from 0 to 2^16.
 
-    Raises `CheckpointError` for tables that are not such distributions, on which the coder would crash.
+    A row's last symbol is the escape, for values outside; its first stands for the value `offsets[row]`. Raises
+    `CheckpointError` for rows that are not such distributions, or not `count` of them: the coder would crash on them.
     """
 
-    def __init__(self, model: EntropyModel, count: int):
-        self.lengths = model.cdf_length.tolist()
-        self.offsets = model.offset.tolist()
-        self.cdfs = [row[:length] for row, length in zip(model.quantized_cdf.tolist(), self.lengths)]
+    def __init__(self, cdfs: Sequence[Sequence[int]], offsets: Sequence[int], count: int):
+        self.cdfs, self.offsets = [list(row) for row in cdfs], list(offsets)
+        self.lengths = [len(row) for row in self.cdfs]
         frequencies = [[b - a for a, b in zip(row, row[1:])] for row in self.cdfs]
         whole = len(self.offsets) == len(self.cdfs) == count and all(
-            len(row) == length > 2 and row[0] == 0 and row[-1] == 1 << 16 and min(counts) > 0
-            for length, row, counts in zip(self.lengths, self.cdfs, frequencies)
+            len(row) > 2 and row[0] == 0 and row[-1] == 1 << 16 and min(counts) > 0
+            for row, counts in zip(self.cdfs, frequencies)
         )
         if not whole:
             raise CheckpointError(
@@ -48,25 +51,39 @@ class CodingTables:
         self.least_bits = 16 - torch.tensor([max(counts) for counts in frequencies]).double().log2()
         # an escape takes its own symbol, the last one, and a nibble, less what rounding in the coder may save
         self.least_escape_bits = 19.9 - math.log2(max(counts[-1] for counts in frequencies))
-        self._first = model.offset.cpu()
-        self._escape = (model.offset + model.cdf_length - 2).cpu()
+        self._first = torch.tensor(self.offsets, dtype=torch.int32)
+        self._escape = self._first + torch.tensor(self.lengths, dtype=torch.int32) - 2
+
+    @classmethod
+    def of_model(cls, model: EntropyModel, count: int) -> CodingTables:
+        """Take the tables of one of CompressAI's entropy models, whose rows are padded to one length."""
+        lengths, rows = model.cdf_length.tolist(), model.quantized_cdf.tolist()
+        rows = [row[: max(length, 0)] for row, length in zip(rows, lengths) if length <= len(row)]
+        return cls(rows, model.offset.tolist(), count)
 
     def escapes(self, symbols: Tensor, indexes: Tensor) -> int:
-        """How many of the int32 `symbols` lie outside their table, and so were written in the long form."""
+        """Return how many of the int32 `symbols` lie outside their table, and so were written in the long form."""
         return int(((symbols < self._first[indexes]) | (symbols >= self._escape[indexes])).sum())
+
+    def up_to(self, indexes: Tensor) -> tuple[list[list[int]], list[int], list[int]]:
+        """Return the rows, lengths and offsets that `indexes` can ask for.
+
+        CompressAI copies every row it is given at every call; the rows of the widest Gaussians, which are seldom used,
+        hold most of the numbers.
+        """
+        count = int(indexes.max()) + 1 if len(indexes) else 0
+        return self.cdfs[:count], self.lengths[:count], self.offsets[:count]
 
 
 def encode(symbols: Tensor, indexes: Tensor, tables: CodingTables) -> bytes:
-    """One rANS stream for 1-d int32 `symbols`, two at least, the i-th under the distribution numbered `indexes[i]`.
+    """Return one rANS stream for 1-d int32 `symbols`, two at least, the i-th under the distribution `indexes[i]`.
 
     Raises `CheckpointError` for symbols beyond `LARGEST_SYMBOL`, which only broken weights make.
     """
     if symbols.min() < -LARGEST_SYMBOL or symbols.max() > LARGEST_SYMBOL:
         raise CheckpointError("The encoder produced latents too large to be coded: the weights are broken.")
     encoder = BufferedRansEncoder()
-    encoder.encode_with_indexes(
-        symbols.tolist(), indexes.tolist(), tables.cdfs, tables.lengths, tables.offsets
-    )
+    encoder.encode_with_indexes(symbols.tolist(), indexes.tolist(), *tables.up_to(indexes))
     return encoder.flush()
 
 
@@ -80,7 +97,7 @@ class Decoder:
         # the coder's state; from a smaller one the decoder would take four bytes for every symbol
         if len(stream) < 8 or not 1 << 31 <= int.from_bytes(stream[:8], "little") < 1 << 63:
             raise DamagedFileError(
-                "The compressed latents do not begin as the coder's streams do: damaged or forged."
+                "The compressed latents do not begin as the coder's streams do: the file is damaged or forged."
             )
         self._tables = tables
         self._escapes_left = int(8 * len(stream) / tables.least_escape_bits)
@@ -90,17 +107,19 @@ class Decoder:
         self._decoder.set_stream(stream.ljust(17 * len(stream) + reach, b"\0"))
 
     def read(self, indexes: Tensor) -> Tensor:
-        """The next `len(indexes)` symbols, int32, one for each of the 1-d `indexes`."""
-        tables, parts = self._tables, []
+        """Return the next `len(indexes)` symbols, int32, one for each of the 1-d `indexes`."""
+        parts = []
         for part in indexes.split(CHUNK):
-            values = self._decoder.decode_stream(part.tolist(), tables.cdfs, tables.lengths, tables.offsets)
-            symbols = torch.frombuffer(
-                array("i", values), dtype=torch.int32
-            )  # a third of torch.tensor(values)'s time
-            self._escapes_left -= tables.escapes(symbols, part)
+            values = self._decoder.decode_stream(part.tolist(), *self._tables.up_to(part))
+            # a third of the time of torch.tensor(values)
+            symbols = (
+                torch.frombuffer(array("i", values), dtype=torch.int32) if values else torch.empty(0).int()
+            )
+            # each escape takes bits of the stream, so only so many can have been in it
+            self._escapes_left -= self._tables.escapes(symbols, part)
             if self._escapes_left < 0:
                 raise DamagedFileError(
-                    "The compressed latents end before all symbols are read: damaged or forged."
+                    "The compressed latents end before all symbols are read: the file is damaged or forged."
                 )
             parts.append(symbols)
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)

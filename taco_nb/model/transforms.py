@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from compressai.layers import AttentionBlock
 from torch import Tensor, nn
 
-from taco_nb.model.adapter import Extractor, Injector, attentions
+from taco_nb.model.adapter import Extractor, Injector, make_attentions
 from taco_nb.model.config import ModelConfig
 from taco_nb.model.layers import ResidualBottleneck, conv, deconv, relu_stack
 
@@ -64,7 +64,7 @@ class AnalysisTransform(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         N, M, text_dim = config.N, config.M, config.text_dim
-        over_text, over_image, over_text_again = attentions(config)
+        over_text, over_image, over_text_again = make_attentions(config)
         self.analysis_transform = nn.ModuleList(
             [
                 conv(3, N),

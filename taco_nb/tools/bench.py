@@ -139,7 +139,7 @@ def parts(codec: Codec, device: str) -> pd.DataFrame:
         y = net.g_a(on_device, *text).float()
     coded = net.quantize(y)
     symbols, indexes = (torch.cat(steps).cpu() for steps in (coded.y, coded.indexes))
-    tables, lengths = net.tables().y, [len(part) for part in coded.y]
+    tables, lengths = model.tables().y, [len(part) for part in coded.y]
     stream = rans.encode(symbols, indexes, tables)
 
     def transform(network: torch.nn.Module, *inputs: torch.Tensor) -> None:

@@ -30,6 +30,7 @@ from taco_nb.evaluation.peers import available_peers
 from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.metrics.rate import bd_rate, few_points, rate_at
+from taco_nb.model import TACO, ModelConfig
 from taco_nb.provenance import provenance
 
 LARGEST = 8_000_000
@@ -79,6 +80,21 @@ def bundle(
             with atomic_write(Path(shelf, f"{name}.json"), "w") as file:
                 json.dump(cards[name], file, indent=1)
     return cards
+
+
+def renew_integer_models(shelf: str | os.PathLike) -> None:
+    """Write the bundled codecs on a shelf anew with integer forms derived from their weights, and their cards' SHA-256.
+
+    The weights stay what they are. Files that were written with an earlier integer form no longer decode afterwards.
+    """
+    for path in sorted(Path(shelf).glob("*.safetensors")):
+        card = checkpoint.card_of(path)
+        state, about = checkpoint.read_weights(path)
+        net = TACO(ModelConfig(**about.pop("config")))
+        net.load_state_dict({name: value for name, value in state.items() if name != checkpoint.INTEGERS})
+        checkpoint.save_weights(path, net, about, torch.float16)
+        with atomic_write(path.with_suffix(".json"), "w") as file:
+            json.dump(card | {"sha256": sha256(path)}, file, indent=1)
 
 
 def _compact(run: Path, name: str, path: Path, data_dir: str | os.PathLike | None) -> dict[str, Any]:

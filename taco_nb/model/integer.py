@@ -1,0 +1,620 @@
+"""Why learned codecs fail to decode elsewhere, and how this one does not.
+
+**The problem.** The coder gives every latent a probability that two ends must know alike: sender and receiver each run
+the same networks, on what has been coded so far, and get a mean and a scale. A sum of floating-point numbers depends on
+the order in which it is taken, and that order on the processor, the number of threads, the library, the GPU. So means and
+scales differ in their last bits, one of a million scales falls on the other side of a table's step, the receiver reads
+one symbol by the wrong table, and everything after it is noise. The authors' TACO, ELIC and CompressAI's models all have
+this fault (CompressAI issues 235, 279 and 309), and most give a wrong picture without a word.
+
+**The trick.** Sums of *integers* do not depend on their order, as long as none overflows. A float32 holds every integer
+up to 2^24 exactly. So let weights and inputs of a convolution be integers w and a, few enough bits each that
+
+    sum over the kernel of |w| * max |a|  +  |bias|   <=   2^24
+
+for every output channel: then each product, each partial sum and the result are integers that float32 holds, in any order
+of summation, with fused multiply-add or without, and an ordinary fast convolution computes them exactly. (The bound is
+that of accumulator-aware quantisation, A2Q, Colbert et al., arXiv:2308.13504. After a ReLU no input is negative; then it
+suffices that positive and negative weights keep it each by themselves.) Where a layer has so many inputs that its weights
+would get too few bits, its input channels are cut into chunks: each chunk keeps the bound, and their exact results are
+added in float64, which holds integers up to 2^53.
+
+**A layer.** Every channel lies on a *grid*: an integer a stands for the number a / 2^p. A layer has an exponent p for each
+input channel, q for each output channel's sum and r for each output channel's result:
+
+    w = round(weight * 2^(q - p))      s = sum of w * a + round(bias * 2^q)      result = clamp(floor(s / 2^(q - r) + 1/2))
+
+All of it is exact: powers of two change only a float's exponent, and the sums keep the bound. ReLU is in the clamp, whose
+other end keeps the next layer's bound, whatever a forged file makes the networks read. In the code, the division by
+2^(q - r) is done to the weights beforehand, so that a layer is a convolution, a floor and a clamp.
+
+**Where the grids come from.** The ranges of the networks' values must be known. Measured in floating point on pictures
+they would depend on the machine that measures. Instead the codec *draws a picture's latents from its own probability
+model*, with pseudo-random bits that are the same everywhere: symbols of z from their tables, then, walking through y,
+symbols of y from the tables that the networks choose. Each layer is set up on integers that the layers before made
+exactly, so that the grids are a function of the weights alone: two machines with one checkpoint agree, the authors' own
+included, without a sidecar file. Real pictures reach up to three times as far as such latents, hence `_MARGIN`. Our own
+checkpoints keep the derived grids all the same (`IntegerModel.state`), so that a later change of this procedure deprives
+no file of its decoder.
+
+The coder's tables and the steps between scales come from erfc and exp, which no two libraries round alike. They are
+computed in float64 and rounded to integers, and kept with the weights too.
+
+Only what a decoder must repeat is computed so: h_s, the contexts and the entropy parameters. g_a and h_a run at the
+encoder alone, and g_s, which makes the picture of y_hat, may round a pixel otherwise elsewhere, by 1/255 and rarely.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from compressai._CXX import pmf_to_quantized_cdf
+from compressai.entropy_models import EntropyBottleneck
+from torch import Tensor, nn
+
+from taco_nb.errors import CheckpointError
+from taco_nb.model import rans
+from taco_nb.model.entropy import SCALE_TABLE, Step, Visit, look_at_anchors, walk
+from taco_nb.model.latents import LatentCoder, Tables
+from taco_nb.model.precision import full_float32
+
+if TYPE_CHECKING:
+    from taco_nb.model.taco import TACO
+
+LIMIT = 1 << 24
+"""Up to here float32 holds every integer."""
+BITS, LATENT_BITS = 11, 12
+"""Magnitudes of what layers pass on stay below 2^11, of y and its context's inputs up to 2^12."""
+MEAN_BITS, SCALE_BITS = 10, 11
+"""Binary places of y's means and scales: steps that are small beside the narrowest Gaussian, of 0.11."""
+_LARGEST_PARAMETER = 1 << 22
+"""Means and scales are clamped to this many of their steps."""
+_MARGIN = 3
+"""How much larger than in the drawn latents a channel's values may become before they are clamped."""
+_QUIETEST = 8
+"""A channel that was quiet in the drawn latents still gets this part of the loudest channel's range."""
+_KERNEL_RMS = 64
+"""The size, in grid steps, of a typical weight, below which a layer is cut into more chunks..."""
+_LEAST_CHANNELS = 4
+"""...of this many channels at least..."""
+_LARGE, _FEW_CHUNKS = 1 << 19, 4
+"""...but only into so few where it has so many weights, since there chunks cost time."""
+_CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_DRAWN = (6, 6)
+"""Height and width of the z that is drawn to find ranges: that of a picture of 384x384 pixels."""
+_DAMAGE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, zlib.error)
+"""What reading a damaged state can raise."""
+_LARGEST_STATE = 1 << 26
+"""Bytes that the state of a forged file may unpack to."""
+
+
+# One layer -----------------------------------------------------------------------------------------------------------
+
+
+class Convolution(NamedTuple):
+    """A kind of convolution of one image, on any device, with weights (out, in, kh, kw)."""
+
+    kind: str
+    """"plain" (padded to keep the size), "transposed" (multiplies the size by `stride`), or "anchors" (`look_at_anchors`)."""
+    stride: int = 1
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve x (1, in, h, w); `weight` comes from `laid_out`."""
+        if self.kind == "transposed":
+            return _conv_transpose2d(x, weight, bias, self.stride, weight.shape[2] // 2)
+        if self.kind == "anchors":
+            return look_at_anchors(x, weight, bias, _conv2d)
+        return _conv2d(x, weight, bias, padding=weight.shape[2] // 2)
+
+    def laid_out(self, weight: Tensor) -> Tensor:
+        """Return the weights in the order of dimensions in which PyTorch takes them."""
+        return (weight.transpose(0, 1) if self.kind == "transposed" else weight).contiguous()
+
+    def loads(self, weight: Tensor, signed: bool) -> Tensor:
+        """Return how much each input channel can add to each sum, per unit of input: (out, in, cases).
+
+        A sum has a case for each sign of a weight, unless inputs are `signed`, and for each position modulo the stride of
+        a transposed convolution, which meets only some taps.
+        """
+        parts = [weight.abs()] if signed else [weight.clamp(min=0), (-weight).clamp(min=0)]
+        phases = [slice(first, None, self.stride) for first in range(self.stride)]
+        return torch.stack([p[:, :, a, b].sum((2, 3)) for p in parts for a in phases for b in phases], dim=2)
+
+
+class Kernel(NamedTuple):
+    """The weights of one convolution, float64 on the CPU: weight (out, in, kh, kw), bias (out)."""
+
+    convolution: Convolution
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, layer: nn.Module, kind: str = "plain") -> Kernel:
+        """Return the weights of one of the network's layers."""
+        weight, bias = (t.detach().cpu().double() for t in (layer.weight, layer.bias))
+        if isinstance(layer, nn.ConvTranspose2d):
+            return cls(Convolution("transposed", layer.stride[0]), weight.transpose(0, 1), bias)
+        if kind == "anchors":  # the 13 taps that meet no anchor count for nothing
+            weight = weight.clone()
+            weight[:, :, 0::2, 0::2] = 0
+            weight[:, :, 1::2, 1::2] = 0
+        return cls(Convolution(kind), weight, bias)
+
+
+def _conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int] = (1, 1), padding: int = 0
+) -> Tensor:
+    """Convolve. On a GPU by a matrix product, since cuDNN may take Winograd's or a Fourier transform, which are not exact.
+
+    On a CPU, oneDNN and PyTorch's own convolutions only ever multiply and add for a single image.
+    """
+    if not x.is_cuda:
+        return F.conv2d(x, weight, bias, stride, padding)
+    return conv2d_by_matmul(x, weight, bias, stride, padding)
+
+
+def conv2d_by_matmul(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int] = (1, 1), padding: int = 0
+) -> Tensor:
+    """Convolve one image as a matrix product: all patches that the kernel meets, side by side."""
+    out, _, *kernel = weight.shape
+    h, w = ((n + 2 * padding - k) // s + 1 for n, k, s in zip(x.shape[2:], kernel, stride))
+    patches = F.unfold(x, kernel, padding=padding, stride=stride)[0]
+    y = (weight.flatten(1) @ patches).view(1, out, h, w)
+    return y if bias is None else y + bias.view(1, -1, 1, 1)
+
+
+def _conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """Multiply height and width by `stride`, with a kernel of 2 * padding + 1. On a GPU as `_conv2d`."""
+    if not x.is_cuda:
+        return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding=stride - 1)
+    return conv_transpose2d_by_matmul(x, weight, bias, stride, padding)
+
+
+def conv_transpose2d_by_matmul(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int
+) -> Tensor:
+    """Convolve one image transposed as a matrix product, whose columns are then laid over each other and added."""
+    size = (stride * x.shape[2], stride * x.shape[3])
+    columns = weight.flatten(1).t() @ x[0].flatten(1)
+    y = F.fold(columns[None], size, weight.shape[2:], padding=padding, stride=stride)
+    return y if bias is None else y + bias.view(1, -1, 1, 1)
+
+
+class ExactLayer:
+    """One convolution on integers, its requantisation and its clamp: integers (1, in, h, w) -> (1, out, h', w').
+
+    p, q and r are the exponents of the module's docstring; `signed` says whether inputs may be negative, `relu` whether
+    outputs may not. Raises `CheckpointError` where the bound is not kept, which only a forged file's exponents do.
+    """
+
+    def __init__(
+        self, kernel: Kernel, p: Tensor, q: Tensor, r: Tensor, chunks: int, *, bits: int, signed: bool, relu: bool,
+        largest: int = (1 << BITS) - 1,
+    ):  # fmt: skip
+        # finer weights than 12 bits below the output's step change nothing; coarser than it, there is no half to add
+        q = torch.minimum(q, r + 12)
+        r = torch.minimum(r, q - 1)
+        self.convolution, self.q, self.r, self.chunks = kernel.convolution, q, r, chunks
+        self.low, self.high = 0 if relu else -largest, largest
+        weight = (kernel.weight * _power(q).view(-1, 1, 1, 1) / _power(p).view(1, -1, 1, 1)).round()
+        bias = (kernel.bias * _power(q)).round()
+        half = _power(q - r - 1)  # added to the bias, so that floor rounds
+        if not (self._worst(weight, signed, bits) + bias.abs() + half <= LIMIT).all():
+            raise CheckpointError("The integer form of these weights is damaged: its sums can leave float32.")
+        # of at most 2^(24 - bits), so that 16 bits hold a weight from 10 bits of input on
+        self.weight, self.bias = weight.short(), bias.int()
+        # in units of the output's grid, float32 has these to the last bit
+        step = _power(r - q)
+        weight, bias = (weight * step.view(-1, 1, 1, 1)).float(), ((bias + half) * step).float()
+        self.parts = [
+            (channels, self.convolution.laid_out(weight[:, channels]), None if i else bias)
+            for i, channels in enumerate(_cuts(weight.shape[1], chunks))
+        ]
+
+    def _worst(self, weight: Tensor, signed: bool, bits: int) -> Tensor:
+        """Return the largest magnitude that a sum over some inputs can reach, for each output channel, in any chunk."""
+        loads = self.convolution.loads(weight, signed)
+        sums = [loads[:, channels].sum(1).amax(1) for channels in _cuts(loads.shape[1], self.chunks)]
+        return torch.stack(sums).amax(0) * (1 << bits)
+
+    def to(self, device: torch.device) -> None:
+        """Move what runs to a device."""
+        self.parts = [
+            (channels, weight.to(device), bias if bias is None else bias.to(device))
+            for channels, weight, bias in self.parts
+        ]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        total = None
+        for channels, weight, bias in self.parts:
+            part = self.convolution.run(x if len(self.parts) == 1 else x[:, channels], weight, bias)
+            if total is None:  # the first of several needs room for the others
+                total = part if len(self.parts) == 1 else part.double()
+            else:
+                total += part
+        return total.floor_().clamp_(self.low, self.high).float()
+
+
+def _cuts(channels: int, chunks: int) -> list[slice]:
+    """Return `chunks` ranges of nearly equal length that cover the channels."""
+    ends = [i * channels // chunks for i in range(chunks + 1)]
+    return [slice(a, b) for a, b in zip(ends, ends[1:])]
+
+
+def _power(exponents: Tensor) -> Tensor:
+    """Return 2 to each exponent, float64, exactly. (torch.ldexp goes by way of pow, which may round.)"""
+    return torch.from_numpy(np.ldexp(1.0, exponents.clamp(-1000, 1000).numpy()))
+
+
+def _exponent(values: Tensor) -> Tensor:
+    """Return for each value the least e with value < 2^e, as its float64 has it in its bits."""
+    return torch.frexp(values.double()).exponent.long()
+
+
+# Choosing the exponents ----------------------------------------------------------------------------------------------
+
+
+def grid_for(largest: Tensor, bits: int = 0, margin: int = 0) -> Tensor:
+    """Return exponents p at which values of these magnitudes, by channel, come to `LARGEST` at most, margin included."""
+    largest = torch.maximum(largest, largest.max() / _QUIETEST)
+    return ((bits or BITS) - _exponent(largest * (margin or _MARGIN))).clamp(-60, 20)
+
+
+def sums_for(kernel: Kernel, p: Tensor, bits: int, signed: bool) -> tuple[Tensor, int]:
+    """Return the exponents q of a layer's sums, as large as the bound allows, and the number of its chunks.
+
+    There are as few chunks as leave half of the output channels weights of `_KERNEL_RMS` grid steps, in the root of their
+    mean square. All sums here are of integers below 2^53, exact in float64, so that every machine decides alike.
+    """
+    scaled = kernel.weight / _power(p).view(1, -1, 1, 1)
+    places = 18 - _exponent(scaled.abs().amax((1, 2, 3)))  # at which the largest weight has 18 bits
+    places = places.clamp(max=60)  # a channel of zeros has none
+    fine = (scaled * _power(places).view(-1, 1, 1, 1)).round()
+    loads = kernel.convolution.loads(fine, signed)
+    bias = (kernel.bias.abs() * _power(places)).ceil()
+    squares = fine.square().mean((1, 2, 3))
+    taps = kernel.weight[0, 0].numel()
+    found = None
+    most = max(1, loads.shape[1] // _LEAST_CHANNELS if kernel.weight.numel() < _LARGE else _FEW_CHUNKS)
+    for chunks in _CHUNKS:
+        if chunks > most and found:
+            break
+        cuts = _cuts(loads.shape[1], chunks)
+        worst = torch.stack([loads[:, cut].sum(1).amax(1) for cut in cuts]).amax(0) * (1 << bits) + bias
+        # rounding a weight adds half a step at most; 2^12 is more than the half of an output's step
+        rounding = max(cut.stop - cut.start for cut in cuts) * taps * 2 ** (bits - 1) + 2**12
+        if rounding >= LIMIT / 2 and chunks < loads.shape[1]:
+            continue
+        q = places + _exponent((LIMIT - rounding) / worst.clamp(min=1)) - 1
+        found = q, chunks
+        if (squares * _power(2 * (q - places))).sort().values[len(q) // 2] >= _KERNEL_RMS**2:
+            break
+    if found is None:
+        raise CheckpointError("These networks have kernels too large for exact sums.")
+    return found
+
+
+# Networks ------------------------------------------------------------------------------------------------------------
+
+
+class ExactNetwork:
+    """Convolutions with ReLUs between them, on integers: one of the networks that a decoder repeats.
+
+    Its input is either a tensor of real numbers, which it puts on a grid itself, or the outputs of other networks side by
+    side, the `sources`, whose grids it knows. Its output is integers on the grid `grid`; with `places`, the binary places
+    that its output channels are to have, it is the real numbers that they stand for.
+
+    Exponents come from a saved `state`, or else are derived at the first call, from the ranges of what is put in.
+    """
+
+    def __init__(
+        self, kernels: list[Kernel], sources: list[ExactNetwork] | None = None, places: Tensor | None = None,
+        largest: Tensor | None = None,
+    ):  # fmt: skip
+        self.kernels, self.sources, self.places = kernels, sources, places
+        self.input: Tensor | None = None
+        self.input_bits = LATENT_BITS if largest is None else BITS
+        if largest is not None:  # of the real input, by channel, where that is known beforehand
+            self.input = grid_for(largest, BITS, margin=1)
+        self.layers: list[ExactLayer] = []
+
+    @property
+    def grid(self) -> Tensor:
+        return self.layers[-1].r
+
+    def _input_grid(self) -> Tensor:
+        return self.input if self.sources is None else torch.cat([source.grid for source in self.sources])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.layers:
+            return self._derive(x)
+        if self.sources is None:
+            x = self._on_grid(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x if self.places is None else x * self._step
+
+    def _on_grid(self, x: Tensor) -> Tensor:
+        """Round real numbers to integers of the input's grid: one exact product, an addition, a floor, the same anywhere."""
+        if self._scale is None or self._scale.device != x.device:
+            self._scale = _power(self.input).float().view(1, -1, 1, 1).to(x.device)
+        return (x * self._scale).add_(0.5).floor_().clamp_(-(1 << self.input_bits), 1 << self.input_bits)
+
+    _scale: Tensor | None = None
+    _step: Tensor | None = None
+
+    def _derive(self, x: Tensor) -> Tensor:
+        """Choose the exponents of every layer by what it makes of x, and return the output."""
+        if self.sources is None:
+            if self.input is None:
+                self.input = grid_for(x.abs().amax((0, 2, 3)), LATENT_BITS)
+            x = self._on_grid(x)
+        layers: list[ExactLayer] = []
+        p = self._input_grid()
+        for i, kernel in enumerate(self.kernels):
+            q, chunks = sums_for(kernel, p, self._bits(i), signed=i == 0)
+            r = self.places if i == len(self.kernels) - 1 else None
+            if r is None:
+                # the layer with a grid as fine as its sums' shows what they are
+                fine = self._layer(i, p, q, q - 1, chunks, largest=1 << 40)
+                r = grid_for(fine(x).abs().amax((0, 2, 3)).double() / _power(fine.r))
+            layers.append(self._layer(i, p, q, r, chunks))
+            x, p = layers[-1](x), layers[-1].r
+        self._finish(layers)
+        return x if self.places is None else x * self._step
+
+    def _layer(self, i: int, p: Tensor, q: Tensor, r: Tensor, chunks: int, largest: int = 0) -> ExactLayer:
+        last, signed = i == len(self.kernels) - 1, i == 0
+        if not largest:
+            largest = _LARGEST_PARAMETER if last and self.places is not None else (1 << BITS) - 1
+        kernel, bits = self.kernels[i], self._bits(i)
+        return ExactLayer(kernel, p, q, r, chunks, bits=bits, signed=signed, relu=not last, largest=largest)
+
+    def _bits(self, i: int) -> int:
+        """Return the binary digits of layer i's inputs."""
+        return self.input_bits if i == 0 and self.sources is None else BITS
+
+    def _finish(self, layers: list[ExactLayer]) -> None:
+        self.layers, self.kernels = layers, []  # which are no longer needed
+        self._step = _power(-self.grid).float().view(1, -1, 1, 1)
+
+    def to(self, device: torch.device) -> None:
+        self._step = self._step.to(device)
+        for layer in self.layers:
+            layer.to(device)
+
+    def state(self) -> dict[str, Any]:
+        """Return all exponents, as JSON holds them."""
+        layers = [[layer.q.tolist(), layer.r.tolist(), layer.chunks] for layer in self.layers]
+        return {"input": None if self.input is None else self.input.tolist(), "layers": layers}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take the exponents that `state` returned. Its sources are restored before."""
+        if self.sources is None:
+            self.input = torch.tensor(state["input"], dtype=torch.long)
+        p, layers = self._input_grid(), []
+        if len(state["layers"]) != len(self.kernels):
+            raise ValueError("another number of layers")
+        for i, (q, r, chunks) in enumerate(state["layers"]):
+            q, r = (torch.tensor(exponents, dtype=torch.long) for exponents in (q, r))
+            layers.append(self._layer(i, p, q, r, chunks))
+            p = layers[-1].r
+        self._finish(layers)
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def scale_steps() -> list[float]:
+    """Return the scales of y's distributions, computed in float64."""
+    first, last = math.log(0.11), math.log(256.0)
+    return [math.exp(first + (last - first) * i / 63) for i in range(64)]
+
+
+@lru_cache(maxsize=1)
+def gaussian_pmfs() -> list[list[float]]:
+    """Return the probabilities of y's symbols for every scale, and last that of all symbols beyond, in float64."""
+
+    def below(x: float) -> float:
+        return math.erfc(-x / math.sqrt(2)) / 2
+
+    rows = []
+    for scale in scale_steps():
+        reach = math.ceil(scale * 6.109410204869)  # beyond lies 1e-9
+        half = [below((0.5 - k) / scale) - below((-0.5 - k) / scale) for k in range(reach + 1)]
+        rows.append([*reversed(half[1:]), *half, 2 * below((-0.5 - reach) / scale)])
+    return rows
+
+
+def _bottleneck_rows(model: EntropyBottleneck) -> tuple[list[list[int]], list[int]]:
+    """Return the tables of z, from the bottleneck's weights in float64, whatever tables it holds."""
+    model = deepcopy(model).cpu().double()
+    model.update(force=True)
+    rows = [row[:n] for row, n in zip(model.quantized_cdf.tolist(), model.cdf_length.tolist())]
+    return rows, model.offset.tolist()
+
+
+# The model -----------------------------------------------------------------------------------------------------------
+
+
+class IntegerModel(LatentCoder):
+    """All that a decoder of `net`'s latents repeats, on integers. It does not follow later changes of the weights.
+
+    Exponents and tables come from `state`, as `IntegerModel.state` returned them, or else are derived from the weights, the
+    same on every machine. Raises `CheckpointError` for a state that is not these weights'.
+    """
+
+    largest_symbol = 1 << 13
+    """With it, and means below 2^12 of 10 binary places, float32 holds y_hat exactly."""
+
+    def __init__(self, net: TACO, state: bytes | None = None):
+        self.groups, self.y_channels = net.groups, net.config.M
+        self._device = torch.device("cpu")  # until all is set up
+        try:
+            kept = None if state is None else _unpacked(state)
+            self._set_up(net, kept)
+            if kept is not None:
+                for name, network in self._networks():
+                    network.restore(kept["networks"][name])
+            else:
+                self._derive()
+        except CheckpointError:
+            raise
+        except _DAMAGE as error:
+            raise CheckpointError(f"The integer form of these weights is damaged: {error!r}.") from None
+        # other devices than these have no float64, or unknown convolutions
+        device = net.medians().device
+        self._device = device if device.type in ("cpu", "cuda") else torch.device("cpu")
+        for _, network in self._networks():
+            network.to(self._device)
+        self._medians, self._thresholds = (t.to(self._device) for t in (self._medians, self._thresholds))
+
+    def _set_up(self, net: TACO, kept: Mapping[str, Any] | None) -> None:
+        N = net.config.N
+        if kept is not None:
+            y_rows, y_offsets, z_rows, z_offsets = (
+                kept[name] for name in ("y", "y_offsets", "z", "z_offsets")
+            )
+            y_rows, z_rows = ([np.cumsum([0, *row]).tolist() for row in rows] for rows in (y_rows, z_rows))
+            medians, thresholds = kept["medians"], kept["thresholds"]
+        else:
+            y_rows = [pmf_to_quantized_cdf(row, 16) for row in gaussian_pmfs()]
+            y_offsets = [1 - len(row) // 2 for row in gaussian_pmfs()]
+            z_rows, z_offsets = _bottleneck_rows(net.entropy_bottleneck)
+            medians = (net.medians().flatten().double() * 2**MEAN_BITS).round().long().tolist()
+            thresholds = [round(scale * 2**SCALE_BITS) for scale in scale_steps()[:-1]]
+        self._tables = Tables(
+            rans.CodingTables(y_rows, y_offsets, len(SCALE_TABLE)), rans.CodingTables(z_rows, z_offsets, N)
+        )
+        self._medians = torch.tensor(medians).float().view(1, -1, 1, 1) / 2**MEAN_BITS
+        self._thresholds = torch.tensor(thresholds).float() / 2**SCALE_BITS
+        if self._medians.shape[1] != N or len(self._thresholds) != len(SCALE_TABLE) - 1:
+            raise ValueError("medians or thresholds of another model")
+
+        z_first = torch.tensor(z_offsets)
+        z_last = z_first + torch.tensor(self._tables.z.lengths) - 3
+        z_range = torch.maximum(z_first.abs(), z_last.abs()).double() + self._medians.flatten().abs()
+
+        def kernels(stack: nn.Module) -> list[Kernel]:
+            return [Kernel.of(layer) for layer in stack if hasattr(layer, "weight")]
+
+        self.h_s = ExactNetwork(kernels(net.h_s.increase), largest=z_range)
+        self.local_context = [ExactNetwork([Kernel.of(layer, "anchors")]) for layer in net.local_context]
+        self.channel_context = {
+            k: ExactNetwork(kernels(context.fushion)) for k, context in net.channel_context.items()
+        }
+        self.entropy_parameters_anchor, self.entropy_parameters_nonanchor = [], []
+        for k, c in enumerate(self.groups):
+            places = torch.tensor([SCALE_BITS] * c + [MEAN_BITS] * c)
+            known = [*([self.channel_context[str(k)]] if k else []), self.h_s]
+            for ours, theirs, sources in (
+                (self.entropy_parameters_anchor, net.entropy_parameters_anchor, known),
+                (self.entropy_parameters_nonanchor, net.entropy_parameters_nonanchor,
+                 [self.local_context[k], *known]),
+            ):  # fmt: skip
+                ours.append(ExactNetwork(kernels(theirs[k].fusion), sources, places))
+
+    def _networks(self) -> Iterator[tuple[str, ExactNetwork]]:
+        """Yield every network under a name, sources first."""
+        yield "h_s", self.h_s
+        yield from ((f"channel_context.{k}", network) for k, network in self.channel_context.items())
+        for part in ("local_context", "entropy_parameters_anchor", "entropy_parameters_nonanchor"):
+            yield from ((f"{part}.{k}", network) for k, network in enumerate(getattr(self, part)))
+
+    @torch.inference_mode()
+    def _derive(self) -> None:
+        """Draw latents from the model itself, and so lead every network through its first call."""
+        bits = _PseudoRandom()
+        z_indexes = self.z_indexes(self._medians.shape[1] * _DRAWN[0] * _DRAWN[1])
+        z = _draw(self._tables.z, z_indexes, bits).view(1, -1, *_DRAWN)
+
+        def visit(step: Step, scales: Tensor, means: Tensor) -> Tensor:
+            return _draw(self._tables.y, self.y_indexes(scales), bits).view(means.shape) + means
+
+        with full_float32("cpu"):
+            self.walk(self.hyper(z + self._medians), visit)
+
+    def hyper(self, z_hat: Tensor) -> Tensor:
+        return self.h_s(z_hat)
+
+    def walk(self, hyper: Tensor, visit: Visit) -> Tensor:
+        return walk(self, hyper, visit)
+
+    def medians(self) -> Tensor:
+        return self._medians
+
+    def scale_thresholds(self) -> Tensor:
+        return self._thresholds
+
+    def tables(self) -> Tables:
+        return self._tables
+
+    def state(self) -> bytes:
+        """Return exponents and tables, all of them integers, as a few tens of kilobytes to keep with the weights."""
+        tables = self._tables
+        kept = {
+            "networks": {name: network.state() for name, network in self._networks()},
+            "medians": _integers(self._medians.flatten() * 2**MEAN_BITS),
+            "thresholds": _integers(self._thresholds * 2**SCALE_BITS),
+            "y": [np.diff(row).tolist() for row in tables.y.cdfs],
+            "y_offsets": tables.y.offsets,
+            "z": [np.diff(row).tolist() for row in tables.z.cdfs],
+            "z_offsets": tables.z.offsets,
+        }
+        return zlib.compress(json.dumps(kept, separators=(",", ":")).encode(), 9)
+
+    def digest(self) -> bytes:
+        """Return a SHA-256 of every integer that decoding the latents depends on."""
+        digest = hashlib.sha256(zlib.decompress(self.state()))
+        for name, network in self._networks():
+            digest.update(name.encode())
+            for layer in network.layers:
+                digest.update(layer.weight.numpy().astype("<i2").tobytes())
+                digest.update(layer.bias.numpy().astype("<i4").tobytes())
+        return digest.digest()
+
+
+def _integers(values: Tensor) -> list[int]:
+    return values.round().long().tolist()
+
+
+def _unpacked(state: bytes) -> dict[str, Any]:
+    unpack = zlib.decompressobj()
+    text = unpack.decompress(state, _LARGEST_STATE)
+    if not unpack.eof:
+        raise ValueError("it is cut short, or too large")
+    return json.loads(text)
+
+
+class _PseudoRandom:
+    """16-bit numbers from SHAKE-256, which is the same everywhere and will stay so."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+
+    def __call__(self, count: int) -> np.ndarray:
+        self._calls += 1
+        data = hashlib.shake_256(b"taco_nb %d" % self._calls).digest(2 * count)
+        return np.frombuffer(data, "<u2").astype(np.int64)
+
+
+def _draw(tables: rans.CodingTables, indexes: Tensor, bits: _PseudoRandom) -> Tensor:
+    """Draw a symbol from each of these distributions, float32; escapes become the largest symbol in the table."""
+    numbers, rows = bits(len(indexes)), indexes.cpu().numpy()
+    symbols = np.empty(len(rows), np.float32)
+    for row in np.unique(rows):
+        these = rows == row
+        found = np.searchsorted(tables.cdfs[row], numbers[these], side="right") - 1
+        symbols[these] = np.minimum(found, tables.lengths[row] - 3) + tables.offsets[row]
+    return torch.from_numpy(symbols)
