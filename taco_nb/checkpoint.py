@@ -56,6 +56,10 @@ def save_weights(
         state[key] = (
             value.cpu().to(dtype if is_kernel else value.dtype).clone(memory_format=torch.contiguous_format)
         )
+    if dtype != torch.float32:
+        net = TACO(net.config)
+        net.load_state_dict({key: v.float() if v.is_floating_point() else v for key, v in state.items()})
+    state[INTEGERS] = torch.frombuffer(bytearray(net.integer_model().state()), dtype=torch.uint8)
     metadata = {"format": _FORMAT, "config": json.dumps(asdict(net.config)), "about": json.dumps(about)}
     with atomic_write(path) as file:
         file.write(save(state, metadata))
