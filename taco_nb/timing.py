@@ -27,7 +27,7 @@ from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write
 from taco_nb.inspection import count_flops
 from taco_nb.model import TACO, ModelConfig
-from taco_nb.model.adapter import Injector
+from taco_nb.model.adapter import Injector, make_attentions
 from taco_nb.provenance import provenance
 
 ATTENTIONS = ("softmax", "linformer")
