@@ -56,6 +56,11 @@ def save_weights(
         state[key] = (
             value.cpu().to(dtype if is_kernel else value.dtype).clone(memory_format=torch.contiguous_format)
         )
+    if dtype != torch.float32:
+        written = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        net = TACO(net.config)
+        net.load_state_dict(written)
+    state[INTEGERS] = torch.frombuffer(bytearray(net.integer_model().state()), dtype=torch.uint8)
     metadata = {"format": _FORMAT, "config": json.dumps(asdict(net.config)), "about": json.dumps(about)}
     with atomic_write(path) as file:
         file.write(save(state, metadata))

@@ -106,6 +106,7 @@ class Codec:
         self.text_encoder, self.text_tokens = text_encoder, text_tokens
         self.text_length, self.text_pooling, self.keywords = text_length, text_pooling, keywords
         self.name, self.about, self.data_dir = name, about or {}, data_dir
+        self._fingerprinted: tuple[IntegerModel, bytes] | None = None
 
     @property
     def device(self) -> torch.device:

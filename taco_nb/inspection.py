@@ -15,6 +15,7 @@ from taco_nb.data.images import to_rgb, to_tensor
 from taco_nb.experiment import Experiment
 from taco_nb.model import TACO
 from taco_nb.model.adapter import Extractor, Injector
+from taco_nb.model.precision import full_float32
 
 
 class Attention(NamedTuple):
@@ -96,7 +97,8 @@ def bit_map(codec: Codec, image: Any, caption: str) -> Tensor:
     the map adds up to nearly the size of the file's strings. A position of z, the side information, covers 64 x 64 pixels,
     and its bits are spread evenly over them.
     """
-    likelihoods = codec.net(*_encoder_inputs(codec, image, caption))["likelihoods"]
+    with full_float32(codec.device.type):
+        likelihoods = codec.net(*_encoder_inputs(codec, image, caption))["likelihoods"]
     y, z = (-likelihoods[name].log2().sum(dim=1)[0].float().cpu() for name in ("y", "z"))
     return y + z.repeat_interleave(4, 0).repeat_interleave(4, 1) / 16
 

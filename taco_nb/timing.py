@@ -27,7 +27,7 @@ from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write
 from taco_nb.inspection import count_flops
 from taco_nb.model import TACO, ModelConfig
-from taco_nb.model.adapter import Injector
+from taco_nb.model.adapter import Injector, make_attentions
 from taco_nb.provenance import provenance
 
 ATTENTIONS = ("softmax", "linformer")
@@ -138,7 +138,7 @@ def _encoder_run(config: ModelConfig, device: str | None, side: int) -> Callable
 
 def _attention_alone(config: ModelConfig, device: str | None, side: int) -> Callable[[], Any]:
     """Return a run of the adapter's three attentions, on queries, keys and values shaped as in the encoder."""
-    layers = [_on(device, layer.eval()) for layer in attentions(config)]
+    layers = [_on(device, layer.eval()) for layer in make_attentions(config)]
     quarter, eighth, tokens = (side // 4) ** 2, (side // 8) ** 2, config.text_tokens
     over_text, over_image = (1, tokens), (side // 8, side // 8)  # how the keys lie
     calls = [
@@ -195,7 +195,7 @@ class Widened(nn.Module):
 def widened(config: ModelConfig, factor: int) -> TACO:
     """Return a TACO with random weights whose two Injectors attend over `factor` times N channels."""
     net = TACO(config)
-    over_text, _, over_text_again = attentions(replace(config, N=factor * config.N))
+    over_text, _, over_text_again = make_attentions(replace(config, N=factor * config.N))
     for at, attention in ((8, over_text), (15, over_text_again)):
         injector = Injector(factor * config.N, config.text_dim, attention)
         net.g_a.analysis_transform[at] = Widened(injector, factor)

@@ -137,7 +137,8 @@ def parts(codec: Codec, device: str) -> pd.DataFrame:
     in_precision = codec.transform_precision
     with in_precision():
         y = net.g_a(on_device, *text).float()
-    coded = net.quantize(y)
+        model, z = net.integer_model(), net.h_a(y)
+    coded = model.quantize(y, z)
     symbols, indexes = (torch.cat(steps).cpu() for steps in (coded.y, coded.indexes))
     tables, lengths = model.tables().y, [len(part) for part in coded.y]
     stream = rans.encode(symbols, indexes, tables)
@@ -153,7 +154,7 @@ def parts(codec: Codec, device: str) -> pd.DataFrame:
 
     runs: dict[str, Callable[[], Any]] = {
         "g_a": lambda: transform(net.g_a, on_device, *text),
-        "entropy networks": lambda: net.quantize(y),
+        "entropy networks": lambda: model.quantize(y, z),
         "coder, encoding": lambda: rans.encode(symbols, indexes, tables),
         "coder, decoding": read,
         "g_s": lambda: transform(net.g_s, coded.y_hat),
