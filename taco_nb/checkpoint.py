@@ -57,8 +57,9 @@ def save_weights(
             value.cpu().to(dtype if is_kernel else value.dtype).clone(memory_format=torch.contiguous_format)
         )
     if dtype != torch.float32:
+        written = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
         net = TACO(net.config)
-        net.load_state_dict({key: v.float() if v.is_floating_point() else v for key, v in state.items()})
+        net.load_state_dict(written)
     state[INTEGERS] = torch.frombuffer(bytearray(net.integer_model().state()), dtype=torch.uint8)
     metadata = {"format": _FORMAT, "config": json.dumps(asdict(net.config)), "about": json.dumps(about)}
     with atomic_write(path) as file:

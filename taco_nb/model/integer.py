@@ -286,6 +286,7 @@ def sums_for(kernel: Kernel, p: Tensor, bits: int, signed: bool) -> tuple[Tensor
     squares = fine.square().mean((1, 2, 3))
     taps = kernel.weight[0, 0].numel()
     found = None
+    # at least one try, whatever the size of a chunk
     most = max(1, loads.shape[1] // _LEAST_CHANNELS if kernel.weight.numel() < _LARGE else _FEW_CHUNKS)
     for chunks in _CHUNKS:
         if chunks > most and found:
@@ -302,7 +303,12 @@ def sums_for(kernel: Kernel, p: Tensor, bits: int, signed: bool) -> tuple[Tensor
             break
     if found is None:
         raise CheckpointError("These networks have kernels too large for exact sums.")
-    return found
+    q, chunks = found
+    # weights that all round one way can use up what was set aside for rounding: then one bit less
+    loads = kernel.convolution.loads((scaled * _power(q).view(-1, 1, 1, 1)).round(), signed)
+    worst = torch.stack([loads[:, cut].sum(1).amax(1) for cut in _cuts(loads.shape[1], chunks)]).amax(0)
+    full = worst * (1 << bits) + (kernel.bias * _power(q)).abs() + 2**12 > LIMIT
+    return q - full.long(), chunks
 
 
 # Networks ------------------------------------------------------------------------------------------------------------

@@ -137,7 +137,7 @@ def parts(codec: Codec, device: str) -> pd.DataFrame:
     in_precision = codec.transform_precision
     with in_precision():
         y = net.g_a(on_device, *text).float()
-    model, z = net.integer_model(), net.h_a(y)
+        model, z = net.integer_model(), net.h_a(y)
     coded = model.quantize(y, z)
     symbols, indexes = (torch.cat(steps).cpu() for steps in (coded.y, coded.indexes))
     tables, lengths = model.tables().y, [len(part) for part in coded.y]
