@@ -54,10 +54,6 @@ class WrongWeightsError(BitstreamError):
     """The file is whole, but the weights that wrote it are not the decoder's."""
 
 
-class DriftError(BitstreamError):
-    """File and weights are right, but this machine's arithmetic led to other latents than the encoder's."""
-
-
 def check_known(given: Iterable[str], known: Sequence[str], complaint: str) -> None:
     """Raise `SettingError` for the first of the given names that is not known.
 

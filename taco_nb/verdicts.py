@@ -27,14 +27,7 @@ import numpy as np
 from taco_nb.evaluation.protocol import starts_from_sibling
 from taco_nb.experiment import Experiment, baseline
 from taco_nb.files import bundled
-from taco_nb.report import (
-    ABLATION_FIELDS,
-    DATASETS,
-    MEASURES,
-    PUBLISHED_AS,
-    WHOLE_SET,
-    points,
-)
+from taco_nb.report import ABLATION_FIELDS, DATASETS, MEASURES, PUBLISHED_AS, WHOLE_SET, points
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -343,6 +343,8 @@ def test_runs_have_a_label_in_common_if_they_differ_in_lambda_alone(change):
     assert described("kodak", 1, changed)["label"] not in labels
     others = [{"mode": "fast"}, {"caption": "best"}, {"patch_size": 64}, {"kind": "context"}]
     assert len({described("kodak", 1, PAPER, **other)["label"] for other in others} - labels) == len(others)
+    sibling = baseline("sample", attention="linformer", init="demo-linformer")
+    assert "init" not in described("kodak", 1, sibling)["label"]
 
 
 # --- BD-rates ---------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from taco_nb.data import CaptionedImages
 from taco_nb.experiment import Experiment, baseline
 from taco_nb.files import bundled
 from taco_nb.metrics.networks import Network, state_digest
+from taco_nb.settings import Sizes
 
 IMAGES = {"coco": 30504, "clic": 428, "kodak": 24}
 """How many images the report's protocol has of each set; those of MS-COCO that are too small for its crop count as seen."""
@@ -51,7 +52,7 @@ def of_codec(codec: Codec) -> dict[str, Any]:
         "fingerprint": codec.fingerprint.hex(),
         "weights": about,
         "text_encoder": codec.text_encoder,
-        "sizes": {name: getattr(codec.net.config, name) for name in _paper_sizes()},
+        "sizes": _sizes_of(codec),
         "ablation": "baseline" if exp is None else ablation_of(exp),
         "lmbda": _lmbda_in(about.get("name", "")) if exp is None else exp.lmbda,
         "epochs": _epochs_taken(exp, about),
@@ -94,11 +95,7 @@ def of_data_set(
 
 def ablation_of(exp: Experiment) -> str:
     """Return "baseline", or the names of what an experiment changes in the model or its text, joined by " + "."""
-    changed = exp.ablations
-    return (
-        " + ".join(changed[name] for name in ("captions", "attention", "text_pooling") if name in changed)
-        or "baseline"
-    )
+    return " + ".join(exp.ablations.values()) or "baseline"
 
 
 @functools.cache
@@ -134,7 +131,7 @@ def label_of(codec: Codec, exp: Experiment | None, options: Mapping[str, Any]) -
         for name, (_, now) in plain.diff(exp).items()
         if name not in ("lmbda", "epochs", "sizes", *exp.ablations)
     }
-    varied |= {name: now for name, now in _sizes(exp).items() if now != _sizes(plain)[name]}
+    varied |= {name: now for name, now in vars(exp.sizes).items() if now != getattr(plain.sizes, name)}
     if starts_from_sibling(exp) and starts_from_sibling(plain):
         varied.pop("init", None)
     settings = [f"{name}={'none' if now == '' else now}" for name, now in varied.items()]
@@ -154,8 +151,7 @@ def _amiss_in_training(codec: Codec, exp: Experiment | None) -> list[str]:
         reasons = []
         if codec.text_encoder != paper.text_encoder:
             reasons.append(f"captions read through {codec.text_encoder}")
-        sizes = {name: getattr(codec.net.config, name) for name in _paper_sizes()}
-        if json.dumps(sizes) != json.dumps(_paper_sizes()):
+        if _sizes_of(codec) != vars(paper.sizes):
             reasons.append("not a model of the paper's size")
         return reasons
     if exp.profile != "paper":
@@ -247,10 +243,5 @@ def _lmbda_in(name: str) -> float:
     return float(found[1]) if found else math.nan
 
 
-def _sizes(exp: Experiment) -> dict[str, Any]:
-    sizes = json.loads(exp.to_json())["sizes"]
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in sizes.items()}
-
-
-def _paper_sizes() -> dict[str, Any]:
-    return _sizes(Experiment())
+def _sizes_of(codec: Codec) -> dict[str, Any]:
+    return {name: getattr(codec.net.config, name) for name in vars(Sizes())}
