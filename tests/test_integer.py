@@ -103,7 +103,7 @@ def test_latents_are_the_same_symbols_however_they_are_computed(threads, count, 
 
 def numpy_layer(layer: ExactLayer, x: torch.Tensor) -> torch.Tensor:
     """One layer by the docstring's formula, in int64, tap by tap."""
-    w, b = layer.weight.numpy().astype(np.int64), layer.bias.numpy().astype(np.int64)
+    w, b = (integers.numpy().astype(np.int64) for integers in layer.integers())
     q, r = layer.q.numpy(), layer.r.numpy()
     a = x[0].numpy().astype(np.int64)
     if layer.convolution.kind == "transposed":
@@ -184,12 +184,12 @@ def test_the_bound_holds_at_its_worst_and_so_the_sums_are_exact(
     k = 5 if kind == "anchors" else 3 if kind == "transposed" and k == 1 else k
     layer, generator = random_layer(seed, kind, inputs, outputs, k, bits, spread, signed)
     largest = (1 << bits) - 1
-    weight = layer.weight.double()
+    weight, biases = (integers.double() for integers in layer.integers())
     for channels, _, bias in layer.parts:
         part = weight[:, channels]
         loads = layer.convolution.loads(part, signed).sum(1).amax(1) * largest
         half = torch.exp2((layer.q - layer.r - 1).double())
-        added = layer.bias.double().abs() + half if bias is not None else 0
+        added = biases.abs() + half if bias is not None else 0
         assert (loads + added <= integer.LIMIT).all()
     # inputs at the bound: of every sign if they may be, towards the first output channel's weights
     favourite = weight[0].sum((1, 2)).sign()

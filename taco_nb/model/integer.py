@@ -128,11 +128,16 @@ class Convolution(NamedTuple):
         """
         parts = [weight.abs()] if signed else [weight.clamp(min=0), (-weight).clamp(min=0)]
         phases = [slice(first, None, self.stride) for first in range(self.stride)]
-        return torch.stack([p[:, :, a, b].sum((2, 3)) for p in parts for a in phases for b in phases], dim=2)
+        return torch.stack([_sums(p[:, :, a, b]) for p in parts for a in phases for b in phases], dim=2)
+
+
+def _sums(weight: Tensor) -> Tensor:
+    """Return the sums over a kernel's positions, (out, in): of integers, in float64, hence exact."""
+    return weight.sum((2, 3), dtype=torch.float64)
 
 
 class Kernel(NamedTuple):
-    """The weights of one convolution, float64 on the CPU: weight (out, in, kh, kw), bias (out)."""
+    """The weights of one convolution, on the CPU: weight (out, in, kh, kw) in float32, bias (out) in float64."""
 
     convolution: Convolution
     weight: Tensor
@@ -141,7 +146,7 @@ class Kernel(NamedTuple):
     @classmethod
     def of(cls, layer: nn.Module, kind: str = "plain") -> Kernel:
         """Return the weights of one of the network's layers."""
-        weight, bias = (t.detach().cpu().double() for t in (layer.weight, layer.bias))
+        weight, bias = layer.weight.detach().cpu().float(), layer.bias.detach().cpu().double()
         if isinstance(layer, nn.ConvTranspose2d):
             return cls(Convolution("transposed", layer.stride[0]), weight.transpose(0, 1), bias)
         if kind == "anchors":  # the 13 taps that meet no anchor count for nothing
@@ -207,16 +212,15 @@ class ExactLayer:
         r = torch.minimum(r, q - 1)
         self.convolution, self.q, self.r, self.chunks = kernel.convolution, q, r, chunks
         self.low, self.high = 0 if relu else -largest, largest
-        weight = (kernel.weight * _power(q).view(-1, 1, 1, 1) / _power(p).view(1, -1, 1, 1)).round()
+        weight = (kernel.weight * _scales(q, 0) * _scales(-p, 1)).round()
         bias = (kernel.bias * _power(q)).round()
         half = _power(q - r - 1)  # added to the bias, so that floor rounds
         if not (self._worst(weight, signed, bits) + bias.abs() + half <= LIMIT).all():
             raise CheckpointError("The integer form of these weights is damaged: its sums can leave float32.")
-        # of at most 2^(24 - bits), so that 16 bits hold a weight from 10 bits of input on
-        self.weight, self.bias = weight.short(), bias.int()
+        self.half = half
         # in units of the output's grid, float32 has these to the last bit
         step = _power(r - q)
-        weight, bias = (weight * step.view(-1, 1, 1, 1)).float(), ((bias + half) * step).float()
+        weight, bias = weight * step.float().view(-1, 1, 1, 1), ((bias + half) * step).float()
         self.parts = [
             (channels, self.convolution.laid_out(weight[:, channels]), None if i else bias)
             for i, channels in enumerate(_cuts(weight.shape[1], chunks))
@@ -227,6 +231,13 @@ class ExactLayer:
         loads = self.convolution.loads(weight, signed)
         sums = [loads[:, channels].sum(1).amax(1) for channels in _cuts(loads.shape[1], self.chunks)]
         return torch.stack(sums).amax(0) * (1 << bits)
+
+    def integers(self) -> tuple[Tensor, Tensor]:
+        """Return the weights w (out, in, kh, kw) and the biases (out), int32 on the CPU."""
+        weights = [self.convolution.laid_out(weight.cpu()) for _, weight, _ in self.parts]
+        units = _power(self.q - self.r)
+        weight = torch.cat(weights, 1).double() * units.view(-1, 1, 1, 1)
+        return weight.int(), (self.parts[0][2].cpu().double() * units - self.half).int()
 
     def to(self, device: torch.device) -> None:
         """Move what runs to a device."""
@@ -257,6 +268,11 @@ def _power(exponents: Tensor) -> Tensor:
     return torch.from_numpy(np.ldexp(1.0, exponents.clamp(-1000, 1000).numpy()))
 
 
+def _scales(exponents: Tensor, dim: int) -> Tensor:
+    """Return powers of two by which a float32 kernel (out, in, kh, kw) is multiplied along a dimension, exactly."""
+    return _power(exponents).float().view([-1 if i == dim else 1 for i in range(4)])
+
+
 def _exponent(values: Tensor) -> Tensor:
     """Return for each value the least e with value < 2^e, as its float64 has it in its bits."""
     return torch.frexp(values.double()).exponent.long()
@@ -277,13 +293,13 @@ def sums_for(kernel: Kernel, p: Tensor, bits: int, signed: bool) -> tuple[Tensor
     There are as few chunks as leave half of the output channels weights of `_KERNEL_RMS` grid steps, in the root of their
     mean square. All sums here are of integers below 2^53, exact in float64, so that every machine decides alike.
     """
-    scaled = kernel.weight / _power(p).view(1, -1, 1, 1)
+    scaled = kernel.weight * _scales(-p, 1)
     places = 18 - _exponent(scaled.abs().amax((1, 2, 3)))  # at which the largest weight has 18 bits
     places = places.clamp(max=60)  # a channel of zeros has none
-    fine = (scaled * _power(places).view(-1, 1, 1, 1)).round()
+    fine = (scaled * _scales(places, 0)).round()
     loads = kernel.convolution.loads(fine, signed)
     bias = (kernel.bias.abs() * _power(places)).ceil()
-    squares = fine.square().mean((1, 2, 3))
+    squares = torch.cat([part.double().square().mean((1, 2, 3)) for part in fine.split(16)])
     taps = kernel.weight[0, 0].numel()
     found = None
     # at least one try, whatever the size of a chunk
@@ -305,7 +321,7 @@ def sums_for(kernel: Kernel, p: Tensor, bits: int, signed: bool) -> tuple[Tensor
         raise CheckpointError("These networks have kernels too large for exact sums.")
     q, chunks = found
     # weights that all round one way can use up what was set aside for rounding: then one bit less
-    loads = kernel.convolution.loads((scaled * _power(q).view(-1, 1, 1, 1)).round(), signed)
+    loads = kernel.convolution.loads((scaled * _scales(q, 0)).round(), signed)
     worst = torch.stack([loads[:, cut].sum(1).amax(1) for cut in _cuts(loads.shape[1], chunks)]).amax(0)
     full = worst * (1 << bits) + (kernel.bias * _power(q)).abs() + 2**12 > LIMIT
     return q - full.long(), chunks
@@ -325,10 +341,11 @@ class ExactNetwork:
     """
 
     def __init__(
-        self, kernels: list[Kernel], sources: list[ExactNetwork] | None = None, places: Tensor | None = None,
-        largest: Tensor | None = None,
+        self, convolutions: list[nn.Module], sources: list[ExactNetwork] | None = None, places: Tensor | None = None,
+        largest: Tensor | None = None, kind: str = "plain",
     ):  # fmt: skip
-        self.kernels, self.sources, self.places = kernels, sources, places
+        self.convolutions, self.kind = convolutions, kind  # in floating point, until the layers are there
+        self.sources, self.places = sources, places
         self.input: Tensor | None = None
         self.input_bits = LATENT_BITS if largest is None else BITS
         if largest is not None:  # of the real input, by channel, where that is known beforehand
@@ -368,23 +385,26 @@ class ExactNetwork:
             x = self._on_grid(x)
         layers: list[ExactLayer] = []
         p = self._input_grid()
-        for i, kernel in enumerate(self.kernels):
+        for i, convolution in enumerate(self.convolutions):
+            kernel = Kernel.of(convolution, self.kind)  # one at a time, since float64 takes room
             q, chunks = sums_for(kernel, p, self._bits(i), signed=i == 0)
-            r = self.places if i == len(self.kernels) - 1 else None
+            r = self.places if i == len(self.convolutions) - 1 else None
             if r is None:
                 # the layer with a grid as fine as its sums' shows what they are
-                fine = self._layer(i, p, q, q - 1, chunks, largest=1 << 40)
+                fine = self._layer(i, kernel, p, q, q - 1, chunks, largest=1 << 40)
                 r = grid_for(fine(x).abs().amax((0, 2, 3)).double() / _power(fine.r))
-            layers.append(self._layer(i, p, q, r, chunks))
+            layers.append(self._layer(i, kernel, p, q, r, chunks))
             x, p = layers[-1](x), layers[-1].r
         self._finish(layers)
         return x if self.places is None else x * self._step
 
-    def _layer(self, i: int, p: Tensor, q: Tensor, r: Tensor, chunks: int, largest: int = 0) -> ExactLayer:
-        last, signed = i == len(self.kernels) - 1, i == 0
+    def _layer(
+        self, i: int, kernel: Kernel, p: Tensor, q: Tensor, r: Tensor, chunks: int, largest: int = 0
+    ) -> ExactLayer:
+        last, signed = i == len(self.convolutions) - 1, i == 0
         if not largest:
             largest = _LARGEST_PARAMETER if last and self.places is not None else (1 << BITS) - 1
-        kernel, bits = self.kernels[i], self._bits(i)
+        bits = self._bits(i)
         return ExactLayer(kernel, p, q, r, chunks, bits=bits, signed=signed, relu=not last, largest=largest)
 
     def _bits(self, i: int) -> int:
@@ -392,7 +412,7 @@ class ExactNetwork:
         return self.input_bits if i == 0 and self.sources is None else BITS
 
     def _finish(self, layers: list[ExactLayer]) -> None:
-        self.layers, self.kernels = layers, []  # which are no longer needed
+        self.layers, self.convolutions = layers, []
         self._step = _power(-self.grid).float().view(1, -1, 1, 1)
 
     def to(self, device: torch.device) -> None:
@@ -410,11 +430,11 @@ class ExactNetwork:
         if self.sources is None:
             self.input = torch.tensor(state["input"], dtype=torch.long)
         p, layers = self._input_grid(), []
-        if len(state["layers"]) != len(self.kernels):
+        if len(state["layers"]) != len(self.convolutions):
             raise ValueError("another number of layers")
-        for i, (q, r, chunks) in enumerate(state["layers"]):
+        for i, (convolution, (q, r, chunks)) in enumerate(zip(self.convolutions, state["layers"])):
             q, r = (torch.tensor(exponents, dtype=torch.long) for exponents in (q, r))
-            layers.append(self._layer(i, p, q, r, chunks))
+            layers.append(self._layer(i, Kernel.of(convolution, self.kind), p, q, r, chunks))
             p = layers[-1].r
         self._finish(layers)
 
@@ -512,13 +532,13 @@ class IntegerModel(LatentCoder):
         z_last = z_first + torch.tensor(self._tables.z.lengths) - 3
         z_range = torch.maximum(z_first.abs(), z_last.abs()).double() + self._medians.flatten().abs()
 
-        def kernels(stack: nn.Module) -> list[Kernel]:
-            return [Kernel.of(layer) for layer in stack if hasattr(layer, "weight")]
+        def convolutions(stack: nn.Module) -> list[nn.Module]:
+            return [layer for layer in stack if hasattr(layer, "weight")]
 
-        self.h_s = ExactNetwork(kernels(net.h_s.increase), largest=z_range)
-        self.local_context = [ExactNetwork([Kernel.of(layer, "anchors")]) for layer in net.local_context]
+        self.h_s = ExactNetwork(convolutions(net.h_s.increase), largest=z_range)
+        self.local_context = [ExactNetwork([layer], kind="anchors") for layer in net.local_context]
         self.channel_context = {
-            k: ExactNetwork(kernels(context.fushion)) for k, context in net.channel_context.items()
+            k: ExactNetwork(convolutions(context.fushion)) for k, context in net.channel_context.items()
         }
         self.entropy_parameters_anchor, self.entropy_parameters_nonanchor = [], []
         for k, c in enumerate(self.groups):
@@ -529,7 +549,7 @@ class IntegerModel(LatentCoder):
                 (self.entropy_parameters_nonanchor, net.entropy_parameters_nonanchor,
                  [self.local_context[k], *known]),
             ):  # fmt: skip
-                ours.append(ExactNetwork(kernels(theirs[k].fusion), sources, places))
+                ours.append(ExactNetwork(convolutions(theirs[k].fusion), sources, places))
 
     def _networks(self) -> Iterator[tuple[str, ExactNetwork]]:
         """Yield every network under a name, sources first."""
@@ -586,8 +606,8 @@ class IntegerModel(LatentCoder):
         for name, network in self._networks():
             digest.update(name.encode())
             for layer in network.layers:
-                digest.update(layer.weight.numpy().astype("<i2").tobytes())
-                digest.update(layer.bias.numpy().astype("<i4").tobytes())
+                weight, bias = layer.integers()  # of at most 13 and 24 bits, since inputs have 11
+                digest.update(weight.numpy().astype("<i2").tobytes() + bias.numpy().astype("<i4").tobytes())
         return digest.digest()
 
 
