@@ -270,4 +270,4 @@ def test_the_benchmark_compares_like_with_like(tmp_path, monkeypatch, capsys):
 
 def test_memory_is_that_of_a_process_of_its_own_alone():
     held = torch.ones(3 << 29, dtype=torch.uint8)  # by the process that starts it
-    assert 200 < bench.peak_memory("exact", 64, 64) < 1500 < held.sum() / timing.MIB
+    assert 200 < bench.peak_memory("exact", 64, 64) < 1600 < held.sum() / timing.MIB

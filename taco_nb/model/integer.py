@@ -87,7 +87,9 @@ _KERNEL_RMS = 64
 """The size, in grid steps, of a typical weight, below which a layer is cut into more chunks..."""
 _LEAST_CHANNELS = 4
 """...of this many channels at least..."""
-_LARGE, _FEW_CHUNKS = 1 << 19, 4
+_LARGE, _FEW_CHUNKS = 1 << 22, 3
+"""...but into this few at most where the networks together have so many weights that chunks would cost time."""
+_CHUNKS = 1 << 19, 4
 """...but only into so few where it has so many weights, since there chunks cost time."""
 _CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _DRAWN = (6, 6)
@@ -287,11 +289,12 @@ def grid_for(largest: Tensor, bits: int = 0, margin: int = 0) -> Tensor:
     return ((bits or BITS) - _exponent(largest * (margin or _MARGIN))).clamp(-60, 20)
 
 
-def sums_for(kernel: Kernel, p: Tensor, bits: int, signed: bool) -> tuple[Tensor, int]:
+def sums_for(kernel: Kernel, p: Tensor, bits: int, signed: bool, most: int = 1 << 20) -> tuple[Tensor, int]:
     """Return the exponents q of a layer's sums, as large as the bound allows, and the number of its chunks.
 
-    There are as few chunks as leave half of the output channels weights of `_KERNEL_RMS` grid steps, in the root of their
-    mean square. All sums here are of integers below 2^53, exact in float64, so that every machine decides alike.
+    There are `most` chunks at most, and as few as leave half of the output channels weights of `_KERNEL_RMS` grid steps,
+    in the root of their mean square. All sums here are of integers below 2^53, exact in float64, so that every machine
+    decides alike.
     """
     scaled = kernel.weight * _scales(-p, 1)
     places = 18 - _exponent(scaled.abs().amax((1, 2, 3)))  # at which the largest weight has 18 bits
@@ -302,8 +305,7 @@ def sums_for(kernel: Kernel, p: Tensor, bits: int, signed: bool) -> tuple[Tensor
     squares = torch.cat([part.double().square().mean((1, 2, 3)) for part in fine.split(16)])
     taps = kernel.weight[0, 0].numel()
     found = None
-    # at least one try, whatever the size of a chunk
-    most = max(1, loads.shape[1] // _LEAST_CHANNELS if kernel.weight.numel() < _LARGE else _FEW_CHUNKS)
+    most = max(1, min(most, loads.shape[1] // _LEAST_CHANNELS))
     for chunks in _CHUNKS:
         if chunks > most and found:
             break
@@ -374,6 +376,7 @@ class ExactNetwork:
             self._scale = _power(self.input).float().view(1, -1, 1, 1).to(x.device)
         return (x * self._scale).add_(0.5).floor_().clamp_(-(1 << self.input_bits), 1 << self.input_bits)
 
+    most_chunks = 1 << 20
     _scale: Tensor | None = None
     _step: Tensor | None = None
 
@@ -387,7 +390,7 @@ class ExactNetwork:
         p = self._input_grid()
         for i, convolution in enumerate(self.convolutions):
             kernel = Kernel.of(convolution, self.kind)  # one at a time, since float64 takes room
-            q, chunks = sums_for(kernel, p, self._bits(i), signed=i == 0)
+            q, chunks = sums_for(kernel, p, self._bits(i), i == 0, self.most_chunks)
             r = self.places if i == len(self.convolutions) - 1 else None
             if r is None:
                 # the layer with a grid as fine as its sums' shows what they are
@@ -550,6 +553,12 @@ class IntegerModel(LatentCoder):
                  [self.local_context[k], *known]),
             ):  # fmt: skip
                 ours.append(ExactNetwork(convolutions(theirs[k].fusion), sources, places))
+
+        parts = (net.h_s, net.local_context, net.channel_context, net.entropy_parameters_anchor,
+                 net.entropy_parameters_nonanchor)  # fmt: skip
+        if sum(weight.numel() for part in parts for weight in part.parameters()) > _LARGE:
+            for _, network in self._networks():
+                network.most_chunks = _FEW_CHUNKS
 
     def _networks(self) -> Iterator[tuple[str, ExactNetwork]]:
         """Yield every network under a name, sources first."""
