@@ -177,7 +177,7 @@ def test_a_name_that_is_no_parameter_stops_every_notebook(path):
         ({"precision": "float16"}, "precision must be .*'float16'"),
         ({"caption": "worst"}, 'caption must be "first", "last" or "best", but is \'worst\''),
         ({"profile": "huge"}, "profile must be .*'huge'"),
-        ({"text_encoder": "CLIP"}, "'CLIP' is no text tower"),
+        ({"text_encoder": "CLIP"}, "'CLIP' is not a text tower"),
         ({"settings": {"epochs": 2}}, "no parameter 'settings'"),
     ],
 )
