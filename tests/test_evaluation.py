@@ -684,5 +684,5 @@ def test_a_digest_of_code_changes_with_what_it_computes_and_not_with_its_words(t
         text.replace('"""The file', '"""The bytes of a file').replace("\n\n\n", "\n\n# changed\n\n")
     )
     assert path.read_text() != text and code_digest("model", "codec.py") == here
-    path.write_text(text.replace("VERSION = 1", "VERSION = 2"))
+    path.write_text(text.replace("VERSION = 2", "VERSION = 3"))
     assert code_digest("model", "codec.py") != here
