@@ -151,7 +151,7 @@ def apart() -> Callable[..., None]:
     A crash or hang of the entropy coder, or its hunger for memory, so fails a test and not the whole run.
     """
 
-    def call(function: Callable, *args: object, timeout: float = 120) -> None:
+    def call(function: Callable, *args: object, timeout: float = 600) -> None:
         module, name = function.__module__, function.__name__
         code = f"import conftest, {module}; conftest.limit_memory(1 << 30); {module}.{name}(*{args!r})"
         environment = os.environ | {

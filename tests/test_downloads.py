@@ -776,7 +776,7 @@ def test_a_damaged_manifest_is_named(sources, tmp_path, capsys):
     ("arguments", "complaint"),
     [
         (["fetch", "kodac"], "no data set or pretrained network 'kodac'. Did you mean 'kodak'"),
-        (["fetch"], "Say what to fetch: --profile paper, or names"),
+        (["fetch"], "Give --profile paper, or names"),
         (["fetch", "ViT-B-32/openapi"], "no pretrained model 'ViT-B-32/openapi': ViT-B-32 has openai"),
         (["fetsch"], "No such command 'fetsch'"),
         (["status", "--data-dir", "/nowhere"], "/nowhere does not exist"),

@@ -147,7 +147,7 @@ if suffix == "two":
     open_clip.add_model_config(home / "taco-test-processes.json")
 torch.manual_seed(0)
 random = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-perception._pretrained = lambda: random
+perception._pretrained_lpips = lambda: random
 for name in sys.argv[3:]:
     exp = Experiment.from_json((home / f"{name}.json").read_text())
     hours = 0 if name == "coco" else None
@@ -206,7 +206,7 @@ def both(pictures, clip, home, shared):
     assert process.returncode == 0, said[-4000:]
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
         patch.setattr(sys, "argv", ["", str(home), "one", *experiments])
-        patch.setattr(perception, "_pretrained", None)  # so that it is put back
+        patch.setattr(perception, "_pretrained_lpips", None)  # so that it is put back
         exec(TWO, {})
     return {name: [read_run(home / f"{name}-{suffix}") for suffix in ("one", "two")] for name in experiments}
 
