@@ -7,8 +7,7 @@
 The names below are imported when they are first used, so that `import taco_nb` is quick.
 """
 
-from importlib import import_module
-from typing import Any
+from taco_nb.lazy import lazy_names
 
 _HOMES = {
     "load": "codec",
@@ -20,12 +19,7 @@ _HOMES = {
     "datasets": "data",
 }
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'taco_nb' has no attribute {name!r}")
-    return getattr(import_module(f"taco_nb.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -464,6 +464,21 @@ with alone_in(Path(sys.argv[1]), "evaluating"):
     assert f"is evaluating in {tmp_path / 'out'}: waiting for it to end." in capsys.readouterr().out
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="a setting of PyTorch 2.9 and later"
+)
+def test_a_lowered_precision_around_it_neither_stops_it_nor_changes_a_figure(tmp_path, tiny_codec):
+    sets, times = [folder(tmp_path / "photos", {"a.png": (40, 30)})], ["encode_s", "decode_s"]
+    plain = evaluate(tiny_codec, sets, networks={})
+    torch.backends.fp32_precision = "tf32"
+    try:
+        lowered = evaluate(tiny_codec, sets, networks={})
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision = "none"
+    pd.testing.assert_frame_equal(lowered.drop(columns=times), plain.drop(columns=times), check_exact=True)
+
+
 def test_a_leftover_of_a_launcher_keeps_nobody_waiting(tmp_path):
     program = """
 import sys

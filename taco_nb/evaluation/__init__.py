@@ -9,8 +9,7 @@
 The names below are imported when they are first used, so that the command line answers before PyTorch loads.
 """
 
-from importlib import import_module
-from typing import Any
+from taco_nb.lazy import lazy_names
 
 _HOMES = {
     "QUALITIES": "peers",
@@ -22,9 +21,4 @@ _HOMES = {
     "read_evaluation": "records",
 }
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'taco_nb.evaluation' has no attribute {name!r}")
-    return getattr(import_module(f"taco_nb.evaluation.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(__name__, _HOMES)

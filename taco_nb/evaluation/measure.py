@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from taco_nb.metrics.distortion import distortion
 from taco_nb.metrics.fid import patches
 from taco_nb.metrics.perception import MIN_SIDE, Lpips
 from taco_nb.metrics.rate import bpp
+from taco_nb.model.precision import full_float32
 
 CAPTIONS = {
     "first": "the first of each image's captions",
@@ -60,7 +61,7 @@ def measure(
     x_hat = torch.stack([coded.x_hat for coded in chosen])
     # what metrics that are fed 8-bit pictures see, which is what a user gets
     pictures, decoded = (values.clamp(0, 1).mul(255).round().byte() for values in (x, x_hat))
-    with _float32():
+    with _repeatable_float32(codec.device.type):
         figures = [
             distortion(*pair) | {f"{key}_taco": value for key, value in distortion(*pair, "taco").items()}
             for pair in zip(x, x_hat)
@@ -111,7 +112,7 @@ def _choose(
     for turn in range(max(len(sample.captions) for sample in samples)):
         # an image with fewer captions than others goes through again under its last, which changes nothing
         coded = _code(codec, samples, [sample.captions[: turn + 1][-1] for sample in samples], folder)
-        with _float32():
+        with _repeatable_float32(codec.device.type):
             distances = _lpips(lpips, x, torch.stack([one.x_hat for one in coded]), "01")
         best = best or coded
         for i, distance in enumerate(distances):
@@ -151,7 +152,13 @@ def _lpips(lpips: Lpips, x: Tensor, x_hat: Tensor, convention: str) -> list[floa
 
 
 @contextmanager
-def _float32():
-    """On a GPU, convolutions that measure keep all of float32; PyTorch's default there rounds to TF32."""
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        yield
+def _repeatable_float32(device_type: str) -> Iterator[None]:
+    """Measure in full float32, whatever the program around has allowed, by the same algorithms of cuDNN each time."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        with full_float32(device_type):
+            yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before

@@ -4,14 +4,8 @@ The names below are imported when they are first used, so that the command line 
 loads.
 """
 
-from importlib import import_module
-from typing import Any
+from taco_nb.lazy import lazy_names
 
 _HOMES = {"Run": "loop", "activation_memory": "profiling", "fit": "loop", "step_times": "profiling"}
 __all__ = list(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'taco_nb.training' has no attribute {name!r}")
-    return getattr(import_module(f"taco_nb.training.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(__name__, _HOMES)
