@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import tempfile
 import time
 import types
 from collections.abc import Iterable
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, StrictFloat, StrictInt, StrictStr
 from pydantic.dataclasses import dataclass
 
-from taco_nb.errors import DataError, SettingError, check_known
+from taco_nb.errors import DataError, SettingError, StorageError, check_known
 from taco_nb.experiment import Experiment, baseline, choose_profile
+from taco_nb.files import check_writable
 from taco_nb.processes import check_device
 from taco_nb.settings import STRICT, CaptionChoice, Count, Device, Positive, Precision, Seed, plain_errors
 
@@ -180,14 +180,12 @@ def _names_given(namespace: dict[str, Any], known: Iterable[str]) -> list[str]:
 
 
 def _check_writable(parameters: Parameters) -> None:
-    """Make the folder of the runs and a file in it, which says more than permissions do. Raises `SettingError`."""
+    """Raise `SettingError` unless runs can be written below `out_dir`."""
     try:
-        parameters.runs.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=parameters.runs):
-            pass
-    except OSError as error:
+        check_writable(parameters.runs)
+    except StorageError as error:
         raise SettingError(
-            f"out_dir must be a folder that can be written to, but {parameters.out_dir!r} is not: {error.strerror}."
+            f"out_dir must be a folder that can be written to, but {parameters.out_dir!r} is not: {error.__cause__.strerror}."
         ) from None
 
 
