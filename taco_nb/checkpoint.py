@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,13 @@ def save_weights(
 def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a state dict and what is known about it, from `.safetensors` or from a reference's `.pth.tar`.
 
-    Pickles are read with `weights_only`, so a checkpoint from a stranger cannot run code. The prefix that
-    `torch.compile` puts before names is removed. Raises `CheckpointError`.
+    Pickles are read with `weights_only`, so a checkpoint from a stranger cannot run code. Names are as the file has them;
+    `modern_key` gives today's. Raises `CheckpointError`.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint at {path}.")
-    state, about = (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
-    return {key.replace("_orig_mod.", ""): value for key, value in state.items()}, about
+    return (_read_safetensors if path.suffix == ".safetensors" else _read_pickle)(path)
 
 
 def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -164,13 +164,22 @@ def card_of(codec: Path) -> dict[str, Any]:
     return content
 
 
+def trained_as(about: Mapping[str, Any]) -> Experiment | None:
+    """Return the experiment that weights come from, by what is known `about` them; None for weights from elsewhere.
+
+    Raises `SettingError` for what is no experiment.
+    """
+    stated = about.get("experiment")
+    return None if stated is None else Experiment.from_json(json.dumps(stated))
+
+
 def bundled_codecs(data_dir: str | os.PathLike | None = None) -> dict[str, Experiment]:
     """Return the bundled codecs by name, each with how it was trained, as its card says.
 
     Raises `CheckpointError` for a card that cannot be read.
     """
     return {
-        path.stem: Experiment().replace(**card_of(path)["experiment"])
+        path.stem: trained_as(card_of(path))
         for path in sorted(bundled("checkpoints", data_dir).glob("*.safetensors"))
     }
 

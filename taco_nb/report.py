@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from taco_nb.checkpoint import trained_as
 from taco_nb.errors import DataError, SettingError
 from taco_nb.evaluation.protocol import FOLDER
 from taco_nb.evaluation.records import ABOUT, TABLE, as_table, mean_by, read_about
@@ -291,9 +292,8 @@ def _checked_about(folder: Path) -> dict[str, Any]:
 
 def _evaluated_experiment(folder: Path, about: Mapping[str, Any]) -> Experiment | None:
     """Return the experiment whose weights were evaluated; None where they come from elsewhere."""
-    stated = about["weights"].get("experiment")
     try:
-        evaluated = None if stated is None else Experiment.from_json(json.dumps(stated))
+        evaluated = trained_as(about["weights"])
         if not (folder / "experiment.json").is_file():
             return evaluated
         claimed = Experiment.from_json((folder / "experiment.json").read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -29,8 +29,9 @@ from taco_nb.inspection import count_flops
 from taco_nb.model import TACO, ModelConfig
 from taco_nb.model.adapter import Injector, make_attentions
 from taco_nb.provenance import provenance
+from taco_nb.settings import Attention
 
-ATTENTIONS = ("softmax", "linformer")
+ATTENTIONS = get_args(Attention)
 MIB = 1 << 20
 NOTABLE = 0.1
 """The report saw "no real difference" between softmax and Linformer. We speak of a difference where their times are at

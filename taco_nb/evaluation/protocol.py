@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from taco_nb.checkpoint import bundled_codecs
+from taco_nb.checkpoint import bundled_codecs, trained_as
 from taco_nb.codec import Codec, load
 from taco_nb.data import CaptionedImages
 from taco_nb.experiment import Experiment, baseline
@@ -36,12 +36,6 @@ _FIXED = (
 """The settings of an experiment that the report's protocol fixes."""
 _USUAL = {"caption": "first", "mode": "exact", "patch-size": 256, "text-encoder": Experiment().text_encoder}
 """How one evaluates, as options of the command line; a label says what is otherwise."""
-
-
-def trained_as(about: Mapping[str, Any]) -> Experiment | None:
-    """Return the experiment that a codec's weights come from, by what is known `about` them; None for others' weights."""
-    stated = about.get("experiment")
-    return None if stated is None else Experiment.from_json(json.dumps(stated))
 
 
 def of_codec(codec: Codec) -> dict[str, Any]:

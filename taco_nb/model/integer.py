@@ -597,6 +597,10 @@ class IntegerModel(LatentCoder):
 
     def state(self) -> bytes:
         """Return exponents and tables, all of them integers, as a few tens of kilobytes to keep with the weights."""
+        return zlib.compress(self._written(), 9)
+
+    def _written(self) -> bytes:
+        """Return exponents and tables as JSON."""
         tables = self._tables
         kept = {
             "networks": {name: network.state() for name, network in self._networks()},
@@ -607,11 +611,11 @@ class IntegerModel(LatentCoder):
             "z": [np.diff(row).tolist() for row in tables.z.cdfs],
             "z_offsets": tables.z.offsets,
         }
-        return zlib.compress(json.dumps(kept, separators=(",", ":")).encode(), 9)
+        return json.dumps(kept, separators=(",", ":")).encode()
 
     def digest(self) -> bytes:
         """Return a SHA-256 of every integer that decoding the latents depends on."""
-        digest = hashlib.sha256(zlib.decompress(self.state()))
+        digest = hashlib.sha256(self._written())
         for name, network in self._networks():
             digest.update(name.encode())
             for layer in network.layers:

@@ -197,7 +197,7 @@ class TACO(SpaceChannelModel, LatentCoder):
 
     def decoder_weights(self) -> dict[str, Tensor]:
         """Return the weights that a decoder uses under the names of a state dict, whether compiled or not."""
-        named = {name.replace("_orig_mod.", ""): weight for name, weight in self.named_parameters()}
+        named = {modern_key(name): weight for name, weight in self.named_parameters()}
         return {name: named[name] for name in sorted(named) if not name.startswith(("g_a.", "h_a."))}
 
     def decoder_stamp(self) -> list[int]:

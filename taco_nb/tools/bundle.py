@@ -27,7 +27,6 @@ from taco_nb.data import CaptionedImages, datasets
 from taco_nb.errors import DataError, SettingError
 from taco_nb.evaluation import QUALITIES, evaluate, evaluate_peers, means
 from taco_nb.evaluation.peers import available_peers
-from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.metrics.rate import bd_rate, few_points, rate_at
 from taco_nb.model import TACO, ModelConfig
@@ -103,7 +102,7 @@ def _compact(run: Path, name: str, path: Path, data_dir: str | os.PathLike | Non
     done, wanted = about.get("steps", 0), about.get("total_steps", 1)
     if done != wanted:
         raise SettingError(f"{run} is not a finished run: {done} steps of {wanted}.")
-    exp = Experiment().replace(**about["experiment"])
+    exp = checkpoint.trained_as(about)
     history = _history(run / checkpoint.WEIGHTS, about, data_dir)
     steps, hours = (sum(link[key] for link in history) for key in ("steps", "hours"))
     # A published file does not name the folders of the machine that it was made on.
@@ -135,7 +134,7 @@ def _history(
     """Return the runs that led to these weights, the earliest first; a bundled codec has them on its card."""
     if weights.with_suffix(".json").is_file():
         return checkpoint.card_of(weights)["history"]
-    exp = Experiment().replace(**about["experiment"])
+    exp = checkpoint.trained_as(about)
     run = weights.parent.name if weights.name == checkpoint.WEIGHTS else weights.stem
     told = {*RECIPE, *exp.ablations}
     settings = {name: value for name, value in json.loads(exp.to_json()).items() if name in told}
@@ -148,7 +147,7 @@ def _history(
 
 def _ablations(codec: Codec) -> dict[str, Any]:
     """Return in what a codec's training differs from the baseline's; nothing for a baseline."""
-    return Experiment().replace(**codec.about["experiment"]).ablations
+    return checkpoint.trained_as(codec.about).ablations
 
 
 def _what(codec: Codec) -> str:
