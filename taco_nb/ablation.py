@@ -35,7 +35,7 @@ def same_steps(baseline: Experiment, changed: Experiment, data_dir: str | None =
     steps = [
         len(Batches(len(pairs), exp.batch_size, exp.seed))
         for exp in (baseline, changed)
-        for pairs in [training_pairs(exp.train_data, exp.crop, data_dir, captions=exp.captions)]
+        for pairs in [training_pairs(exp.train_data, exp.crop, data_dir, captions=exp.dataset_captions)]
     ]
     return changed.replace(epochs=max(1, round(baseline.epochs * steps[0] / steps[1])))
 
@@ -104,7 +104,7 @@ def evaluate_runs(p: Parameters, runs: Mapping[str, Run]) -> pd.DataFrame:
             print(f"Not evaluated: {label}, which has taken {run.steps} of {run.total_steps} steps.")
     tables = []
     for label, codec in codecs(p, {label: run for label, run in runs.items() if run.finished}).items():
-        sets = p.datasets(runs[label].experiment.captions)
+        sets = p.datasets(runs[label].experiment.dataset_captions)
         tables.append(
             evaluate(codec, sets, runs[label].dir, caption=p.caption, num_processes=p.num_processes)
         )

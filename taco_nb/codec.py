@@ -39,6 +39,7 @@ from torch import Tensor
 from taco_nb import checkpoint
 from taco_nb.data.images import to_image, to_rgb, to_tensor
 from taco_nb.errors import DamagedFileError, SettingError, WrongWeightsError
+from taco_nb.experiment import Experiment
 from taco_nb.model import TACO
 from taco_nb.model.integer import MEAN_BITS, IntegerModel
 from taco_nb.model.precision import full_float32
@@ -338,13 +339,12 @@ def load(
     damaged or not TACO's.
     """
     net, about = checkpoint.load_net(checkpoint.find(source, data_dir))
-    experiment = about.get("experiment", {})
-    named = ("text_length", "text_pooling")
+    experiment = checkpoint.trained_as(about) or Experiment()
     return Codec(
         net.to(device),
-        text_encoder or experiment.get("text_encoder", "ViT-B-32-quickgelu/openai"),
-        experiment.get("text_tokens", 38),
-        **{name: experiment[name] for name in named if name in experiment},
+        text_encoder or experiment.text_encoder,
+        experiment.text_tokens,
+        **experiment.text_settings,
         keywords=about.get("keywords"),
         mode=mode,
         name=about.get("name", Path(source).name),

@@ -63,10 +63,13 @@ class Experiment:
     """Which projections of Linformer are one: none, E = F in each layer ("key-value"), or one for both Injectors
     ("layerwise")."""
 
-    captions: Literal["published", "context"] = "published"
-    """"published" captions come with a data set; "context" captions are paragraphs that describe and reason."""
+    captions: Literal["published", "context", "constant"] = "published"
+    """"published" captions come with a data set; "context" captions are paragraphs that describe and reason. "constant" is
+    the negative control: the encoder reads one and the same sentence for every picture, while the loss keeps the captions
+    that were published."""
     text_encoder: StrictStr = "ViT-B-32-quickgelu/openai"
-    """An open_clip text tower as "model/pretrained", or "untrained-64"."""
+    """A CLIP as "model/pretrained": one of open_clip's, or the bundled "mini/flickr8k". Its text half conditions the encoder,
+    and J is measured in its space. "untrained-64" has no image half and means nothing."""
     text_tokens: Annotated[StrictInt, Field(ge=2, le=77)] = 38
     """How many positions of the text tower the adapter sees, padding included; CLIP has 77."""
     text_length: TextLength = "truncate"
@@ -84,9 +87,12 @@ class Experiment:
     """Side of the random training crops in pixels."""
 
     lmbda: Positive = 0.0004
-    """Weight of the distortion: loss = lmbda * 255^2 * MSE + bpp + k_P * LPIPS + k_J * J."""
+    """Weight of the distortion: loss = lmbda * 255^2 * MSE + bpp + k_P * perceptual distance + k_J * J."""
+    perceptual: Literal["lpips", "mini_distance"] = "lpips"
+    """The perceptual distance: "lpips" (AlexNet, fed [0, 1] as the reference does), or "mini_distance", by the image half of
+    the bundled CLIP."""
     k_P: NotNegative = 3.5
-    """Weight of LPIPS (AlexNet, fed [0, 1] as the reference does); 0 leaves it out and needs no AlexNet."""
+    """Weight of the perceptual distance; 0 leaves it out, and needs no network for it."""
     k_J: NotNegative = 0.0025
     """Weight of the joint image-text loss J; 0 leaves it out and needs no CLIP."""
 
@@ -96,9 +102,9 @@ class Experiment:
     """"adam" is the reference's; "muon" takes fewer steps to the same loss, each a tenth to a quarter longer."""
     learning_rate: Positive = 1e-4
     """The optimizer's highest learning rate; `schedule` says how it falls."""
-    schedule: Literal["steps", "cosine"] = "steps"
+    schedule: Literal["steps", "cosine", "constant"] = "steps"
     """"steps" falls to a tenth at 90 % and again at 96 % of the run, as the reference does; "cosine" rises for a short
-    while and then falls to zero."""
+    while and then falls to zero; "constant" rises and stays, for a trunk from which other runs branch off."""
     aux_learning_rate: Positive = 1e-3
     """The learning rate of the second optimizer, which fits the quantiles of z alone."""
     gradient_clip: Positive = 1.0
@@ -110,6 +116,11 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.text_length == "windows" and self.text_pooling != "none":
             raise SettingError('Keyword weights weigh one window: text_pooling needs text_length="truncate".')
+        if self.captions == "constant" and (self.text_pooling, self.text_length) != ("none", "truncate"):
+            raise SettingError(
+                'captions="constant" leaves no words to weigh or to window: it needs text_pooling="none" and '
+                'text_length="truncate".'
+            )
 
     def replace(self, **changes: Any) -> Experiment:
         """Return a copy with some settings changed. Raises `SettingError` for one that does not exist or is not allowed."""
@@ -128,6 +139,17 @@ class Experiment:
             image_grid=self.crop // 8,
         )
 
+    @property
+    def dataset_captions(self) -> str:
+        """The captions that a data set is opened with: "published" or "context"."""
+        return "published" if self.captions == "constant" else self.captions
+
+    @property
+    def text_settings(self) -> dict[str, str]:
+        """How the encoder's captions become text features, as `Conditioning` and `Codec` take it."""
+        length = "constant" if self.captions == "constant" else self.text_length
+        return {"text_length": length, "text_pooling": self.text_pooling}
+
     def diff(self, other: Experiment) -> dict[str, tuple[Any, Any]]:
         """Return the settings in which the two differ, as {name: (here, there)}."""
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
@@ -141,8 +163,12 @@ class Experiment:
 
     @property
     def key(self) -> str:
-        """Eight hexadecimal digits that change with any setting. A run's folder is named with them."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
+        """Eight hexadecimal digits that change with any setting. A run's folder is named with them.
+
+        Settings that have their defaults do not count, so that a setting which is new in the code renames no folder.
+        """
+        changed = {name: now for name, (_, now) in Experiment().diff(self).items()}
+        return hashlib.sha256(json.dumps(changed).encode()).hexdigest()[:8]
 
     def __str__(self) -> str:
         """Return a line per setting."""

@@ -1,4 +1,4 @@
-"""The pretrained networks that are downloads: what each is for, where this machine keeps it, and the command that gets it.
+"""The pretrained networks: what each is for, where this machine keeps it, and the command that gets those that are downloads.
 
 Nothing here fetches anything. A codec, a training run or an evaluation looks for what it needs, and raises
 `MissingWeightsError` with the command where it is missing; `taco-nb fetch` then gets it, on a machine with a network.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from taco_nb.errors import MissingWeightsError, SettingError
-from taco_nb.files import human_size
+from taco_nb.files import BUNDLED, human_size
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,34 @@ class SpacyModel(Pretrained):
         return Path(found.origin).parent if found and found.origin else None
 
 
+@dataclass(frozen=True)
+class BundledClip(Pretrained):
+    """A small CLIP that comes with the code: its sizes, as open_clip takes them, and its weights."""
+
+    size: int
+
+    @property
+    def home(self) -> Path:
+        return BUNDLED / "joint_space"
+
+    @property
+    def sizes(self) -> Path:
+        """The file of sizes, which is named after the model."""
+        return self.home / f"{self.name.split('/')[0]}.json"
+
+    @property
+    def path(self) -> Path | None:
+        file = self.home / f"{self.name.split('/')[1]}.safetensors"
+        return file if file.is_file() else None
+
+    @property
+    def missing(self) -> str:
+        return f"{self.name} comes with the code, but is not in {self.home}. Install or check out the code again."
+
+
+MINI = BundledClip(
+    "mini/flickr8k", "captions, the loss J and distances of pictures, with no download", 8_600_000
+)
 CLIP_B32 = OpenClip("ViT-B-32-quickgelu/openai", "captions, the loss J and CLIP score")
 CLIP_L14 = OpenClip("ViT-L-14-336-quickgelu/openai", "CMMD")
 ALEXNET = Checkpoint(

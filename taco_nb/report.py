@@ -30,10 +30,9 @@ DATASETS = {"MS-COCO": "coco", "CLIC": "clic", "Kodak": "kodak"}
 """The report's names of its data sets, and ours."""
 PUBLISHED_AS = {"lpips": "lpips_01", "psnr": "psnr_taco"}
 """Columns in which TACO's protocol is followed, where the metric's plain name has another."""
-WHOLE_SET = ("fid", "cmmd")
-"""Metrics of a whole data set; each of its rows repeats the value."""
 MEASURES = (
     "bpp", "psnr", "ms_ssim", "psnr_taco", "ms_ssim_taco", "lpips", "lpips_01", "clip_score", "fid", "cmmd",
+    "mini_distance", "mini_score", "mini_mmd",
     "encode_s", "decode_s",
 )  # fmt: skip
 

@@ -27,7 +27,8 @@ import numpy as np
 from taco_nb.evaluation.protocol import starts_from_sibling
 from taco_nb.experiment import Experiment, baseline
 from taco_nb.files import bundled
-from taco_nb.report import ABLATION_FIELDS, DATASETS, MEASURES, PUBLISHED_AS, WHOLE_SET, points
+from taco_nb.metrics.networks import OF_SETS
+from taco_nb.report import ABLATION_FIELDS, DATASETS, MEASURES, PUBLISHED_AS, points
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,7 +115,7 @@ def paired(runs: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFram
             if values.empty:
                 continue
             here, there = values.to_numpy().T
-            low, high = (math.nan, math.nan) if metric in WHOLE_SET else interval(here - there, draws, seed)
+            low, high = (math.nan, math.nan) if metric in OF_SETS else interval(here - there, draws, seed)
             figures = {"metric": metric, "baseline": there.mean(), "here": here.mean()}
             rows.append({**about, **figures, "difference": (here - there).mean(), "low": low, "high": high})
             rows[-1]["images"] = len(values)
@@ -163,7 +164,7 @@ def _figure_rows(runs, means, ablation, dataset, metric, value, stated, seed) ->
             amiss.append(f"lambda {run['lmbda']:g}, taken as published at {lmbda}")
         values = runs.loc[(runs["run"] == run["run"]) & (runs["dataset"] == ours), column]
         values = values[np.isfinite(values)]
-        low, high = (math.nan, math.nan) if metric in WHOLE_SET else interval(values, seed=seed)
+        low, high = (math.nan, math.nan) if metric in OF_SETS else interval(values, seed=seed)
         within = abs(run[column] - value) <= TOLERANCE * value
         rows.append(
             _row(

@@ -58,6 +58,26 @@ def test_what_reaches_the_adapter(keywords):
     assert mask.shape == long.shape[:2] and mask[1].sum() > 200 > mask[0].sum()
 
 
+def test_a_codec_of_the_negative_control_reads_one_sentence_whatever_it_is_given(tmp_path):
+    exp = tiny(captions="constant")
+    assert exp.ablations == {"captions": "constant"} and exp.dataset_captions == "published"
+    path = tmp_path / "constant.safetensors"
+    save_weights(path, TACO(exp.model_config()), {"experiment": json.loads(exp.to_json())})
+    codec = load(path)
+    image = Image.effect_noise((64, 64), 80).convert("RGB")
+    files = {codec.encode(image, caption) for caption in (CAPTION, "", "two dogs")}
+    assert len(files) == 1
+    listening = load(path)
+    listening.text_length = "truncate"
+    assert torch.equal(codec.conditioning(["two dogs"])[0], listening.conditioning(["A photograph."])[0])
+
+
+@pytest.mark.parametrize("setting", [{"text_pooling": "keywords"}, {"text_length": "windows"}])
+def test_a_constant_caption_has_no_words_to_weigh(setting):
+    with pytest.raises(SettingError, match='captions="constant" leaves no words'):
+        tiny(captions="constant", **setting)
+
+
 @pytest.mark.parametrize(
     "settings, said",
     [({"length": "cut"}, "text_length"), ({"pooling": "keywords"}, "keyword weights"),

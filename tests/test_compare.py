@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import make_codec
+from conftest import make_codec, make_lpips
 from PIL import Image
 
 from taco_nb import datasets, load
@@ -80,14 +80,13 @@ def test_every_pixel_and_every_number_is_that_of_the_file(sample, jpeg):
 
 
 def test_lpips_is_shown_where_it_is_given_and_ms_ssim_where_it_is_defined(jpeg, sample):
-    def lpips(x, x_hat):
-        return {"lpips": 0.125, "lpips_01": 0.5}
-
-    page = compare(sample.image, {"JPEG": (jpeg.image, jpeg.data)}, lpips=lpips).figures()
+    lpips = make_lpips()
+    lpips.distance = lambda x_hat, x, convention: torch.tensor([0.125 if convention == "pm1" else 0.5])
+    page = compare(sample.image, {"JPEG": (jpeg.image, jpeg.data)}, distance=lpips).figures()
     assert "LPIPS 0.1250" in page
     small = encode_peer(sample.image.crop((0, 0, 64, 64)), "JPEG", 20)
     page = compare(
-        sample.image.crop((0, 0, 64, 64)), {"JPEG": (small.image, small.data)}, lpips=lpips
+        sample.image.crop((0, 0, 64, 64)), {"JPEG": (small.image, small.data)}, distance=lpips
     ).figures()
     assert "PSNR" in page and "MS-SSIM" not in page
 

@@ -24,7 +24,7 @@ from taco_nb.evaluation import evaluate, evaluate_peers
 from taco_nb.evaluation.peers import encode_peer
 from taco_nb.inspection import look_at_attention
 from taco_nb.metrics.distortion import psnr
-from taco_nb.metrics.networks import find_lpips
+from taco_nb.metrics.networks import perceptual_distance
 from taco_nb.training import Run
 from taco_nb.widgets import caption_lab, caption_presets, explorer, training_monitor, upload_box
 
@@ -113,13 +113,13 @@ def test_nothing_is_measured_or_loaded_twice(codec, image, monkeypatch, tmp_path
         pretrained=SimpleNamespace(path=tmp_path), load=lambda device: loaded.append(1) or lpips
     )
     monkeypatch.setitem(networks.METRICS, "lpips", there)
-    find_lpips.cache_clear()
+    perceptual_distance.cache_clear()
     lab = caption_lab(codec, image, {"human": "a cat", "empty": ""})
     for caption, count in (("two dogs", 3), ("", 3), ("two dogs", 3), ("three", 4)):
         lab.text.value = caption
         assert len(measured) == count and "LPIPS" in lab.view.figures
     assert len(loaded) == 1
-    find_lpips.cache_clear()
+    perceptual_distance.cache_clear()
 
 
 def test_without_a_kernel_the_presets_are_pictures(codec, image):

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -36,9 +37,8 @@ def out():
     }
 
 
-def mean_distance(x_hat, x):
-    """A distance per picture, in place of LPIPS."""
-    return (x_hat - x).abs().mean((1, 2, 3))
+MEAN_DISTANCE = SimpleNamespace(name="lpips", distance=lambda x_hat, x: (x_hat - x).abs().mean((1, 2, 3)))
+"""A distance per picture, in place of LPIPS."""
 
 
 def numbers(tensor):
@@ -84,7 +84,7 @@ def test_distortion_of_one_grey_level_costs_lmbda():
 def test_lpips_is_weighted_by_k_P_and_fed_what_the_network_gave(out):
     x = images(4)
     plain = TacoLoss(lmbda=0.01)(out, x, CAPTIONS)
-    loss = TacoLoss(lmbda=0.01, k_P=3.5, lpips=mean_distance)
+    loss = TacoLoss(lmbda=0.01, k_P=3.5, perceptual=MEAN_DISTANCE)
     terms = loss(out, x, CAPTIONS)
     assert list(terms) == loss.names == ["loss", "bpp", "mse", "lpips"]
     distance = np.abs(numbers(out["x_hat"]) - numbers(x)).mean()  # neither clamped nor stretched to [-1, 1]
@@ -94,7 +94,8 @@ def test_lpips_is_weighted_by_k_P_and_fed_what_the_network_gave(out):
 
 def test_lpips_gets_x_hat_first_and_one_value_per_picture_is_averaged(out):
     x = images(4)
-    terms = TacoLoss(0.01, k_P=1.0, lpips=lambda x_hat, x: (2 * x_hat - x).mean((1, 2, 3)))(out, x, CAPTIONS)
+    lopsided = SimpleNamespace(name="lpips", distance=lambda x_hat, x: (2 * x_hat - x).mean((1, 2, 3)))
+    terms = TacoLoss(0.01, k_P=1.0, perceptual=lopsided)(out, x, CAPTIONS)
     assert terms["lpips"].item() == pytest.approx((2 * numbers(out["x_hat"]) - numbers(x)).mean(), rel=1e-4)
 
 
@@ -106,7 +107,7 @@ def test_lpips_convention_is_that_of_pictures_in_0_to_1(out):
     torch.manual_seed(0)
     model = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).eval()
     x = images(4)
-    terms = TacoLoss(0.01, k_P=3.5, lpips=Lpips(model=model).distance)(out, x, CAPTIONS)
+    terms = TacoLoss(0.01, k_P=3.5, perceptual=Lpips(model=model))(out, x, CAPTIONS)
     with torch.no_grad():
         assert terms["lpips"].item() == pytest.approx(model(out["x_hat"], x).mean().item(), rel=1e-5)
         assert terms["lpips"].item() != pytest.approx(
@@ -217,7 +218,7 @@ def test_gradients_reach_x_hat_alone(clip, out):
 def test_every_term_has_a_gradient(joint, out):
     x_hat = out["x_hat"].requires_grad_()
     out["likelihoods"]["y"].requires_grad_()
-    terms = TacoLoss(0.01, 3.5, 0.0025, mean_distance, joint)(out, images(4), CAPTIONS)
+    terms = TacoLoss(0.01, 3.5, 0.0025, MEAN_DISTANCE, joint)(out, images(4), CAPTIONS)
     assert list(terms) == ["loss", "bpp", "mse", "lpips", "joint"]
     for name in ("mse", "lpips", "joint"):
         (slope,) = torch.autograd.grad(terms[name], x_hat, retain_graph=True)
@@ -255,9 +256,9 @@ def test_clip_input_is_that_of_torchvision(height, width):
 
 @pytest.mark.parametrize("weights", [{"k_P": 3.5}, {"k_J": 0.0025}, {"k_P": 3.5, "k_J": 0.0025}])
 def test_a_weight_without_its_term(weights, joint):
-    with pytest.raises(SettingError, match="k_P=.*LPIPS.*k_J=.*CLIP"):
+    with pytest.raises(SettingError, match="k_P=.*perceptual.*k_J=.*CLIP"):
         TacoLoss(0.01, **weights)
-    TacoLoss(0.01, **weights, lpips=mean_distance, joint=joint)
+    TacoLoss(0.01, **weights, perceptual=MEAN_DISTANCE, joint=joint)
 
 
 def test_a_clip_of_another_input_size_is_refused():

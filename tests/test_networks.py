@@ -18,9 +18,9 @@ from taco_nb import evaluate
 from taco_nb.errors import SettingError
 from taco_nb.metrics.networks import (
     METRICS,
-    find_lpips,
     find_networks,
     given_networks,
+    perceptual_distance,
     say_missing,
     state_digest,
 )
@@ -41,10 +41,10 @@ def caches(tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     say_missing.cache_clear()
-    find_lpips.cache_clear()
+    perceptual_distance.cache_clear()
     yield tmp_path
     say_missing.cache_clear()
-    find_lpips.cache_clear()
+    perceptual_distance.cache_clear()
 
 
 @pytest.fixture
@@ -83,34 +83,43 @@ def filled(caches, monkeypatch):
     open_clip.factory._rescan_model_configs()
 
 
-def test_without_weights_every_metric_is_reported_missing_with_a_command(caches, capsys):
+def test_missing_networks_are_named_in_one_line_with_the_command_that_gets_them(caches, capsys):
     found, absent = find_networks()
-    assert found == {} and absent.keys() == METRICS.keys()
+    assert (
+        found.keys() == {"mini_distance", "mini_mmd", "mini_score"}
+        and absent.keys() == METRICS.keys() - found.keys()
+    )
     for reason in absent.values():  # it goes into evaluation.json, which names no folder of a machine
         assert "run: taco-nb fetch " in reason and str(Path.home()) not in reason and "/tmp" not in reason
-    for metric in (*METRICS, *METRICS):
-        say_missing(metric)
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
-        f"Without {metric.title}" for metric in METRICS.values()
-    ]
-    assert find_lpips() is None
+    say_missing(tuple(absent))
+    say_missing(tuple(absent))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("Without LPIPS, FID, CMMD and CLIP score, whose networks are not on this machine.")
+    fetched = line.partition("run: taco-nb fetch ")[2].split()
+    assert fetched == [METRICS[name].pretrained.name for name in absent]
+
+
+def test_the_bundled_distance_stands_in_for_lpips_and_has_a_name_of_its_own(caches):
+    distance = perceptual_distance()
+    x = torch.rand(3, 64, 64)
+    assert distance(x, x) == {"mini_distance": 0.0} and distance(x, 1 - x)["mini_distance"] > 0
 
 
 def test_weights_on_this_machine_are_found_loaded_and_used(filled, tiny_codec, tmp_path, capsys):
     dataset = folder(tmp_path / "photos", {"a.png": (70, 64), "b.png": (64, 90)})
     results = evaluate(tiny_codec, [dataset], tmp_path / "out", patch_size=32)
     said = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))["data"]["photos"]
-    assert said["absent"].keys() == {"lpips"} and capsys.readouterr().out.count("Without ") == 1
+    assert said["absent"].keys() == {"lpips"} and capsys.readouterr().out.count("Without LPIPS, ") == 1
     assert said["metrics"]["fid"]["weights"] == "inception, 95,628,359 bytes"
     assert said["metrics"]["cmmd"]["weights"].startswith("ViT-L-14-336-quickgelu/openai, ")
-    for metric in ("fid", "cmmd", "clip_score"):
+    for metric in ("fid", "cmmd", "clip_score", "mini_distance", "mini_mmd", "mini_score"):
         assert results[metric].notna().all() and (results[metric] >= 0).all()
 
 
 def test_given_networks_must_be_named_after_metrics():
     found, absent = given_networks({"fid": make_inception()})
     assert found["fid"].weights == f"given, SHA-256 {state_digest(make_inception().model)}"
-    assert absent.keys() == {"lpips", "cmmd", "clip_score"}
+    assert absent.keys() == METRICS.keys() - {"fid"}
     with pytest.raises(SettingError, match="No metric is called 'psnr'"):
         given_networks({"psnr": None})
 

@@ -19,7 +19,7 @@ from taco_nb.evaluation.records import file_of
 from taco_nb.files import atomic_write
 from taco_nb.metrics.distortion import distortion
 from taco_nb.metrics.fid import patches
-from taco_nb.metrics.perception import MIN_SIDE, Lpips
+from taco_nb.metrics.perception import MIN_SIDE, MINI_MIN_SIDE, Lpips, MiniDistance
 from taco_nb.metrics.rate import bpp
 from taco_nb.model.precision import full_float32
 
@@ -53,7 +53,7 @@ def measure(
     The images' `.taco` files are written to `folder`. `networks` has what metrics look through, by metric; without one,
     its columns or features are absent. A row has the columns that `taco_nb.evaluate` documents, but for those of the whole
     set. Features: "fid.x" and "fid.x_hat", of the pictures themselves where `patch_size` is None, else of their patches;
-    "cmmd.x" and "cmmd.x_hat".
+    "cmmd.x" and "cmmd.x_hat", "mini_mmd.x" and "mini_mmd.x_hat".
     """
     lpips = networks.get("lpips")
     x = torch.stack([to_tensor(sample.image) for sample in samples]).to(codec.device)
@@ -67,19 +67,24 @@ def measure(
             for pair in zip(x, x_hat)
         ]
         if lpips:
-            shown = _lpips(lpips, x, decoded.float() / 255, "pm1")
-            floats = _lpips(lpips, x, x_hat, "01")
+            shown = _distances(lpips, x, decoded.float() / 255, MIN_SIDE, convention="pm1")
+            floats = _distances(lpips, x, x_hat, MIN_SIDE)
             figures = [f | {"lpips": a, "lpips_01": b} for f, a, b in zip(figures, shown, floats)]
-        if "clip_score" in networks:
-            scores = networks["clip_score"](decoded, [coded.caption for coded in chosen])
-            figures = [f | {"clip_score": score} for f, score in zip(figures, scores)]
+        if mini := networks.get("mini_distance"):
+            distances = _distances(mini, x, decoded.float() / 255, MINI_MIN_SIDE)
+            figures = [f | {"mini_distance": distance} for f, distance in zip(figures, distances)]
+        for name in ("clip_score", "mini_score"):
+            if name in networks:
+                scores = networks[name](decoded, [coded.caption for coded in chosen])
+                figures = [f | {name: score} for f, score in zip(figures, scores)]
         features = {}
         for name, seen in (("x", pictures), ("x_hat", decoded)):
             if "fid" in networks:
                 cut = seen if patch_size is None else torch.cat([patches(one, patch_size) for one in seen])
                 features[f"fid.{name}"] = networks["fid"](cut)
-            if "cmmd" in networks:
-                features[f"cmmd.{name}"] = networks["cmmd"](seen)
+            for metric in ("cmmd", "mini_mmd"):
+                if metric in networks:
+                    features[f"{metric}.{name}"] = networks[metric](seen)
     rows = [
         {
             **size_columns(sample, len(coded.data)),
@@ -113,7 +118,7 @@ def _choose(
         # an image with fewer captions than others goes through again under its last, which changes nothing
         coded = _code(codec, samples, [sample.captions[: turn + 1][-1] for sample in samples], folder)
         with _repeatable_float32(codec.device.type):
-            distances = _lpips(lpips, x, torch.stack([one.x_hat for one in coded]), "01")
+            distances = _distances(lpips, x, torch.stack([one.x_hat for one in coded]), MIN_SIDE)
         best = best or coded
         for i, distance in enumerate(distances):
             if distance < lowest[i]:
@@ -144,11 +149,14 @@ def _write_file(folder: Path, sample: Sample, data: bytes) -> Path:
     return path
 
 
-def _lpips(lpips: Lpips, x: Tensor, x_hat: Tensor, convention: str) -> list[float]:
-    if min(x.shape[-2:]) < MIN_SIDE:
+def _distances(
+    network: Lpips | MiniDistance, x: Tensor, x_hat: Tensor, min_side: int, **how: str
+) -> list[float]:
+    """Return a perceptual distance per picture; NaN for pictures that are too small for its network."""
+    if min(x.shape[-2:]) < min_side:
         return [math.nan] * len(x)
     with torch.no_grad():
-        return lpips.distance(x_hat.to(lpips.device), x.to(lpips.device), convention).tolist()
+        return network.distance(x_hat.to(network.device), x.to(network.device), **how).tolist()
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def starts_from_sibling(exp: Experiment) -> bool:
 
 def label_of(codec: Codec, exp: Experiment | None, options: Mapping[str, Any]) -> str:
     """Return what to call the curve that this is a point of: the same for runs that differ in lambda alone."""
-    usual = _USUAL | {"captions": "published" if exp is None else exp.captions}
+    usual = _USUAL | {"captions": "published" if exp is None else exp.dataset_captions}
     measured = [f"{name}={value}" for name, value in options.items() if value != usual.get(name, value)]
     if exp is None:
         name = re.sub(r"(lambda_)?[\d.]+\.pth\.tar$", "TACO's own weights", codec.name)
@@ -180,7 +180,7 @@ def _amiss_in_evaluation(
         for option, value in asked.items()
         if options[option] != value
     ]
-    wanted = "published" if exp is None else exp.captions
+    wanted = "published" if exp is None else exp.dataset_captions
     right = PUBLISHED_CAPTIONS.get(name, captions["sha256"])
     if dataset.captioned != wanted:
         reasons.append(f"evaluated with captions {dataset.captioned}, not {wanted}")

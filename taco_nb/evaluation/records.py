@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save
 from taco_nb.data import CaptionedImages
 from taco_nb.errors import DataError
 from taco_nb.files import atomic_write, fitting_name, sha256
+from taco_nb.metrics.networks import OF_SETS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,7 +95,7 @@ class Records:
 
     def has_features(self, records: Sequence[Mapping[str, Any]]) -> bool:
         """Tell whether the features of a batch, whose records these are, are there still, or none are needed."""
-        needed = {"fid", "cmmd"} & self.settings["networks"].keys()
+        needed = self.settings["networks"].keys() & {*OF_SETS}
         return not needed or (self._features / f"{records[0]['measured_under']}.safetensors").is_file()
 
     def features(self, digests: Sequence[str], name: str) -> Iterator[Tensor]:

@@ -88,7 +88,8 @@ def evaluate(
     Columns: codec, dataset, name, width, height, bytes (the file's size), bpp, caption; psnr and ms_ssim of the 8-bit
     picture, psnr_taco and ms_ssim_taco by the reference's protocol; where the weights are on the machine, lpips (of the
     8-bit picture, in [-1, 1]), lpips_01 (of the floats, in [0, 1], as TACO published), clip_score (0 to 100), and fid and
-    cmmd of the whole set, the same in each of its rows; encode_s and decode_s (seconds; each image's share of its batch).
+    cmmd of the whole set, the same in each of its rows; in the space of the bundled CLIP, mini_distance (0 to 8),
+    mini_score (0 to 100) and mini_mmd (of the whole set); encode_s and decode_s (seconds; each image's share of its batch).
 
     `caption` chooses among an image's captions: "first"; "last", as the reference's script; or "best", the one with the
     lowest lpips_01, as its paper. `batch_size` images of a set that is cropped to one size go through the networks
@@ -115,9 +116,8 @@ def evaluate(
         if num_processes > 1 and group.size == 1:
             _evaluate_in_processes(codec, num_processes, sets, folder, {**how, "networks": networks})
         else:
-            if networks is None and group.is_main:
-                for metric in absent:
-                    say_missing(metric)
+            if absent and networks is None and group.is_main:
+                say_missing(tuple(absent))
             _Evaluation(codec, sets, Path(folder), how, (found, absent), group).run()
         results = read_evaluation(folder, [dataset.name for dataset in sets])
     return results.assign(codec=codec.name)  # it may have had another name when it was measured
@@ -294,9 +294,10 @@ class _Evaluation:
         if "fid" in self.found:
             figures["fid"], of = _fid(records, digests, self.how["patch_size"])
             metrics["fid"] |= of
-        if "cmmd" in self.found:
-            x, x_hat = (torch.cat(list(records.features(digests, f"cmmd.{name}"))) for name in ("x", "x_hat"))
-            figures["cmmd"] = cmmd(x, x_hat, self.codec.device)
+        for metric in ("cmmd", "mini_mmd"):
+            if metric in self.found:
+                features = (records.features(digests, f"{metric}.{name}") for name in ("x", "x_hat"))
+                figures[metric] = cmmd(*(torch.cat(list(of_set)) for of_set in features), self.codec.device)
         seconds = sum(record["seconds"] for batch in batches for record in batch)
         about = {
             **of_data_set(self.codec, dataset, self.how, self.found, self.sets),

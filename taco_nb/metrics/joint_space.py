@@ -15,6 +15,9 @@ itself included: the biased estimator of least variance (Gretton et al., JMLR 20
 (google-research/cmmd). Unlike FID it takes nothing for Gaussian, and a few thousand pictures are enough. Its bias falls as
 1/n for n pictures, so figures of small sets compare only with those of sets of the same size. The vectors are CLIP
 ViT-L/14@336's.
+
+**mini_score and mini_mmd** are the same two quantities in the space of the bundled CLIP, `mini/flickr8k`. They need no
+download, and have names of their own because their values compare with no published ones.
 """
 
 from __future__ import annotations
@@ -33,6 +36,14 @@ CLIP_SCORE_PROTOCOL = (
 CMMD_PROTOCOL = (
     "1000 x squared MMD, biased estimator, Gaussian kernel of sigma 10, unit embeddings by CLIP ViT-L/14@336 of 8-bit "
     "pictures, central square, bicubic to 336"
+)
+MINI_SCORE_PROTOCOL = (
+    "100 * max(cosine, 0) of mini/flickr8k's embeddings of the decoded 8-bit picture and of the caption that it was coded "
+    "with; no CLIP score, and comparable with none"
+)
+MINI_MMD_PROTOCOL = (
+    "1000 x squared MMD, biased estimator, Gaussian kernel of sigma 10, unit embeddings by mini/flickr8k of 8-bit pictures, "
+    "central square, bicubic to 224; no CMMD, and comparable with none"
 )
 SIGMA, SCALE = 10.0, 1000.0
 BLOCK = 2048  # vectors whose kernel with as many others is in memory at once

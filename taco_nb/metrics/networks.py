@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from taco_nb.errors import SettingError
 from taco_nb.metrics import fid, joint_space, perception
-from taco_nb.pretrained import ALEXNET, CLIP_B32, CLIP_L14, INCEPTION, Pretrained
+from taco_nb.pretrained import ALEXNET, CLIP_B32, CLIP_L14, INCEPTION, MINI, Pretrained
 
 
 class Metric(NamedTuple):
@@ -24,24 +24,37 @@ class Metric(NamedTuple):
     load: Callable[[torch.device], Any]
 
 
-def _load_clip_score(device: torch.device) -> joint_space.ClipScore:
+def _score_in(clip: Pretrained, device: torch.device) -> joint_space.ClipScore:
     from taco_nb.text.clip import clip_model
 
-    return joint_space.ClipScore(*clip_model(CLIP_B32.name, device), device)
+    return joint_space.ClipScore(*clip_model(clip.name, device), device)
 
 
-def _load_cmmd(device: torch.device) -> joint_space.CmmdEmbedding:
+def _embedding_in(clip: Pretrained, device: torch.device) -> joint_space.CmmdEmbedding:
     from taco_nb.text.clip import clip_model
 
-    return joint_space.CmmdEmbedding(clip_model(CLIP_L14.name, device)[0], device)
+    return joint_space.CmmdEmbedding(clip_model(clip.name, device)[0], device)
+
+
+def _load_mini_distance(device: torch.device) -> perception.MiniDistance:
+    from taco_nb.text.clip import clip_model
+
+    return perception.MiniDistance(clip_model(MINI.name, device)[0], device)
 
 
 METRICS = {
     "lpips": Metric("LPIPS", perception.PROTOCOL, ALEXNET, perception.Lpips),
     "fid": Metric("FID", fid.PROTOCOL, INCEPTION, lambda device: fid.Inception(INCEPTION.path, device)),
-    "cmmd": Metric("CMMD", joint_space.CMMD_PROTOCOL, CLIP_L14, _load_cmmd),
-    "clip_score": Metric("CLIP score", joint_space.CLIP_SCORE_PROTOCOL, CLIP_B32, _load_clip_score),
+    "cmmd": Metric("CMMD", joint_space.CMMD_PROTOCOL, CLIP_L14, partial(_embedding_in, CLIP_L14)),
+    "clip_score": Metric(
+        "CLIP score", joint_space.CLIP_SCORE_PROTOCOL, CLIP_B32, partial(_score_in, CLIP_B32)
+    ),
+    "mini_distance": Metric("mini_distance", perception.MINI_PROTOCOL, MINI, _load_mini_distance),
+    "mini_mmd": Metric("mini_mmd", joint_space.MINI_MMD_PROTOCOL, MINI, partial(_embedding_in, MINI)),
+    "mini_score": Metric("mini_score", joint_space.MINI_SCORE_PROTOCOL, MINI, partial(_score_in, MINI)),
 }
+OF_SETS = ("fid", "cmmd", "mini_mmd")
+"""The metrics that compare a set of pictures with another. Each picture gives features, and only a whole set a figure."""
 
 
 class Network(NamedTuple):
@@ -87,17 +100,21 @@ def given_networks(networks: Mapping[str, Any]) -> tuple[dict[str, Network], dic
 
 
 @cache  # so that a notebook says it once, and not in every cell
-def say_missing(metric: str) -> None:
-    """Print in one line what is missing for a metric and how to get it, once per process."""
-    print(f"Without {METRICS[metric].title}: {METRICS[metric].pretrained.missing}")
+def say_missing(metrics: tuple[str, ...]) -> None:
+    """Print in one line which metrics are left out for want of a network, and how to get those, once per process."""
+    *others, last = [METRICS[metric].title for metric in metrics]
+    titles = f"{', '.join(others)} and {last}" if others else last
+    names = " ".join(dict.fromkeys(METRICS[metric].pretrained.name for metric in metrics))
+    print(
+        f"Without {titles}, whose networks are not on this machine. To have them, run: taco-nb fetch {names}"
+    )
 
 
 @cache
-def find_lpips() -> perception.Lpips | None:
-    """Return LPIPS on the CPU if its weights are on this machine; else print once what to do, and return None."""
-    if METRICS["lpips"].pretrained.path is None:
-        return say_missing("lpips")
-    return METRICS["lpips"].load(torch.device("cpu"))
+def perceptual_distance() -> perception.Lpips | perception.MiniDistance:
+    """Return LPIPS on the CPU if its weights are on this machine, else the distance that the bundled CLIP gives."""
+    name = "mini_distance" if METRICS["lpips"].pretrained.path is None else "lpips"
+    return METRICS[name].load(torch.device("cpu"))
 
 
 def state_digest(model: nn.Module) -> str:

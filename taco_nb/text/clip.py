@@ -22,13 +22,17 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.transformer import QuickGELU, TextTransformer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from taco_nb.errors import CheckpointError, SettingError
-from taco_nb.pretrained import OpenClip
+from taco_nb.pretrained import MINI, OpenClip
 from taco_nb.text.tokens import CLIP_LENGTH, caption_list, clip_tokenizer, token_spans
 
 UNTRAINED_SEED = 100
+UNSEEN_SEED = 2026
+
+open_clip.add_model_config(MINI.sizes)
 
 
 class TextTower:
@@ -130,8 +134,8 @@ def text_tower(name: str, length: int = 38, device: str | torch.device = "cpu") 
 
     Args:
         name: "model/pretrained" as open_clip lists them; the reference's is "ViT-B-32-quickgelu/openai". The part after
-            the slash may also be a file of weights. Or "untrained-64": a small tower of that width (a multiple of 16 up
-            to 1024) with CLIP's tokenizer and random weights, the same on every machine.
+            the slash may also be a file of weights. "mini/flickr8k" comes with the code. "untrained-64" is a tower of that
+            width (a multiple of 16 up to 1024) with CLIP's tokenizer and random weights, the same on every machine.
         length: positions per caption; TACO uses 38, CLIP was trained with 77.
         device: where to encode.
 
@@ -190,6 +194,8 @@ def both_halves(name: str, device: str) -> nn.Module:
 
 
 def _load_clip(name: str) -> nn.Module:
+    if name == MINI.name:
+        return _load_mini()
     model, pretrained = name.split("/", 1)
     tag = open_clip.get_pretrained_cfg(model, pretrained)
     path = OpenClip(name).require() if tag else Path(pretrained).expanduser()
@@ -204,6 +210,26 @@ def _load_clip(name: str) -> nn.Module:
             f"The weights {path} cannot be loaded into {model}: the file is damaged or belongs to another model. "
             "Delete it and fetch it again, or name the model that it was made for."
         ) from error
+
+
+def _load_mini() -> nn.Module:
+    """Return the bundled CLIP, from its file of halves (float16).
+
+    Most of CLIP's 49,408 tokens never occurred in its training. The file has the vectors of those that did; the others
+    have the random ones that they had in training, the same on every machine, and so a meaning no network knows.
+    """
+    path = MINI.require()
+    state = {
+        name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()
+    }
+    with torch.random.fork_rng(devices=[]):
+        clip = open_clip.create_model(MINI.name.split("/")[0], pretrained=None)
+    tokens = clip.token_embedding.weight.detach()
+    generator = torch.Generator().manual_seed(UNSEEN_SEED)
+    tokens.copy_((torch.rand(tokens.shape, generator=generator) - 0.5) * (0.02 * 12**0.5))
+    tokens[state.pop("seen_tokens").long()] = state.pop("seen_token_embedding")
+    clip.load_state_dict(state | {"token_embedding.weight": tokens})
+    return clip
 
 
 @lru_cache(maxsize=4)
@@ -247,7 +273,8 @@ def _text_config(name: str) -> dict[str, Any]:
     if model not in open_clip.list_models():
         hint = _did_you_mean(model, open_clip.list_models())
         raise SettingError(f"open_clip has no model {model!r} ({name!r}).{hint}")
-    if not open_clip.get_pretrained_cfg(model, pretrained) and not Path(pretrained).expanduser().is_file():
+    tagged = name == MINI.name or open_clip.get_pretrained_cfg(model, pretrained)
+    if not tagged and not Path(pretrained).expanduser().is_file():
         hint = _did_you_mean(pretrained, open_clip.list_pretrained_tags_by_model(model))
         raise SettingError(
             f"{pretrained!r} is neither a pretrained tag of {model} nor a file of weights.{hint}"

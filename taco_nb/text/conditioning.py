@@ -13,12 +13,16 @@ from taco_nb.text.clip import TextTower
 from taco_nb.text.keywords import KeywordWeights, pool
 from taco_nb.text.long import tower_windows
 
+CONSTANT_CAPTION = "A photograph."
+"""What a codec of the negative control reads in place of every caption."""
+
 
 class Conditioning:
     """Captions -> (text (B, T, dim), mask (B, T) or None), the last two arguments of TACO's encoder.
 
     - `length="truncate"`: all of the tower's positions, padding included, as the reference has it; no mask.
     - `length="windows"`: every token of captions of any length; the mask hides the padding.
+    - `length="constant"`: as "truncate", but of `CONSTANT_CAPTION`, whatever the captions say.
     - `pooling="keywords"`: the report's weighted sum over tokens, so T = 1.
     - `pooling="keywords-tokens"`: one weighted vector per token.
 
@@ -33,11 +37,11 @@ class Conditioning:
         keywords: KeywordWeights | None = None,
     ):
         for name, value, allowed in (
-            ("text_length", length, TextLength),
-            ("text_pooling", pooling, TextPooling),
+            ("text_length", length, (*get_args(TextLength), "constant")),
+            ("text_pooling", pooling, get_args(TextPooling)),
         ):
-            if value not in get_args(allowed):
-                raise SettingError(f"{name} is one of {get_args(allowed)}, not {value!r}.")
+            if value not in allowed:
+                raise SettingError(f"{name} is one of {allowed}, not {value!r}.")
         if pooling != "none" and length != "truncate":
             raise SettingError(
                 'Keyword weights need text_length="truncate": they weigh the positions of one window.'
@@ -47,7 +51,7 @@ class Conditioning:
         self.tower, self.length, self.pooling, self.keywords = tower, length, pooling, keywords
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        captions = list(captions)
+        captions = [CONSTANT_CAPTION] * len(captions) if self.length == "constant" else list(captions)
         if self.length == "windows":
             return tower_windows(self.tower, captions)
         hidden = self.tower(captions)

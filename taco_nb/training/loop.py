@@ -38,6 +38,7 @@ from taco_nb.data.images import to_tensor
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, sha256
+from taco_nb.metrics.networks import METRICS
 from taco_nb.model import TACO
 from taco_nb.processes import (
     Group,
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 DECAYS = (45 / 50, 48 / 50)
 """Where the learning rate falls to a tenth, as shares of the run: the reference's epochs 45 and 48 of 50."""
 WARM_UP = 1 / 100
-"""The share of a run in which the schedule "cosine" rises from zero."""
+"""The share of a run in which the schedules "cosine" and "constant" rise from zero."""
 LOG_STEPS = 20
 """A row of the log is the mean over so many steps, or over a 40th of a short run."""
 PICTURES = 20
@@ -210,7 +211,9 @@ class Trainer:
         self.device = accelerator.device if on_gpu else torch.device("cpu")
         self.arithmetic = arithmetic(self.device, exp.precision)
 
-        self.pairs = training_pairs(exp.train_data, exp.crop, resources.data_dir, exp.seed, exp.captions)
+        self.pairs = training_pairs(
+            exp.train_data, exp.crop, resources.data_dir, exp.seed, exp.dataset_captions
+        )
         self.batches = Batches(len(self.pairs), exp.batch_size, exp.seed, self.group.rank, self.group.size)
         self.total = exp.epochs * len(self.batches)
         workers = resources.num_workers
@@ -239,7 +242,7 @@ class Trainer:
             raise SettingError(
                 f"{exp.text_encoder} is {tower.dim} wide, but sizes say text_dim={net.config.text_dim}."
             )
-        self.conditioning = Conditioning(tower, exp.text_length, exp.text_pooling, self.keywords)
+        self.conditioning = Conditioning(tower, *exp.text_settings.values(), self.keywords)
         self.loss = make_loss(exp, self.device)
         self.data_digest = training_digest(exp, self.pairs, resources.data_dir)
         self.step, self.rows, self.sums, self.seconds = 0, [], Counter(), 0.0
@@ -365,7 +368,7 @@ class Trainer:
                 piece.text, piece.mask = self.conditioning(said)
                 if self.exp.k_J:
                     # J reads captions by the same tower, which need not run again where these are its states.
-                    plain = self.exp.text_length == "truncate" and self.exp.text_pooling == "none"
+                    plain = set(self.exp.text_settings.values()) == {"truncate", "none"}
                     piece.caption_embeddings = self.loss.joint.embed_text(said, piece.text if plain else None)
             if self.exp.k_J:
                 with self.timed("losses"), self.accelerator.autocast(), torch.no_grad():
@@ -431,8 +434,8 @@ class Trainer:
         """Return the codec as it stands, on a copy of the weights, so that training is not disturbed."""
         exp, keywords = self.exp, self.keywords and self.keywords.to_json()
         return Codec(
-            copy.deepcopy(self.bare_net), exp.text_encoder, exp.text_tokens, text_length=exp.text_length,
-            text_pooling=exp.text_pooling, keywords=keywords, name=self.folder.name,
+            copy.deepcopy(self.bare_net), exp.text_encoder, exp.text_tokens, **exp.text_settings, keywords=keywords,
+            name=self.folder.name,
         )  # fmt: skip
 
     def _log_row(self) -> dict[str, float]:
@@ -684,12 +687,13 @@ def make_optimizers(exp: Experiment, net: TACO) -> tuple[torch.optim.Optimizer, 
 def learning_rate_factor(schedule: str, step: int, total: int) -> float:
     """Return which part of its highest value the learning rate has at a step, 0 <= step < total.
 
-    "steps" falls to a tenth at each of `DECAYS`; "cosine" rises linearly over `WARM_UP`, then falls along half a period
-    (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts).
+    "steps" falls to a tenth at each of `DECAYS`. "cosine" and "constant" rise linearly over `WARM_UP`; then "cosine" falls
+    along half a period (Loshchilov and Hutter 2017, arXiv:1608.03983, without restarts), and "constant" stays.
     """
     if schedule == "steps":
         return 0.1 ** sum(step >= share * total for share in DECAYS)
-    return min((step + 1) / (WARM_UP * total), 1) * (1 + math.cos(math.pi * step / total)) / 2
+    rise = min((step + 1) / (WARM_UP * total), 1)
+    return rise if schedule == "constant" else rise * (1 + math.cos(math.pi * step / total)) / 2
 
 
 def fit_keywords(
@@ -705,16 +709,14 @@ def fit_keywords(
 
 def make_loss(exp: Experiment, device: torch.device) -> TacoLoss:
     """Return the loss of `exp`, with the frozen networks that its terms need. Raises `MissingWeightsError`."""
-    lpips = joint = None
+    perceptual = joint = None
     if exp.k_P:
-        from taco_nb.metrics.perception import Lpips
-
-        lpips = Lpips(device=device).distance
+        perceptual = METRICS[exp.perceptual].load(device)
     if exp.k_J:
         from taco_nb.text import clip_model
 
         joint = JointLoss(*clip_model(exp.text_encoder, device=str(device)))
-    return TacoLoss(exp.lmbda, exp.k_P, exp.k_J, lpips, joint)
+    return TacoLoss(exp.lmbda, exp.k_P, exp.k_J, perceptual, joint)
 
 
 def make_accelerator(device: str, precision: str) -> Accelerator:

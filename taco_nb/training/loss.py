@@ -1,6 +1,6 @@
 """The loss of TACO (Lee et al., ICML 2024, Section 3.2), each term by its name.
 
-loss = lmbda * 255^2 * MSE + bpp + k_P * LPIPS + k_J * J
+loss = lmbda * 255^2 * MSE + bpp + k_P * perceptual distance (TACO: LPIPS) + k_J * J
 J    = symmetric cross-entropy between the batch's captions and reconstructions, in CLIP's joint space
        + 40 * |embeddings of x_hat - embeddings of x|, one Frobenius norm over the whole batch
 """
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from taco_nb.errors import SettingError
 from taco_nb.metrics.joint_space import standardized
+from taco_nb.metrics.perception import Lpips, MiniDistance
 
 LOGIT_SCALE = math.exp(2.6592)  # at which CLIP's training starts, and where TACO leaves it
 IMAGE_WEIGHT = 40.0
@@ -24,10 +25,10 @@ CLIP_SIDE = 224
 
 
 class TacoLoss:
-    """This is the weighted sum above. `lpips` and `joint` may be None where their weights k_P and k_J are zero.
+    """This is the weighted sum above. `perceptual` and `joint` may be None where their weights k_P and k_J are zero.
 
-    `lpips(x_hat, x) -> (B,)` is fed tensors in [0, 1], x_hat unclamped, as the reference does. Raises `SettingError` for a
-    positive weight without its term.
+    `perceptual.distance(x_hat, x) -> (B,)` is fed tensors in [0, 1], x_hat unclamped, as the reference feeds LPIPS; the
+    term is called `perceptual.name`. Raises `SettingError` for a positive weight without its term.
     """
 
     def __init__(
@@ -35,23 +36,29 @@ class TacoLoss:
         lmbda: float,
         k_P: float = 0.0,
         k_J: float = 0.0,
-        lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+        perceptual: Lpips | MiniDistance | None = None,
         joint: JointLoss | None = None,
     ):
-        if (k_P and lpips is None) or (k_J and joint is None):
+        if (k_P and perceptual is None) or (k_J and joint is None):
             raise SettingError(
-                f"k_P={k_P} needs LPIPS and k_J={k_J} needs CLIP, but one of them was not given."
+                f"k_P={k_P} needs a perceptual distance and k_J={k_J} needs CLIP, but one of them was not given."
             )
         self.lmbda, self.k_P, self.k_J = lmbda, k_P, k_J
-        self.lpips, self.joint = lpips, joint
+        self.perceptual, self.joint = perceptual, joint
 
     @property
     def names(self) -> list[str]:
         """The names of the terms, with their sum first."""
-        return ["loss", "bpp", "mse", *["lpips"] * bool(self.k_P), *["joint"] * bool(self.k_J)]
+        return [
+            "loss",
+            "bpp",
+            "mse",
+            *([self.perceptual.name] if self.k_P else []),
+            *["joint"] * bool(self.k_J),
+        ]
 
     def __call__(self, out: dict[str, Any], x: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Return the terms and their sum for a network's output `out`: {"loss", "bpp", "mse"[, "lpips"][, "joint"]}."""
+        """Return the terms and their sum for a network's output `out`: {"loss", "bpp", "mse", ...}."""
         terms = self.means(out, x)
         if self.k_J:
             terms["joint"] = self.joint(out["x_hat"], x, captions)
@@ -60,11 +67,15 @@ class TacoLoss:
     def means(self, out: dict[str, Any], x: Tensor) -> dict[str, Tensor]:
         """Return the terms that are means over images: those of a batch follow from those of its parts."""
         terms = {"bpp": bits_per_pixel(out), "mse": F.mse_loss(out["x_hat"], x)}
-        return terms | ({"lpips": self.lpips(out["x_hat"], x).float().mean()} if self.k_P else {})
+        if self.k_P:
+            terms[self.perceptual.name] = self.perceptual.distance(out["x_hat"], x).float().mean()
+        return terms
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum of the terms that are there."""
-        weights = {"bpp": 1.0, "mse": self.lmbda * 255**2, "lpips": self.k_P, "joint": self.k_J}
+        weights = {"bpp": 1.0, "mse": self.lmbda * 255**2, "joint": self.k_J}
+        if self.k_P:
+            weights[self.perceptual.name] = self.k_P
         return sum(weights[name] * term for name, term in terms.items())
 
 

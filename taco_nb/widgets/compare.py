@@ -15,13 +15,13 @@ from torch import Tensor
 from taco_nb.data.images import to_rgb, to_tensor
 from taco_nb.errors import SettingError
 from taco_nb.metrics.distortion import distortion
-from taco_nb.metrics.networks import find_lpips
+from taco_nb.metrics.networks import METRICS, perceptual_distance
 from taco_nb.metrics.rate import bpp
 from taco_nb.widgets.html_parts import FOLDER, picture_tag, self_contained
 from taco_nb.widgets.pictures import heat, side_by_side, stretched
 
 if TYPE_CHECKING:
-    from taco_nb.metrics.perception import Lpips
+    from taco_nb.metrics.perception import Lpips, MiniDistance
 
 BLOCK = 16  # pixels to a position of y, across and down
 SHOWN = 2048
@@ -100,19 +100,19 @@ def compare(
     *,
     caption: str = "",
     bits: Tensor | None = None,
-    lpips: Lpips | None = None,
+    distance: Lpips | MiniDistance | None = None,
 ) -> Compare:
     """Show the original and any number of reconstructions, to be swiped over by mouse, touch and keys.
 
     Each is measured here, whole, also where it is shown smaller (`SHOWN`): the badges give bits per pixel, PSNR, MS-SSIM
-    (of pictures large enough) and LPIPS (where its weights are on the machine).
+    (of pictures large enough), and LPIPS, or mini_distance where the weights of LPIPS are not on the machine.
 
     Args:
         original: whatever `Codec.encode` takes.
         reconstructions: labels, each with the decoded picture and the file it was decoded from, whose length is the rate.
         caption: goes into the alternative texts.
         bits: a map from `taco_nb.inspection.bit_map`.
-        lpips: the network to measure LPIPS with, in place of the one on this machine.
+        distance: the perceptual distance to measure, in place of the one on this machine.
 
     Raises `SettingError` for a reconstruction of another size than the original's.
     """
@@ -121,12 +121,12 @@ def compare(
     for label, (picture, file) in reconstructions.items():
         if picture.size != original.size:
             raise SettingError(f"{label!r} is {picture.size} large, but the original is {original.size}.")
-        measured[label] = (picture, badges_of(original, picture, file, lpips))
+        measured[label] = (picture, badges_of(original, picture, file, distance))
     return Compare(original, measured, caption, bits)
 
 
 def badges_of(
-    original: Image.Image, picture: Image.Image, file: bytes, lpips: Lpips | None = None
+    original: Image.Image, picture: Image.Image, file: bytes, distance: Lpips | MiniDistance | None = None
 ) -> tuple[str, ...]:
     """Return the badges of a reconstruction: its file's size, and how far it is from the original."""
     x, x_hat = to_tensor(original), to_tensor(picture.convert("RGB"))
@@ -138,9 +138,9 @@ def badges_of(
     ]
     if not math.isnan(measured["ms_ssim"]):
         badges.append(f"MS-SSIM {measured['ms_ssim']:.4f}")
-    lpips = lpips or find_lpips()
-    if lpips and not math.isnan(value := lpips(x, x_hat)["lpips"]):
-        badges.append(f"LPIPS {value:.4f}")
+    distance = distance or perceptual_distance()
+    if not math.isnan(value := distance(x, x_hat)[distance.name]):
+        badges.append(f"{METRICS[distance.name].title} {value:.4f}")
     return tuple(badges)
 
 

@@ -21,6 +21,9 @@ METRICS = {
     "clip_score": "CLIP score (100 cos, picture and caption)",
     "fid": "FID (lower is better)",
     "cmmd": "CMMD (lower is better)",
+    "mini_distance": "mini_distance (lower is better)",
+    "mini_score": "mini_score (100 cos, picture and caption)",
+    "mini_mmd": "mini_mmd (lower is better)",
 }
 PANELS = {"lpips_01": "LPIPS (as TACO feeds it)", "psnr": "PSNR in dB", "fid": "FID", "cmmd": "CMMD"}
 DIFFERENCES = {
@@ -29,6 +32,8 @@ DIFFERENCES = {
     "ms_ssim": "MS-SSIM",
     "lpips_01": "LPIPS",
     "clip_score": "CLIP score",
+    "mini_distance": "mini_distance",
+    "mini_score": "mini_score",
 }
 IMAGES = 100
 """So many images of a data set have points of their own; thirty thousand would be a cloud, and a page of 50 MB."""
@@ -178,7 +183,7 @@ def training_curves(log: pd.DataFrame, title: str = "") -> Figure:
     from plotly.subplots import make_subplots
 
     log = log.iloc[:: max(1, -(-len(log) // 1000))]
-    terms = [name for name in ("loss", "bpp", "mse", "lpips", "joint", "lr") if name in log]
+    terms = [name for name in ("loss", "bpp", "mse", "lpips", "mini_distance", "joint", "lr") if name in log]
     figure = make_subplots(rows=1, cols=len(terms), subplot_titles=terms)
     for column, name in enumerate(terms, start=1):
         figure.add_scatter(
