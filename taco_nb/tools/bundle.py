@@ -31,6 +31,7 @@ from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.metrics.rate import bd_rate, few_points, rate_at
 from taco_nb.model import TACO, ModelConfig
 from taco_nb.provenance import provenance
+from taco_nb.tools.recipe import follow, read_recipe
 
 LARGEST = 8_000_000
 """The bytes that one bundled codec may have, since all of them travel with the repository."""
@@ -213,6 +214,21 @@ def print_standing(data_dir: str | os.PathLike | None = None) -> None:
     table, gaps = standing(codecs, kodak)
     print(table.round(4).to_string(index=False), "\n")
     print(gaps.round(1).to_string(index=False))
+
+
+def bundle_recipe(
+    recipe: Path, out: Path, only: Sequence[str] = (), data_dir: str | os.PathLike | None = None
+) -> None:
+    """Train what a recipe says, or `only` some of its runs, below `out`; if all are there, bundle those that it names.
+
+    Raises what `taco_nb.tools.recipe.follow` and `bundle` raise.
+    """
+    folders = follow(recipe, out, data_dir, only)
+    if not only:
+        about = read_recipe(recipe)["about"]
+        print(
+            json.dumps(bundle(folders, about, bundled("checkpoints", data_dir), data_dir=data_dir), indent=1)
+        )
 
 
 def bundle_named(runs: Sequence[str], data: str, data_dir: str | os.PathLike | None = None) -> None:

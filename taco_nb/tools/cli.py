@@ -158,16 +158,25 @@ def bench_command(device: str, repeats: int, out: Path, large: bool) -> None:
 @main.command("bundle", cls=Command)
 @click.argument("runs", nargs=-1, metavar="[NAME=RUN]...")
 @click.option("--data", help="In words: what the runs were trained on, and under which terms.")
+@click.option("--recipe", type=Path, metavar="FILE", help="Train what a recipe says, then bundle it.")
+@click.option(
+    "--out", type=Path, default="runs/recipe", show_default=True, help="The folder of the recipe's runs."
+)
 @data_dir_option
-def bundle_command(runs: tuple[str, ...], data: str | None, data_dir: str | None) -> None:
+def bundle_command(
+    runs: tuple[str, ...], data: str | None, recipe: Path | None, out: Path, data_dir: str | None
+) -> None:
     """Make bundled codecs of finished runs, or show how good they are.
 
     With NAME=RUN, such as demo-mine=runs/mine, the folder's codec gets a name that `load` knows, and a card with its history
-    and measured results. Without runs, the bundled codecs are measured on Kodak beside JPEG, WebP and AVIF.
+    and measured results. With --recipe, runs are trained as the file says, and those that it names are bundled; RUNs then
+    name the only ones to train. Without either, the bundled codecs are measured on Kodak beside JPEG, WebP and AVIF.
     """
     from taco_nb.tools import bundle as tool
 
-    if not runs:
+    if recipe is not None:
+        tool.bundle_recipe(recipe, out, runs, data_dir)
+    elif not runs:
         tool.print_standing(data_dir)
     elif not data:
         raise click.UsageError("Say by --data what the runs were trained on, and under which terms.")

@@ -1,0 +1,122 @@
+"""A recipe makes codecs from nothing: it gathers the pictures, trains run after run, and goes on after a stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from taco_nb.checkpoint import WEIGHTS
+from taco_nb.data import training_pairs
+from taco_nb.errors import CheckpointError, DataError, SettingError
+from taco_nb.files import REPOSITORY
+from taco_nb.tools.recipe import follow, gather, read_recipe
+
+RECIPE = """
+about = "four grey squares"
+
+[[pictures.grey]]
+folder = "grey"
+captions = "grey.json"
+context = "joined"
+
+[settings]
+profile = "sample"
+text_encoder = "untrained-16"
+train_data = "grey"
+crop = 64
+epochs = 1
+batch_size = 4
+k_P = 0.0
+k_J = 0.0
+sizes = {N = 16, M = 24, groups = [8, 16], text_dim = 16, heads = 2, context_widths = [16, 16]}
+
+[runs.trunk]
+schedule = "constant"
+bundled = false
+
+[runs.demo-a]
+init = "trunk"
+schedule = "cosine"
+seeds = [11, 12]
+
+[runs.demo-b]
+like = "demo-a"
+captions = "context"
+seeds = [11]
+"""
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    (tmp_path / "grey").mkdir()
+    said = {}
+    for level in (10, 90, 160, 220):
+        Image.new("RGB", (80, 72), (level, level, level)).save(tmp_path / "grey" / f"{level}.png")
+        said[f"{level}.png"] = [f"Grey level {level}.", "A grey square."]
+    (tmp_path / "grey.json").write_text(json.dumps(said))
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    return tmp_path
+
+
+def test_runs_inherit_settings_and_have_a_name_per_seed(root):
+    recipe = read_recipe(root / "recipe.toml")
+    assert [*recipe["runs"]] == ["trunk", "demo-a", "demo-a-seed12", "demo-b"]
+    assert recipe["bundled"] == ["demo-a", "demo-b"]
+    seeds = [settings["seed"] for settings in recipe["runs"].values()]
+    assert seeds == [100, 11, 12, 11]
+    a, b = recipe["runs"]["demo-a"], recipe["runs"]["demo-b"]
+    assert a["schedule"] == b["schedule"] == "cosine" and (a | {"captions": "context"}) == b
+
+
+def test_pictures_are_gathered_with_their_captions_and_without_those_that_stay_out(root):
+    (root / "others.txt").write_text("160.png\n")
+    part = {
+        "folder": "grey",
+        "captions": "grey.json",
+        "context": "joined",
+        "skip_every": 4,
+        "without": "others.txt",
+    }
+    gather([part], root / "out", root)
+    pairs = training_pairs(root / "out", 64)
+    assert sorted(pairs.dataset.names) == ["220.png", "90.png"]
+    assert pairs.dataset.captions(0) == ("Grey level 220.", "A grey square.")
+    paragraphs = training_pairs(root / "out", 64, captions="context").dataset
+    assert paragraphs.captions(0) == ("Grey level 220. A grey square.",)
+    with pytest.raises(DataError, match="Two parts have a picture that is called"):
+        gather([part, part], root / "again", root)
+    assert not (root / "again").exists()
+
+
+def test_a_recipe_is_followed_and_goes_on_where_it_was(root, tmp_path):
+    out = root / "runs"
+    follow(root / "recipe.toml", out, root, only=["trunk"])
+    weights = out / "trunk" / WEIGHTS
+    before = weights.stat().st_mtime_ns
+    folders = follow(root / "recipe.toml", out, root)
+    assert folders == {"demo-a": out / "demo-a", "demo-b": out / "demo-b"}
+    assert weights.stat().st_mtime_ns == before, "a finished run is not repeated"
+    assert (out / "demo-a-seed12").is_dir()
+
+
+def test_what_cannot_be_followed_is_said(root, tmp_path):
+    with pytest.raises(SettingError, match="has no run 'trunc'. Did you mean 'trunk'"):
+        follow(root / "recipe.toml", root / "runs", root, only=["trunc"])
+    with pytest.raises(CheckpointError):
+        follow(root / "recipe.toml", root / "runs", root, only=["demo-a"])
+    for text in ("about = 1", "no toml", RECIPE.replace("[settings]", "[setings]")):
+        (root / "wrong.toml").write_text(text)
+        with pytest.raises(SettingError, match="is no recipe"):
+            read_recipe(root / "wrong.toml")
+
+
+def test_the_bundled_recipe_can_be_read_and_its_experiments_made():
+    from taco_nb.experiment import Experiment
+
+    recipe = read_recipe(REPOSITORY / "data" / "checkpoints" / "recipe.toml")
+    for settings in recipe["runs"].values():
+        assert settings["train_data"] in recipe["pictures"]
+        Experiment().replace(**settings)
