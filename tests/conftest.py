@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -52,6 +53,21 @@ def command(*words: object) -> int:
     except SystemExit as end:
         return end.code or 0
     return 0
+
+
+@contextmanager
+def precision_put_back() -> Iterator[None]:
+    """Put every setting of float32's precision back, since setting one of PyTorch's names for it sets some of the others."""
+    import torch
+
+    backends = torch.backends
+    start = backends.mkldnn.matmul.fp32_precision, backends.cuda.matmul.fp32_precision
+    try:
+        yield
+    finally:
+        backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        backends.mkldnn.matmul.fp32_precision, backends.cuda.matmul.fp32_precision = start
 
 
 def make_net(seed: int = 0, **sizes):

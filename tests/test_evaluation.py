@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import fresh_process, make_codec, make_net
+from conftest import fresh_process, make_codec, make_net, precision_put_back
 
 from taco_nb import datasets, evaluate, load
 from taco_nb.checkpoint import save_weights
@@ -464,12 +464,10 @@ with alone_in(Path(sys.argv[1]), "evaluating"):
 def test_a_lowered_precision_around_it_neither_stops_it_nor_changes_a_figure(tmp_path, tiny_codec):
     sets, times = [folder(tmp_path / "photos", {"a.png": (40, 30)})], ["encode_s", "decode_s"]
     plain = evaluate(tiny_codec, sets, networks={})
-    torch.backends.fp32_precision = "tf32"
-    try:
+    with precision_put_back():
+        torch.backends.fp32_precision = "tf32"
         lowered = evaluate(tiny_codec, sets, networks={})
         assert torch.backends.cudnn.conv.fp32_precision == "tf32"
-    finally:
-        torch.backends.fp32_precision = "none"
     pd.testing.assert_frame_equal(lowered.drop(columns=times), plain.drop(columns=times), check_exact=True)
 
 

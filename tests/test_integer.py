@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import TESTS, make_codec, make_net
+from conftest import TESTS, make_codec, make_net, precision_put_back
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_golden import TINY, all_digests, expected, latents_digest
@@ -432,7 +432,7 @@ def test_everything_that_lowers_float32_is_off_in_a_codec(everywhere):
     for part in (codec.net.g_a, codec.net.h_a, codec.net.g_s):
         part.register_forward_hook(lambda *_: seen.append(precisions()))
     start = precisions()
-    try:
+    with precision_put_back():
         if everywhere:
             torch.backends.fp32_precision = "bf16"
         else:
@@ -442,11 +442,6 @@ def test_everything_that_lowers_float32_is_off_in_a_codec(everywhere):
         codec.decode(codec.encode(picture(), CAPTION))
         assert seen == [["ieee"] * 4] * 3
         assert precisions() == lowered
-    finally:
-        torch.backends.fp32_precision = "none"
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.mkldnn.matmul.fp32_precision = start[1]
-        torch.backends.cuda.matmul.fp32_precision = start[3]
     assert precisions() == start
 
 
