@@ -103,12 +103,12 @@ class Parameters:
         """Return the profile's evaluation sets that are on this machine, and name the others in a printed line each.
 
         In `sample` these are the centre crops of Kodak's 24 pictures, enough for an interval and small enough for a CPU;
-        with `whole`, its first four pictures uncropped. Raises `DataError` if there is none.
+        with `whole`, its first three pictures uncropped. Raises `DataError` if there is none.
         """
         from taco_nb.data import datasets
 
         if self.profile == "sample":
-            name, most = ("kodak", 4) if whole else ("kodak-256", 24)
+            name, most = ("kodak", 3) if whole else ("kodak-256", 24)
             limit = min(most, self.eval_limit or most)
             return datasets(name, data_dir=self.data_dir, limit=limit, captions=captions)
         found = []

@@ -82,7 +82,9 @@ def first(run, tmp_path_factory):
     """That run, bundled by the command: the shelf it lies on, and the card that the command prints."""
     shelf = tmp_path_factory.mktemp("data") / "checkpoints"
     shelf.mkdir()
-    kodak = shelf.parent / "kodak"  # a small one, in place of the bundled 24 whole pictures, which take minutes
+    kodak = (
+        shelf.parent / "kodak"
+    )  # a small one, in place of the bundled 24 whole pictures, which take minutes
     kodak.mkdir()
     datasets("kodak-256")[0][0].image.save(kodak / "a.png")
     (kodak / "captions_ofa.json").write_text('{"a.png": "doors"}')
