@@ -92,9 +92,10 @@ def codecs(p: Parameters, runs: Mapping[str, Run]) -> dict[str, Codec]:
     return loaded
 
 
-def evaluate_runs(p: Parameters, runs: Mapping[str, Run]) -> pd.DataFrame:
+def evaluate_runs(p: Parameters, runs: Mapping[str, Run], whole: bool = False) -> pd.DataFrame:
     """Evaluate every run on the profile's data sets, under the captions it was trained on, and name it by its label.
 
+    `whole` is as for `Parameters.datasets`.
     A run whose training was stopped is named in a line and left out, since its figures would not stay.
     """
     import pandas as pd
@@ -104,7 +105,7 @@ def evaluate_runs(p: Parameters, runs: Mapping[str, Run]) -> pd.DataFrame:
             print(f"Not evaluated: {label}, which has taken {run.steps} of {run.total_steps} steps.")
     tables = []
     for label, codec in codecs(p, {label: run for label, run in runs.items() if run.finished}).items():
-        sets = p.datasets(runs[label].experiment.captions)
+        sets = p.datasets(runs[label].experiment.captions, whole)
         tables.append(
             evaluate(codec, sets, runs[label].dir, caption=p.caption, num_processes=p.num_processes)
         )

@@ -8,7 +8,7 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from reprlib import repr as shorten
@@ -159,15 +159,25 @@ class CaptionedFolder(CaptionedImages):
     `captions` is a JSON file of `{"file.png": "caption"}` or `{"file.png": ["one", "another"]}`; the two may be mixed,
     and "" is a caption. Every image that lies directly in `root` needs an entry, and every entry an image. An image is
     any file that Pillow can read by its extension and that is not hidden. Accented names match however the accents are
-    encoded (NFC or NFD), and are given in NFC. `name` is by default that of the folder.
+    encoded (NFC or NFD), and are given in NFC. `name` is by default that of the folder. With `aliases` such as
+    {".webp": ".png"}, a.webp goes by the name a.png, unless there is a file a.png, which is then taken.
 
     Raises `DataError` if the folder, the file or anything in them is missing or malformed, if a name leads out of the
     folder, or if a caption cannot be written as UTF-8.
     """
 
-    def __init__(self, root: str | os.PathLike, captions: str | os.PathLike, name: str | None = None):
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        captions: str | os.PathLike,
+        name: str | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ):
         root, source = Path(root), Path(captions)
         images = image_files(root)
+        for extension, alias in (aliases or {}).items():
+            for file in [file for file in images if file.endswith(extension)]:
+                images.setdefault(file.removesuffix(extension) + alias, images.pop(file))
         if not images:
             raise DataError(f"The folder {root} holds no image: no file with an extension that Pillow reads.")
         by_name = _captions_by_name(source)

@@ -30,7 +30,7 @@ SOURCES: dict[str, tuple[Part, ...]] = {
         (BUNDLED / "reference" / "downloads.json").read_text(encoding="utf-8")
     ).items()
 }
-"""The parts of each data set, in the order in which they are fetched.
+"""The parts of each data set, in the order in which they are fetched. A set without parts is bundled.
 
 What makes a set readable comes last: the profile "auto" takes MS-COCO's annotations as the sign that it is there.
 """
