@@ -79,6 +79,12 @@ class Sizes:
                 raise SettingError(f"{name}={getattr(self, name)} is not a multiple of heads={self.heads}.")
 
 
+def check_count(value: Any, what: str, least: int = 1) -> None:
+    """Raise `SettingError` unless an argument is a whole number of at least `least`; `what` says which one it is."""
+    if type(value) is not int or value < least:  # isinstance would let True pass
+        raise SettingError(f"{what} must be a whole number of at least {least}, not {value!r}.")
+
+
 # From pydantic's errors to sentences ----------------------------------------------------------------------------------
 
 

@@ -8,10 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from taco_nb.data.captioned import CaptionedFolder, CaptionedImages, Sample, check_count
+from taco_nb.data.captioned import CaptionedFolder, CaptionedImages, Sample
 from taco_nb.data.coco import Coco, TrainPairs
 from taco_nb.errors import DataError, SettingError
 from taco_nb.files import bundled
+from taco_nb.settings import check_count
 
 __all__ = [
     "CONTEXT",

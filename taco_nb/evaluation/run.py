@@ -21,7 +21,6 @@ from torch import Tensor
 from taco_nb.checkpoint import load_net, save_weights
 from taco_nb.codec import Codec
 from taco_nb.data import CaptionedImages
-from taco_nb.data.captioned import check_count
 from taco_nb.errors import DataError, MissingWeightsError, SettingError, StoppedError
 from taco_nb.evaluation.measure import CAPTIONS, measure
 from taco_nb.evaluation.protocol import of_codec, of_data_set
@@ -56,6 +55,7 @@ from taco_nb.processes import (
     stop_requests,
 )
 from taco_nb.provenance import code_digest, provenance
+from taco_nb.settings import check_count
 
 if TYPE_CHECKING:
     import pandas as pd
