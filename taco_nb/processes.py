@@ -1,4 +1,4 @@
-"""Several processes on one machine, for training and evaluation alike.
+"""Training and evaluation share this: several processes on one machine that work together.
 
     check_device("auto", 4)                 there is something to compute on, and this PyTorch can use it
     launched_processes()                    how many processes a launcher such as accelerate's has started
@@ -404,7 +404,7 @@ def _error(home: Path) -> TacoError:
 
 
 def _work(home: Path) -> None:
-    """Do what one of the new processes is for."""
+    """Be one of the new processes: call the function that `run_in_processes` was given."""
     rank = int(os.environ["RANK"])
     if rank == 0:
         os.environ[_PROGRESS] = str(home / "progress.json")

@@ -1,4 +1,4 @@
-"""What a setting may be. Experiments, networks, notebooks and command lines all take their checks from here.
+"""Every setting is declared here, with what it may be. Experiments, networks, notebooks and command lines use these checks.
 
 The types below say what is allowed: `Count` is a whole number from 1, `Attention` one of two words. A class that is
 declared with them, such as `Sizes`, is a frozen pydantic dataclass, so nothing else has to be checked by hand. What does

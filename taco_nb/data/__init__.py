@@ -1,4 +1,4 @@
-"""Data sets by name: images with their captions to evaluate on, and pairs of both to train on."""
+"""Data sets are opened by name: images with their captions to evaluate on, and pairs of both to train on."""
 
 from __future__ import annotations
 

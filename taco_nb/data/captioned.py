@@ -1,4 +1,4 @@
-"""Images with their captions: what every data set here gives, and the plainest of them, a folder with a JSON file."""
+"""Every data set here is a `CaptionedImages`; the plainest is a folder of images with their captions in a JSON file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Sample(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Where a sample is found; `short_side` is in pixels, or None if no annotation tells it."""
+    """A sample's name, file and captions. `short_side` is in pixels, or None if no annotation gives it."""
 
     name: str
     path: Path

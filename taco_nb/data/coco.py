@@ -1,4 +1,4 @@
-"""MS-COCO's annotations, Karpathy's splits of them, and the crops that TACO trains on."""
+"""This module reads MS-COCO's annotations and Karpathy's splits of them, and cuts the crops that TACO trains on."""
 
 from __future__ import annotations
 

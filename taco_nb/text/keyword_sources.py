@@ -1,4 +1,4 @@
-"""The sources that say which words of a caption matter: TF-IDF and named entities (`ChatKeywords` is a third).
+"""These sources say which words of a caption matter: TF-IDF and named entities (`ChatKeywords` is a third).
 
 A source is called with captions, and answers for each with the ranges of characters that matter in it. It does not decide
 what these weigh; `taco_nb.text.keywords` does.
@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from taco_nb.errors import CheckpointError, DataError, MissingWeightsError, SettingError
+from taco_nb.pretrained import SpacyModel
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -39,7 +40,7 @@ GAZETTEER = {
 
 
 class Source(Protocol):
-    """What `KeywordWeights` asks of anything that finds keywords."""
+    """Anything that finds keywords for `KeywordWeights` has these attributes and methods."""
 
     name: str
     """What a reader is shown."""
@@ -54,7 +55,7 @@ class Source(Protocol):
 
 
 class TfIdf:
-    """Words that are frequent in their caption and rare in the training captions, scored as scikit-learn scores them.
+    """This source names words that are frequent in their caption and rare in the training captions, as scikit-learn does.
 
     `idf` maps the words of the training captions, in lower case and without stop words, to ln((1 + n) / (1 + df)) + 1,
     where df of n captions have the word. `fit` makes it, with scikit-learn. Scores are computed here, so that a run saves
@@ -129,7 +130,7 @@ class TfIdf:
 
 
 class Entities:
-    """Named entities by spaCy, which is loaded when the source is first called.
+    """This source names the entities that spaCy finds. SpaCy is loaded when the source is first called.
 
     `model` is the name of an installed spaCy model; the report's is "en_core_web_sm". It goes by capitals too, so it
     finds little in a caption that is all in lower case. Or it is "rules": a few patterns on a blank pipeline, for
@@ -172,12 +173,8 @@ def _spacy_pipeline(name: str) -> Language:
         # Finding entities needs none of these, and they are most of the work.
         return spacy.load(name, exclude=["tagger", "parser", "attribute_ruler", "lemmatizer"])
     except OSError:
-        raise MissingWeightsError(
-            f"The spaCy model {name} is not on this machine{' (12 MB)' * (name == 'en_core_web_sm')}. Get it with "
-            f"`python -m spacy download {name}`, or install its wheel from "
-            "https://github.com/explosion/spacy-models/releases. Without it, choose "
-            '"rules", a small rule-based stand-in.'
-        ) from None
+        missing = SpacyModel(name).missing
+        raise MissingWeightsError(f'{missing} (or choose "rules", a small rule-based stand-in)') from None
 
 
 @lru_cache(maxsize=1)

@@ -77,7 +77,7 @@ EXPERIMENT, STATE, LOG = "experiment.json", "state.pt", "log.csv"
 
 @dataclass(frozen=True)
 class Run:
-    """What `fit` leaves behind: a folder, and how to read it."""
+    """A run that `fit` has left in a folder, and how to read it."""
 
     dir: Path
     experiment: Experiment
