@@ -34,6 +34,21 @@ def command(*words: object) -> int:
     return 0
 
 
+def environment_of(**variables: str) -> dict[str, str]:
+    """This process's environment with the package and the tests on the path, and with these variables."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))} | variables
+
+
+def run_python(program: str, *arguments: object, env: dict[str, str] | None = None, cwd: Path = TESTS.parent):
+    """Run a program in a process of its own, which must end well. Return it, with what it printed."""
+    words = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(
+        words, env=env or environment_of(), cwd=cwd, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
 def make_net(seed: int = 0, **sizes):
     """A tiny TACO with random weights, its latents spread over many values and its encoder listening to the caption."""
     import torch
@@ -154,10 +169,7 @@ def apart() -> Callable[..., None]:
     def call(function: Callable, *args: object, timeout: float = 600) -> None:
         module, name = function.__module__, function.__name__
         code = f"import conftest, {module}; conftest.limit_memory(1 << 30); {module}.{name}(*{args!r})"
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
-        }
+        environment = environment_of(OMP_NUM_THREADS="1")
         command = [sys.executable, "-W", "ignore", "-c", code]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
         assert done.returncode == 0, f"{name} ended with {done.returncode}:\n{done.stderr[-4000:]}"

@@ -2,18 +2,15 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import environment_of, run_python
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 
 from taco_nb.errors import CheckpointError, SettingError
-from taco_nb.files import REPOSITORY
 from taco_nb.text import clip_model, text_tower
 from taco_nb.training.loss import JointLoss, TacoLoss, bits_per_pixel, clip_input
 
@@ -325,18 +322,10 @@ def test_weights_that_cannot_be_had_fail_in_one_sentence(tmp_path):
         "try: clip_model('ViT-B-32-quickgelu/openai')\n"
         "except MissingWeightsError as error: print(error)\n"
     )
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    environment = environment_of(HF_HOME=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9")
     for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         environment.pop(variable, None)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python(code, env=environment)
     assert done.stdout.count("\n") == 1
     for part in (
         "ViT-B-32-quickgelu/openai",
