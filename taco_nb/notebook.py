@@ -73,12 +73,12 @@ class Parameters:
 
     @property
     def peers(self) -> Path:
-        """Where the other codecs' curves are kept. A sweep gives each lambda a folder below one, which all of them share."""
+        """The folder of the other codecs' curves. In a sweep, all lambdas share one, which lies beside theirs."""
         return (self.runs.parent if self.runs.name.startswith("lmbda-") else self.runs) / "peers"
 
     @property
     def trains(self) -> bool:
-        """Whether to train: a checkpoint that is given is only validated, unless `epochs` is given too."""
+        """True if the notebook trains. With a checkpoint it only evaluates that, unless `epochs` is given too."""
         return self.checkpoint is None or self.epochs is not None
 
     @property

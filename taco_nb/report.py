@@ -1,4 +1,4 @@
-"""Runs on disk as one table, and what follows from it: points, BD-rates, and a card that says how to repeat each run.
+"""Runs on disk become one table here. From it follow points, BD-rates, and a card that says how to repeat each run.
 
 A run is a folder in which `taco_nb.evaluate` has left its tables: that of the weights that `fit` trained, or one of its own
 for a checkpoint from elsewhere. What measurements say of the published figures is for `taco_nb.verdicts` to say.

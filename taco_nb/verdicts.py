@@ -1,4 +1,4 @@
-"""What the runs say about the published figures: each figure beside what was measured, the difference, and a verdict.
+"""The runs are held against the published figures: each figure beside what was measured, the difference, and a verdict.
 
 The rules, which notebook 06 states to its readers as well:
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -68,6 +69,21 @@ def precision_put_back() -> Iterator[None]:
         backends.fp32_precision = "none"
         torch.set_float32_matmul_precision("highest")
         backends.mkldnn.matmul.fp32_precision, backends.cuda.matmul.fp32_precision = start
+
+
+def environment_of(**variables: str) -> dict[str, str]:
+    """This process's environment with the package and the tests on the path, and with these variables."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))} | variables
+
+
+def run_python(program: str, *arguments: object, env: dict[str, str] | None = None, cwd: Path = TESTS.parent):
+    """Run a program in a process of its own, which must end well. Return it, with what it printed."""
+    words = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(
+        words, env=env or environment_of(), cwd=cwd, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
 
 
 def make_net(seed: int = 0, **sizes):

@@ -81,8 +81,8 @@ def test_a_pipeline_that_does_not_look_for_entities_is_refused(tmp_path, monkeyp
 @pytest.mark.parametrize(
     "name, advice",
     [
-        ("de_core_absent_md", "python -m spacy download de_core_absent_md"),
-        ("en_core_absent_sm_copy", "`pip install en-core-absent-sm-copy`"),
+        ("de_core_absent_md", "taco-nb fetch de_core_absent_md"),
+        ("en_core_absent_sm_copy", "pip install en-core-absent-sm-copy"),
     ],
 )
 def test_a_missing_model_says_where_it_is_to_be_had(name, advice):

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import fresh_process, make_codec, make_net, precision_put_back
+from conftest import environment_of, fresh_process, make_codec, make_net, precision_put_back, run_python
 
 from taco_nb import datasets, evaluate, load
 from taco_nb.checkpoint import save_weights
@@ -171,19 +171,8 @@ for seed in range(2):
     results = evaluate(make_codec(seed), [folder(Path(sys.argv[1]) / str(seed), {"a.png": (64, 64)})])
     assert not {"lpips", "lpips_01", "fid", "cmmd", "clip_score"} & set(results), results.columns
 """
-    environment = os.environ | {
-        name: str(tmp_path / "cache") for name in ("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE")
-    }
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)])
-    done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    caches = dict.fromkeys(("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE"), str(tmp_path / "cache"))
+    lines = run_python(program, tmp_path, env=environment_of(**caches)).stdout.splitlines()
     for line, metric in zip(lines, ("LPIPS", "FID", "CMMD", "CLIP score"), strict=True):
         assert re.match(
             rf"Without {metric}: .*{re.escape(str(tmp_path / 'cache'))}.* run: taco-nb fetch ",
@@ -440,7 +429,6 @@ def test_two_evaluations_in_one_folder_wait_for_each_other(tmp_path, tiny_codec)
 
 def test_the_second_of_two_says_that_it_waits(tmp_path, tiny_codec, capsys):
     photos = folder(tmp_path / "photos", {"a.png": (40, 30)})
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     code = """
 import sys, time
 from pathlib import Path
@@ -450,7 +438,10 @@ with alone_in(Path(sys.argv[1]), "evaluating"):
     time.sleep(2)
 """
     holder = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path / "out"], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, tmp_path / "out"],
+        env=environment_of(),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert holder.stdout.readline() == "held\n"
     evaluate(tiny_codec, [photos], tmp_path / "out", networks={})
@@ -634,11 +625,7 @@ def test_means_keep_data_sets_apart(evaluated):
 def commit_of(root: Path) -> str:
     """What `commit()` says in a copy of the package at `root`."""
     program = "from taco_nb.provenance import code_digest, commit; print(commit())"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return run_python(program, env=dict(os.environ), cwd=root).stdout.strip()
 
 
 def git(root: Path, *arguments: str) -> str:

@@ -16,10 +16,10 @@ import torch
 
 from taco_nb.errors import DataError, ProcessError, SettingError
 from taco_nb.files import REPOSITORY
+from taco_nb.model.precision import arithmetic
 from taco_nb.processes import (
     Group,
     alone_in,
-    arithmetic,
     check_device,
     cpu_count,
     launched_processes,

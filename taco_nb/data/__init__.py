@@ -1,4 +1,4 @@
-"""Data sets by name: images with their captions to evaluate on, and pairs of both to train on."""
+"""Data sets are opened by name: images with their captions to evaluate on, and pairs of both to train on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from taco_nb.data.captioned import CaptionedFolder, CaptionedImages, Sample, check_count
+from taco_nb.data.captioned import CaptionedFolder, CaptionedImages, Sample
 from taco_nb.data.coco import Coco, TrainPairs
 from taco_nb.errors import DataError, SettingError
 from taco_nb.files import BUNDLED, bundled
+from taco_nb.settings import check_count
 
 __all__ = [
     "CONTEXT",

@@ -1,4 +1,4 @@
-"""Images with their captions: what every data set here gives, and the plainest of them, a folder with a JSON file."""
+"""Every data set here is a `CaptionedImages`; the plainest is a folder of images with their captions in a JSON file."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from taco_nb.data.images import short_side, to_rgb
-from taco_nb.errors import DataError, SettingError
+from taco_nb.errors import DataError
 from taco_nb.files import sha256
+from taco_nb.settings import check_count
 
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats that Pillow knows by name, but cannot read everywhere or without another program."""
@@ -34,7 +35,7 @@ class Sample(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Where a sample is found; `short_side` is in pixels, or None if no annotation tells it."""
+    """A sample's name, file and captions. `short_side` is in pixels, or None if no annotation gives it."""
 
     name: str
     path: Path
@@ -256,12 +257,6 @@ def check_plain_names(names: Iterable[str], folder: Path, source: Path) -> None:
         raise DataError(
             f"{source} leads out of the folder {folder}: {few(strays)}. Write plain file names there."
         )
-
-
-def check_count(value: int, what: str) -> None:
-    """Raise `SettingError` unless `value` is a whole number of at least 1; `what` says which value it is."""
-    if type(value) is not int or value < 1:  # isinstance would let True pass
-        raise SettingError(f"{what} must be a whole number of at least 1, not {value!r}.")
 
 
 def read_json(path: Path) -> Any:

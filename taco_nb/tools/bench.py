@@ -1,4 +1,4 @@
-"""`taco-nb bench`: the speed and memory of the codec beside CompressAI's ELIC, which is the same codec without the text.
+"""`taco-nb bench` measures speed and memory beside CompressAI's ELIC, which is the same codec without the text.
 
 All weights are random, of the paper's size, and scaled so that the files have about the same rate; what they would have
 learned changes no time. Encoding takes an 8-bit image to the bytes of a file, and decoding takes these to the image.

@@ -1,4 +1,4 @@
-"""`taco-nb fetch` and `taco-nb status`: data sets and pretrained networks, put where the rest of the package reads them.
+"""`taco-nb fetch` puts data sets and pretrained networks where the package reads them; `taco-nb status` says what is there.
 
 A data set's folder has a manifest of what is there and where it came from. Networks go where their libraries look.
 """
@@ -96,7 +96,7 @@ def _fetch_part(folder: Path, part: Part, parts: Sequence[Part]) -> None:
 
 
 def is_there(folder: Path, part: Part, parts: Sequence[Part]) -> bool:
-    """Whether a part is in its place, whole: a file by its size, a folder by the number of its files.
+    """Return whether a part is in its place and whole: a file by its size, a folder by the number of its files.
 
     Parts that share a folder, as the two halves of CLIC do, count together. If this one is in the manifest, only those
     count that are there as well.

@@ -1,4 +1,4 @@
-"""Where the data sets of the profile "paper" come from: addresses, sizes, checksums, and what becomes of each file."""
+"""The data sets of the profile "paper" are listed here: addresses, sizes, checksums, and what becomes of each file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experiment that a paper cannot offer: another caption for the same picture, and what the encoder makes of it."""
+"""A reader gives the same picture another caption, which no paper can offer, and sees what the encoder makes of it."""
 
 from __future__ import annotations
 
