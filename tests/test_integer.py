@@ -23,7 +23,7 @@ from torch import nn
 
 from taco_nb import Codec, checkpoint, load
 from taco_nb.errors import CheckpointError, SettingError, WrongWeightsError
-from taco_nb.model import TACO, integer
+from taco_nb.model import TACO, integer, kernels
 from taco_nb.model.entropy import look_at_anchors, squeeze, unsqueeze
 from taco_nb.model.integer import ExactLayer, IntegerModel, Kernel
 from taco_nb.model.precision import full_float32
@@ -103,7 +103,7 @@ def test_latents_are_the_same_symbols_however_they_are_computed(threads, count, 
 
 def numpy_layer(layer: ExactLayer, x: torch.Tensor) -> torch.Tensor:
     """One layer by the docstring's formula, in int64, tap by tap."""
-    w, b = (integers.numpy().astype(np.int64) for integers in layer.integers())
+    w, b = (integers.numpy().astype(np.int64) for integers in (layer.weight, layer.bias))
     q, r = layer.q.numpy(), layer.r.numpy()
     a = x[0].numpy().astype(np.int64)
     if layer.convolution.kind == "transposed":
@@ -184,13 +184,11 @@ def test_the_bound_holds_at_its_worst_and_so_the_sums_are_exact(
     k = 5 if kind == "anchors" else 3 if kind == "transposed" and k == 1 else k
     layer, generator = random_layer(seed, kind, inputs, outputs, k, bits, spread, signed)
     largest = (1 << bits) - 1
-    weight, biases = (integers.double() for integers in layer.integers())
-    for channels, _, bias in layer.parts:
-        part = weight[:, channels]
-        loads = layer.convolution.loads(part, signed).sum(1).amax(1) * largest
-        half = torch.exp2((layer.q - layer.r - 1).double())
-        added = biases.abs() + half if bias is not None else 0
-        assert (loads + added <= integer.LIMIT).all()
+    weight, half = layer.weight.double(), torch.exp2((layer.q - layer.r - 1).double())
+    ends = [i * inputs // layer.chunks for i in range(layer.chunks + 1)]
+    for first, last in zip(ends, ends[1:]):
+        loads = layer.convolution.loads(weight[:, first:last], signed).sum(1).amax(1) * largest
+        assert (loads + layer.bias.abs() + half <= kernels.LIMIT).all()
     # inputs at the bound: of every sign if they may be, towards the first output channel's weights
     favourite = weight[0].sum((1, 2)).sign()
     x = (
@@ -211,16 +209,18 @@ def test_a_convolution_by_matrix_product_is_the_convolution(padding, k, stride):
     """What a GPU runs, on a CPU: integers must come out alike to the last bit."""
     x = torch.randint(-2000, 2000, (1, 24, 9, 12)).float()
     weight, bias = torch.randint(-5, 5, (7, 24, k, k)).float(), torch.randint(-9, 9, (7,)).float()
-    ours = integer.conv2d_by_matmul(x, weight, bias, stride, padding)
+    ours = kernels.conv2d_by_matmul(x, weight, bias, stride, padding)
     assert torch.equal(ours, nn.functional.conv2d(x, weight, bias, stride, padding))
 
 
-@pytest.mark.parametrize("k, stride", [(5, 2), (3, 1)])
-def test_a_transposed_convolution_by_matrix_product_is_the_convolution(k, stride):
+@pytest.mark.parametrize("k, stride", [(5, 2), (3, 1), (3, 2), (5, 1), (5, 3), (1, 1)])
+def test_a_transposed_convolution_by_a_plain_one_is_the_convolution(k, stride):
     x = torch.randint(-2000, 2000, (1, 24, 5, 7)).float()
-    weight, bias = torch.randint(-5, 5, (24, 7, k, k)).float(), torch.randint(-9, 9, (7,)).float()
-    ours = integer.conv_transpose2d_by_matmul(x, weight, bias, stride, k // 2)
-    theirs = nn.functional.conv_transpose2d(x, weight, bias, stride, k // 2, output_padding=stride - 1)
+    weight = torch.randint(-5, 5, (24, 7, k, k)).float()
+    transposed = integer.Convolution("transposed", stride)
+    (kernel,) = transposed.plain(weight.transpose(0, 1))
+    ours = transposed.arranged([nn.functional.conv2d(x, kernel, padding=kernel.shape[2] // 2)])
+    theirs = nn.functional.conv_transpose2d(x, weight, None, stride, k // 2, output_padding=stride - 1)
     assert torch.equal(ours, theirs)
 
 
@@ -230,11 +230,8 @@ def test_a_codec_by_matrix_products_decodes_the_same(monkeypatch):
         next((f, d) for f, d in expected().items() if f.startswith("tiny@200")),
     )
 
-    def conv2d(x, weight, bias, stride=(1, 1), padding=0):
-        return integer.conv2d_by_matmul(x, weight, bias, stride, padding)
-
-    monkeypatch.setattr(integer, "_conv2d", conv2d)
-    monkeypatch.setattr(integer, "_conv_transpose2d", integer.conv_transpose2d_by_matmul)
+    monkeypatch.setattr(integer, "bytes_are_exact", lambda: False)
+    monkeypatch.setattr(kernels.F, "conv2d", kernels.conv2d_by_matmul)
     assert latents_digest(codec, TINY.parent / file) == digest
 
 
