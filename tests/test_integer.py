@@ -202,6 +202,51 @@ def test_the_bound_holds_at_its_worst_and_so_the_sums_are_exact(
         assert torch.equal(layer(values), numpy_layer(layer, values))
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2**31), st.integers(1, 40), st.integers(1, 40), st.sampled_from([1, 3, 5]),
+    st.integers(10, 14), st.integers(5, 12), st.sampled_from([100, 127, 128, 1000]), st.booleans(),
+)  # fmt: skip
+def test_bytes_and_float32_give_the_same_integers(seed, inputs, outputs, k, bits, shift, largest, signed):
+    """Also where some output channels have weights that take two bytes, and at the ends of the inputs' range."""
+    if not kernels.bytes_are_exact():
+        pytest.skip("this processor multiplies no bytes exactly")
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-3, 4, (outputs, inputs, k, k), generator=generator).float()
+    weight[:: 2 + outputs // 7, :, k // 2, 0] = torch.randint(
+        -largest, largest, (1, inputs), generator=generator
+    ).float()
+    bias = torch.randint(-9999, 9999, (outputs,), generator=generator).double()
+    shifts = (shift - torch.randint(0, 4, (outputs,), generator=generator)).clamp(min=1)
+    lowest = -(1 << bits) if signed else 0
+    x = torch.randint(lowest, (1 << bits) + 1, (1, inputs, 6, 8), generator=generator).float()
+    x[:, :, 0], x[:, :, 1] = lowest, 1 << bits
+    x = x.contiguous(memory_format=torch.channels_last)
+    sums = nn.functional.conv2d(x.double(), weight.double(), bias, padding=k // 2)
+    expected = (sums / torch.exp2(shifts.double()).view(1, -1, 1, 1)).floor().clamp(-2000, 2000).float()
+    common = (weight, bias, shifts, (-2000, 2000))
+    if (weight.abs().sum((1, 2, 3)) * (1 << bits) + bias.abs()).max() <= kernels.LIMIT:
+        exact = kernels.FloatKernel(*common, [slice(None)], (1, 1), k // 2, x.device)
+        assert torch.equal(exact(x), expected)
+    if kernels.ByteKernel.fits(*common[:3], bits):
+        assert torch.equal(kernels.ByteKernel(*common, (1, 1), k // 2, bits, signed)(x), expected)
+
+
+def test_bytes_serve_a_network_of_the_papers_widths():
+    """The speed rests on it, where the processor has the instructions."""
+    if not kernels.bytes_are_exact():
+        pytest.skip("this processor multiplies no bytes exactly")
+    torch.manual_seed(0)
+    kernel = Kernel.of(nn.Conv2d(224, 128, 5, padding=2))
+    p = torch.full((224,), 9)
+    q, chunks = integer.sums_for(kernel, p, 11, False, 3)
+    layer = ExactLayer(kernel, p, q, q - 8, chunks, bits=11, signed=False, relu=True)
+    x = torch.randint(0, 1 << 11, (1, 224, 6, 8)).float()
+    assert torch.equal(layer(x), numpy_layer(layer, x))
+    fits = kernels.ByteKernel.fits(layer.weight.float(), layer.bias.double(), layer.q - layer.r, 11)
+    assert fits and chunks == 3
+
+
 @pytest.mark.parametrize(
     "padding, k, stride", [(2, 5, (1, 1)), (1, 3, (1, 1)), (0, 1, (1, 1)), (0, 5, (2, 1))]
 )
