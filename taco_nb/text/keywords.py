@@ -166,7 +166,7 @@ class KeywordWeights:
             ) from None
 
 
-def side_by_side(captions: Sequence[str], sources: Sequence[Source]) -> pd.DataFrame:
+def words_by_source(captions: Sequence[str], sources: Sequence[Source]) -> pd.DataFrame:
     """Return which words of each caption every source names: a row per caption, and a column per source by its name.
 
     The columns `caption` and `agree` say of which caption, and whether all sources name the same words. Words are those
