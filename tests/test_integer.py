@@ -211,9 +211,10 @@ def test_bytes_and_float32_give_the_same_integers(seed, inputs, outputs, k, bits
         pytest.skip("this processor multiplies no bytes exactly")
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randint(-3, 4, (outputs, inputs, k, k), generator=generator).float()
-    weight[:: 2 + outputs // 7, :, k // 2, 0] = torch.randint(
-        -largest, largest, (1, inputs), generator=generator
-    ).float()
+    # some rows and columns hold large weights, in the kernel's middle or anywhere
+    reach = seed % (k // 2 + 1)
+    middle = weight[:: 2 + outputs // 7, :: 1 + seed % 3, k // 2 - reach : k // 2 + reach + 1]
+    middle.copy_(torch.randint(-largest, largest + 1, middle.shape, generator=generator))
     bias = torch.randint(-9999, 9999, (outputs,), generator=generator).double()
     shifts = (shift - torch.randint(0, 4, (outputs,), generator=generator)).clamp(min=1)
     lowest = -(1 << bits) if signed else 0
@@ -226,7 +227,7 @@ def test_bytes_and_float32_give_the_same_integers(seed, inputs, outputs, k, bits
     if (weight.abs().sum((1, 2, 3)) * (1 << bits) + bias.abs()).max() <= kernels.LIMIT:
         exact = kernels.FloatKernel(*common, [slice(None)], (1, 1), k // 2, x.device)
         assert torch.equal(exact(x), expected)
-    if kernels.ByteKernel.fits(*common[:3], bits):
+    if kernels.ByteKernel.fits(*common[:3], k // 2, bits):
         assert torch.equal(kernels.ByteKernel(*common, (1, 1), k // 2, bits, signed)(x), expected)
 
 
@@ -241,7 +242,7 @@ def test_bytes_serve_a_network_of_the_papers_widths():
     layer = ExactLayer(kernel, p, q, q - 8, chunks, bits=11, signed=False, relu=True)
     x = torch.randint(0, 1 << 11, (1, 224, 6, 8)).float()
     assert torch.equal(layer(x), numpy_layer(layer, x))
-    fits = kernels.ByteKernel.fits(layer.weight.float(), layer.bias.double(), layer.q - layer.r, 11)
+    fits = kernels.ByteKernel.fits(layer.weight.float(), layer.bias.double(), layer.q - layer.r, 2, 11)
     assert fits and chunks == 3
 
 

@@ -233,7 +233,7 @@ class ExactLayer:
             times = len(weight) // len(bias)
             each, by = (values.repeat_interleave(times) for values in (bias, shift))
             quick = device.type == "cpu" and torch.backends.mkldnn.enabled and bytes_are_exact()
-            if quick and ByteKernel.fits(weight, each, by, self.bits):
+            if quick and ByteKernel.fits(weight, each, by, padding, self.bits):
                 kernel = ByteKernel(weight, each, by, ends, stride, padding, self.bits, self.signed)
             else:
                 cuts = _cuts(weight.shape[1], self.chunks)

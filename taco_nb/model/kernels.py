@@ -10,8 +10,9 @@ and add them up in 32-bit integers, which never overflow here. An input of up to
 
     a = 256 * high + low,    0 <= low < 256,
 
-and a weight beyond a byte likewise, w = 128 * high + low; the convolutions of the parts are added. Trained weights seldom
-need two bytes, so only those output channels that hold one are computed twice.
+and a weight beyond a byte likewise, w = 128 * high + low; the convolutions of the parts are added. Few weights of a large
+network need two bytes, and those few lie in some input channels, in some output channels and near the kernel's middle, so
+that a small convolution adds what the high bytes contribute.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -93,30 +94,34 @@ class ByteKernel:
     ):  # fmt: skip
         self.ends = ends
         self.zero = 1 << (bits - 8) if signed else 0  # what stands for a high part of nothing
-        small, large, self.rows = _in_bytes(weight)
+        small, self.large = _in_bytes(weight, padding)
         # the sums of low parts are rounded down to 2^unit, beside which those of high parts are integers
         unit = shift.clamp(max=8)
         self.rest = (
             power(unit - shift).float().view(1, -1, 1, 1) if (shift > unit).any() else None
         )  # ...and then to 2^shift
-        scale, more = power(-unit).float(), power(7 - unit[self.rows]).float()
+        scale = power(-unit).float()
         self.low = [_ByteConvolution(small, scale, (bias * power(-unit)).float(), stride, padding, 0)]
         self.high = [_ByteConvolution(small, 256 * scale, None, stride, padding, self.zero)]
-        if len(self.rows):
-            self.low.append(_ByteConvolution(large, more, None, stride, padding, 0))
-            self.high.append(_ByteConvolution(large, 256 * more, None, stride, padding, self.zero))
+        if self.large is not None:
+            more, inner = 128 * scale[self.large.rows], padding - self.large.margin
+            self.low.append(_ByteConvolution(self.large.weight, more, None, stride, inner, 0))
+            self.high.append(_ByteConvolution(self.large.weight, 256 * more, None, stride, inner, self.zero))
 
     @staticmethod
-    def fits(weight: Tensor, bias: Tensor, shift: Tensor, bits: int) -> bool:
+    def fits(weight: Tensor, bias: Tensor, shift: Tensor, padding: int, bits: int) -> bool:
         """Tell whether float32 holds the sums of the parts, and so few weights need two bytes that it is worth it."""
         if not 8 < bits < 15 or weight.abs().max() >= 1 << 13:
             return False
-        small, large, rows = _in_bytes(weight)
+        small, large = _in_bytes(weight, padding)
         size = small.abs().sum((1, 2, 3), dtype=torch.float64)
-        size[rows] += 128 * large.abs().sum((1, 2, 3), dtype=torch.float64)
+        if large is not None:
+            if 2 * large.weight.numel() > weight.numel():
+                return False
+            size[large.rows] += 128 * large.weight.abs().sum((1, 2, 3), dtype=torch.float64)
         low = 256 * size + bias.abs()
         total = (low + size * (1 << bits)) * power(-shift.clamp(max=8))
-        return 2 * len(rows) <= len(weight) and bool((low <= LIMIT).all() and (total <= LIMIT).all())
+        return bool((low <= LIMIT).all() and (total <= LIMIT).all())
 
     def __call__(self, x: Tensor) -> Tensor:
         integers = x.to(torch.int16)
@@ -128,18 +133,36 @@ class ByteKernel:
 
     def _sum(self, convolutions: list[_ByteConvolution], x: Tensor) -> Tensor:
         total = convolutions[0](x)
-        for more in convolutions[1:]:
-            total.permute(0, 2, 3, 1).index_add_(3, self.rows, more(x).permute(0, 2, 3, 1))
+        if self.large is not None:
+            more = convolutions[1](x.index_select(1, self.large.columns))
+            total.permute(0, 2, 3, 1).index_add_(3, self.large.rows, more.permute(0, 2, 3, 1))
         return total
 
 
-def _in_bytes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cut weights in two bytes: return the low ones, and for the output channels that need them the high ones, and which."""
-    rows = (weight.abs().amax((1, 2, 3)) > 127).nonzero().flatten()
-    large = (weight[rows] / 128).round()
-    small = weight.clone()
-    small[rows] -= 128 * large
-    return small, large, rows
+class _LargeWeights(NamedTuple):
+    """The high bytes of weights: `weight` (rows, columns, kh, kw) for the output and input channels that have any.
+
+    The kernel has lost `margin` taps on each side, where all are 0.
+    """
+
+    weight: Tensor
+    rows: Tensor
+    columns: Tensor
+    margin: int
+
+
+def _in_bytes(weight: Tensor, padding: int) -> tuple[Tensor, _LargeWeights | None]:
+    """Return the low bytes of weights, float32 (out, in, kh, kw), and the high ones if there are any but 0."""
+    large = torch.where(weight.abs() > 127, (weight / 128).round(), 0)
+    if not large.any():
+        return weight, None
+    small, used = weight - 128 * large, large != 0
+    rows, columns = (used.any(3).any(2).any(1 - dim).nonzero().flatten() for dim in (0, 1))
+    large, margin = large[rows][:, columns], 0
+    # only padding makes up for taps that are left out
+    while margin < padding and not (large[:, :, [0, -1]].any() or large[:, :, :, [0, -1]].any()):
+        large, margin = large[:, :, 1:-1, 1:-1], margin + 1
+    return small, _LargeWeights(large.contiguous(), rows, columns, margin)
 
 
 class _ByteConvolution:
