@@ -1,4 +1,4 @@
-"""What the ablation notebooks share: they train the change and the baseline alike, and evaluate both."""
+"""The ablation notebooks train a change and the baseline alike and evaluate both; the steps that they share are here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def differences(baseline: Experiment, changed: Experiment) -> pd.DataFrame:
-    """Return the settings in which two experiments differ, a row each: the whole of an ablation."""
+    """Return a row for each setting in which two experiments differ. These few rows are the whole of an ablation."""
     import pandas as pd
 
     rows = [(name, str(was), str(now)) for name, (was, now) in baseline.diff(changed).items()]
@@ -67,9 +67,10 @@ def train(
 
 
 def measure_start(p: Parameters, experiments: Mapping[str, Experiment]) -> pd.DataFrame:
-    """Evaluate the bundled codecs that the experiments start from, under their own captions and on 24 pictures of each set.
+    """Evaluate the bundled codecs that the experiments start from, on 24 pictures of each data set.
 
-    The column `codec` has a bundled codec's own name. Experiments that start from other weights have no rows.
+    Each reads captions of the kind that it was trained with, and the column `codec` has its own name. Experiments that
+    start from other weights have no rows.
     """
     import pandas as pd
 
@@ -92,10 +93,11 @@ def codecs(p: Parameters, runs: Mapping[str, Run]) -> dict[str, Codec]:
     return loaded
 
 
-def evaluate_runs(p: Parameters, runs: Mapping[str, Run]) -> pd.DataFrame:
-    """Evaluate every run on the profile's data sets, under the captions it was trained on, and name it by its label.
+def evaluate_runs(p: Parameters, runs: Mapping[str, Run], whole: bool = False) -> pd.DataFrame:
+    """Evaluate every run on the profile's data sets, and name it in the table by its label.
 
-    A run whose training was stopped is named in a line and left out, since its figures would not stay.
+    Each is given captions of the kind that it was trained on. A run whose training was stopped is named in a line and left
+    out, since its figures would not stay. `whole` is as for `Parameters.datasets`.
     """
     import pandas as pd
 
@@ -104,7 +106,7 @@ def evaluate_runs(p: Parameters, runs: Mapping[str, Run]) -> pd.DataFrame:
             print(f"Not evaluated: {label}, which has taken {run.steps} of {run.total_steps} steps.")
     tables = []
     for label, codec in codecs(p, {label: run for label, run in runs.items() if run.finished}).items():
-        sets = p.datasets(runs[label].experiment.dataset_captions)
+        sets = p.datasets(runs[label].experiment.dataset_captions, whole)
         tables.append(
             evaluate(codec, sets, runs[label].dir, caption=p.caption, num_processes=p.num_processes)
         )

@@ -1,4 +1,4 @@
-"""Weights in and out: the project's own safetensors, and the checkpoints of TACO's authors."""
+"""Weights are written and read here: the project's own safetensors files, and the checkpoints of TACO's authors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ _NUMPY_SCALARS = [
     np.dtypes.Float32DType,
     np.dtypes.Float64DType,
 ]
-"""What training loops put into checkpoints beside tensors, such as the best PSNR so far. Unpickling them runs no code."""
+"""Besides tensors, these types may occur in a checkpoint: training loops save numbers of NumPy, such as the best PSNR so far.
+Unpickling them runs no code."""
 
 
 def save_weights(

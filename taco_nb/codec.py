@@ -1,4 +1,4 @@
-"""Image and caption <-> bytes: the `.taco` file, which decodes to the same latents on every machine.
+"""A codec turns an image and a caption into a `.taco` file, which decodes to the same latents on every machine.
 
     offset  size  what
     0       4     magic, "TACO"
@@ -62,7 +62,7 @@ MAX_PIXELS = 1 << 26
 
 
 class Header(NamedTuple):
-    """What a `.taco` file says before its strings."""
+    """The fields of a `.taco` file that come before its strings."""
 
     fingerprint: bytes
     width: int
@@ -128,7 +128,7 @@ class Codec:
 
     @cached_property
     def conditioning(self) -> Conditioning:
-        """What turns captions into the encoder's tokens. Raises `MissingWeightsError` as `tower` does."""
+        """The object that turns captions into the encoder's tokens. Raises `MissingWeightsError` as `tower` does."""
         from taco_nb.text import Conditioning, KeywordWeights
         from taco_nb.text.chat_keywords import chat_keywords
 
@@ -139,7 +139,7 @@ class Codec:
 
     @property
     def fingerprint(self) -> bytes:
-        """Four bytes that name the weights a decoder uses; the encoder's may differ without harm.
+        """Four bytes that name the weights of the decoder. Those of the encoder may differ without harm.
 
         They follow the weights: what is kept is checked against `TACO.decoder_stamp` at every use.
         """

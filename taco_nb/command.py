@@ -1,4 +1,4 @@
-"""The base of this package's commands. An error of ours becomes one line on stderr and exit status 1."""
+"""All commands of the package are built on `Command`: an error of ours becomes one line on stderr and exit status 1."""
 
 from __future__ import annotations
 

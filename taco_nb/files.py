@@ -1,4 +1,4 @@
-"""Where files live, and how they are written so that nobody ever sees half of one."""
+"""This module says where files live, and writes them so that nobody ever sees half of one."""
 
 from __future__ import annotations
 

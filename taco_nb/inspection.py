@@ -1,4 +1,4 @@
-"""A look inside the encoder: what its three attentions did with one picture and one caption, and what they cost."""
+"""This module looks inside the encoder: at what its three attentions did with a picture and a caption, and what they cost."""
 
 from __future__ import annotations
 

@@ -73,12 +73,12 @@ class Parameters:
 
     @property
     def peers(self) -> Path:
-        """Where the other codecs' curves are kept. A sweep gives each lambda a folder below one, which all of them share."""
+        """The folder of the other codecs' curves. In a sweep, all lambdas share one, which lies beside theirs."""
         return (self.runs.parent if self.runs.name.startswith("lmbda-") else self.runs) / "peers"
 
     @property
     def trains(self) -> bool:
-        """Whether to train: a checkpoint that is given is only validated, unless `epochs` is given too."""
+        """True if the notebook trains. With a checkpoint it only evaluates that, unless `epochs` is given too."""
         return self.checkpoint is None or self.epochs is not None
 
     @property
@@ -99,15 +99,18 @@ class Parameters:
             exp = exp.replace(sizes=replace(exp.sizes, text_dim=text_width(self.text_encoder)))
         return exp
 
-    def datasets(self, captions: str = "published") -> list[CaptionedImages]:
+    def datasets(self, captions: str = "published", whole: bool = False) -> list[CaptionedImages]:
         """Return the profile's evaluation sets that are on this machine, and name the others in a printed line each.
 
-        Raises `DataError` if there is none.
+        In `sample` these are the centre crops of Kodak's 24 pictures, enough for an interval and small enough for a CPU;
+        with `whole`, its first three pictures uncropped. Raises `DataError` if there is none.
         """
         from taco_nb.data import datasets
 
         if self.profile == "sample":
-            return datasets("sample", data_dir=self.data_dir, limit=self.eval_limit, captions=captions)
+            name, most = ("kodak", 3) if whole else ("kodak-256", 24)
+            limit = min(most, self.eval_limit or most)
+            return datasets(name, data_dir=self.data_dir, limit=limit, captions=captions)
         found = []
         for name in ("kodak", "clic", "coco"):
             try:

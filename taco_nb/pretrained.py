@@ -1,4 +1,4 @@
-"""The pretrained networks: what each is for, where this machine keeps it, and the command that gets those that are downloads.
+"""Some pretrained networks are downloads. Here is what each is for, where this machine keeps it, and how to get it.
 
 Nothing here fetches anything. A codec, a training run or an evaluation looks for what it needs, and raises
 `MissingWeightsError` with the command where it is missing; `taco-nb fetch` then gets it, on a machine with a network.

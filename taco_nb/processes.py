@@ -1,4 +1,4 @@
-"""Several processes on one machine, for training and evaluation alike.
+"""Training and evaluation share this: several processes on one machine that work together.
 
     check_device("auto", 4)                 there is something to compute on, and this PyTorch can use it
     launched_processes()                    how many processes a launcher such as accelerate's has started
@@ -35,7 +35,6 @@ from taco_nb.errors import ProcessError, SettingError, TacoError
 from taco_nb.files import atomic_write, check_writable
 
 if TYPE_CHECKING:
-    import torch
     from accelerate import PartialState
     from tqdm import tqdm
 
@@ -90,38 +89,6 @@ def _check_gpu(index: int) -> None:
             f"is built for {oldest / 10} and above. Install one that is built for CUDA 12.6, which are those before 2.15 "
             '(pip install "torch<2.15" torchvision --index-url https://download.pytorch.org/whl/cu126), or give device="cpu".'
         )
-
-
-def arithmetic(device: torch.device, precision: str) -> str:
-    """Return a few words that say on what, and in which numbers, the transforms are computed.
-
-    On a GPU "float32" is not the whole truth: from Ampere on, cuDNN computes convolutions of float32 tensors in TF32, which
-    keeps 10 bits of each factor, unless `torch.backends.cudnn` says otherwise. Raises `SettingError` for bfloat16 on a GPU
-    that only emulates it, and so is slower at it than at float32.
-    """
-    import torch
-
-    if device.type != "cuda":
-        return f"the CPU in {precision}"
-    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-    if precision == "bfloat16":
-        if torch.version.cuda is not None and capability < (8, 0):
-            raise SettingError(
-                f'precision="bfloat16", but {name} has no arithmetic for it and would emulate it slowly. Use "float32".'
-            )
-        return f"{name} in bfloat16"
-    if torch.version.cuda is not None and capability >= (8, 0) and _convolutions_in_tf32():
-        return f"{name} in float32, its convolutions in TF32"
-    return f"{name} in float32"
-
-
-def _convolutions_in_tf32() -> bool:
-    import torch
-
-    cudnn = torch.backends.cudnn
-    if hasattr(cudnn, "conv"):  # from PyTorch 2.9 on, where the older name raises once this one was set
-        return cudnn.conv.fp32_precision == "tf32"
-    return cudnn.allow_tf32
 
 
 def cpu_count() -> int:
@@ -437,7 +404,7 @@ def _error(home: Path) -> TacoError:
 
 
 def _work(home: Path) -> None:
-    """Do what one of the new processes is for."""
+    """Be one of the new processes: call the function that `run_in_processes` was given."""
     rank = int(os.environ["RANK"])
     if rank == 0:
         os.environ[_PROGRESS] = str(home / "progress.json")

@@ -1,4 +1,4 @@
-"""Where a number came from: versions, commit and hardware, which are written beside every result."""
+"""Every result is written together with where it came from: versions, commit and hardware."""
 
 from __future__ import annotations
 

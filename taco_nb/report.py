@@ -1,4 +1,4 @@
-"""Runs on disk as one table, and what follows from it: points, BD-rates, and a card that says how to repeat each run.
+"""Runs on disk become one table here. From it follow points, BD-rates, and a card that says how to repeat each run.
 
 A run is a folder in which `taco_nb.evaluate` has left its tables: that of the weights that `fit` trained, or one of its own
 for a checkpoint from elsewhere. What measurements say of the published figures is for `taco_nb.verdicts` to say.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from taco_nb.checkpoint import trained_as
 from taco_nb.errors import DataError, SettingError
-from taco_nb.evaluation.protocol import FOLDER
+from taco_nb.evaluation.protocol import FOLDER, IMAGES
 from taco_nb.evaluation.records import ABOUT, TABLE, as_table, mean_by, read_about
 from taco_nb.experiment import ABLATIONS, Experiment
 from taco_nb.files import bundled, short_path
@@ -114,7 +114,7 @@ def bd_rates(
 
     There is a row per data set, metric, anchor and label, with both curves' numbers of points, the BD-rate in percent
     (negative: fewer bits than the anchor at equal quality) and, where there is none, a note that says why. A curve with too
-    few points has one row in all. `published` are curves on Kodak, as `published_curves` gives them.
+    few points has one row in all. `published` are curves over all of Kodak, as `published_curves` gives them.
     """
     import pandas as pd
 
@@ -128,7 +128,7 @@ def bd_rates(
         same = (table["dataset"] == dataset) & (table["profile"] == curve["profile"].iloc[0])
         same &= (table["ablation"] == "baseline") & (curve["ablation"].iloc[0] != "baseline")
         anchors = dict(iter(table[same].groupby("label", sort=False)))
-        if dataset == "kodak":
+        if dataset == "kodak" and curve["images"].min() >= IMAGES["kodak"]:
             anchors |= {name: pd.DataFrame(c) for name, c in (published or {}).items()}
         for anchor, other in anchors.items():
             for metric in metrics:

@@ -1,4 +1,4 @@
-"""What a setting may be. Experiments, networks, notebooks and command lines all take their checks from here.
+"""Every setting is declared here, with what it may be. Experiments, networks, notebooks and command lines use these checks.
 
 The types below say what is allowed: `Count` is a whole number from 1, `Attention` one of two words. A class that is
 declared with them, such as `Sizes`, is a frozen pydantic dataclass, so nothing else has to be checked by hand. What does
@@ -77,6 +77,12 @@ class Sizes:
         for name in ("N", "text_dim"):
             if getattr(self, name) % self.heads:
                 raise SettingError(f"{name}={getattr(self, name)} is not a multiple of heads={self.heads}.")
+
+
+def check_count(value: Any, what: str, least: int = 1) -> None:
+    """Raise `SettingError` unless an argument is a whole number of at least `least`; `what` says which one it is."""
+    if type(value) is not int or value < least:  # isinstance would let True pass
+        raise SettingError(f"{what} must be a whole number of at least {least}, not {value!r}.")
 
 
 # From pydantic's errors to sentences ----------------------------------------------------------------------------------

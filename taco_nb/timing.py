@@ -1,4 +1,4 @@
-"""How long attention takes, and how much of the encoder's time that is: the report's timing study, and one it left out.
+"""This module times attention and its share of the encoder's time: the report's timing study, and one it left out.
 
 Softmax and Linformer attention are measured alike: each runs twice unmeasured, then they take turns, so that a machine
 that is busy for a moment is busy for both. PyTorch counts their operations, which are the same on every machine.

@@ -1,4 +1,4 @@
-"""What the runs say about the published figures: each figure beside what was measured, the difference, and a verdict.
+"""The runs are held against the published figures: each figure beside what was measured, the difference, and a verdict.
 
 The rules, which notebook 06 states to its readers as well:
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 REPRODUCED, NOT_REPRODUCED, NOT_MEASURED = "reproduced", "not reproduced", "not yet measured"
 TOLERANCE = 0.05
 """By this share of a published figure, a measured one may differ."""
+FEWEST = 10
+"""From so many images on an interval is given. The bootstrap can only reshuffle the images that there are."""
 DRAWS = 2000
 """How many bootstrap samples an interval rests on."""
 SAME_STEPS = 0.05
@@ -93,12 +95,20 @@ def interval(values: Sequence[float], draws: int = DRAWS, seed: int = 0) -> tupl
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
+def interval_of(
+    metric: str, values: Sequence[float], draws: int = DRAWS, seed: int = 0
+) -> tuple[float, float]:
+    """Return the `interval` of a metric's values; NaN twice for fewer than `FEWEST`, or figures of a whole data set."""
+    few = len(values) < FEWEST or metric in OF_SETS
+    return (math.nan, math.nan) if few else interval(values, draws, seed)
+
+
 def paired(runs: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
     """Compare every ablation, image by image, with every baseline that differs from it in nothing else.
 
     There is a row per pair of runs, data set and metric: the means over the images for which both have a figure, how many
-    these are, the mean difference (ablation less baseline), and its bootstrap interval, low and high (NaN for metrics of a
-    whole data set). Pairs have the same lambda and seed, and numbers of steps within `SAME_STEPS` of each other.
+    these are, the mean difference (ablation less baseline), and its bootstrap interval, low and high, as `interval_of`
+    gives it. Pairs have the same lambda and seed, and numbers of steps within `SAME_STEPS` of each other.
     """
     import pandas as pd
     from tqdm.auto import tqdm
@@ -115,7 +125,7 @@ def paired(runs: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFram
             if values.empty:
                 continue
             here, there = values.to_numpy().T
-            low, high = (math.nan, math.nan) if metric in OF_SETS else interval(here - there, draws, seed)
+            low, high = interval_of(metric, here - there, draws, seed)
             figures = {"metric": metric, "baseline": there.mean(), "here": here.mean()}
             rows.append({**about, **figures, "difference": (here - there).mean(), "low": low, "high": high})
             rows[-1]["images"] = len(values)
@@ -164,7 +174,7 @@ def _figure_rows(runs, means, ablation, dataset, metric, value, stated, seed) ->
             amiss.append(f"lambda {run['lmbda']:g}, taken as published at {lmbda}")
         values = runs.loc[(runs["run"] == run["run"]) & (runs["dataset"] == ours), column]
         values = values[np.isfinite(values)]
-        low, high = (math.nan, math.nan) if metric in OF_SETS else interval(values, seed=seed)
+        low, high = interval_of(metric, values, seed=seed)
         within = abs(run[column] - value) <= TOLERANCE * value
         rows.append(
             _row(

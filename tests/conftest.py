@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).resolve().parent
+FRESH = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+"""Its processes are forks of one that has imported what takes seconds to import, and has never computed anything."""
+if os.name == "posix":
+    FRESH.set_forkserver_preload(["taco_nb.evaluation.run", "taco_nb.training.loop"])
 TINY = {"N": 8, "M": 16, "groups": (4, 12), "text_dim": 16, "heads": 2, "context_widths": (8, 8)}
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what importing has made.
+
+    These are a million objects, half a second for each full collection, and every training run ends with one.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or native libraries report at the end what they take for a leak
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +54,36 @@ def command(*words: object) -> int:
     except SystemExit as end:
         return end.code or 0
     return 0
+
+
+@contextmanager
+def precision_put_back() -> Iterator[None]:
+    """Put every setting of float32's precision back, since setting one of PyTorch's names for it sets some of the others."""
+    import torch
+
+    backends = torch.backends
+    start = backends.mkldnn.matmul.fp32_precision, backends.cuda.matmul.fp32_precision
+    try:
+        yield
+    finally:
+        backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        backends.mkldnn.matmul.fp32_precision, backends.cuda.matmul.fp32_precision = start
+
+
+def environment_of(**variables: str) -> dict[str, str]:
+    """This process's environment with the package and the tests on the path, and with these variables."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))} | variables
+
+
+def run_python(program: str, *arguments: object, env: dict[str, str] | None = None, cwd: Path = TESTS.parent):
+    """Run a program in a process of its own, which must end well. Return it, with what it printed."""
+    words = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(
+        words, env=env or environment_of(), cwd=cwd, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
 
 
 def make_net(seed: int = 0, **sizes):
@@ -144,25 +196,52 @@ def tiny_codec():
     return make_codec()
 
 
-@pytest.fixture(scope="session")
-def apart() -> Callable[..., None]:
+@pytest.fixture
+def apart(tmp_path) -> Callable[..., None]:
     """`apart(function, *args)` calls a test module's function in a process of its own, with 1 GiB of memory to spare.
 
     A crash or hang of the entropy coder, or its hunger for memory, so fails a test and not the whole run.
     """
 
-    def call(function: Callable, *args: object, timeout: float = 600) -> None:
-        module, name = function.__module__, function.__name__
-        code = f"import conftest, {module}; conftest.limit_memory(1 << 30); {module}.{name}(*{args!r})"
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
-        }
-        command = [sys.executable, "-W", "ignore", "-c", code]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
-        assert done.returncode == 0, f"{name} ended with {done.returncode}:\n{done.stderr[-4000:]}"
+    def call(function: Callable, *args: object) -> None:
+        process = fresh_process(function, *args, output=tmp_path / "said", memory=1 << 30)
+        process.join()
+        said = (tmp_path / "said").read_text()
+        assert process.exitcode == 0, f"{function.__name__} ended with {process.exitcode}:\n{said[-4000:]}"
 
     return call
+
+
+def fresh_process(
+    function: Callable, *args: object, output: Path, memory: int | None = None, **environment: str
+) -> BaseProcess:
+    """Start `function(*args)` in a process of its own, which may run on with as many threads as this one.
+
+    A new interpreter would import PyTorch and what is built on it for seven seconds. What the process says on stdout and
+    stderr goes to the file `output`. It heads a group of processes, as one does that a shell starts.
+    """
+    import torch
+
+    how = (str(output), torch.get_num_threads(), memory, environment)
+    process = FRESH.Process(target=_in_fresh_process, args=(how, function, args))
+    process.start()
+    return process
+
+
+def _in_fresh_process(how: tuple, function: Callable, args: tuple) -> None:
+    import torch
+
+    output, threads, memory, environment = how
+    with open(output, "wb") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    os.setpgid(0, 0)
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    if memory is not None:
+        limit_memory(memory)
+    function(*args)
 
 
 def limit_memory(spare: int) -> None:

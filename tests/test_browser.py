@@ -48,12 +48,16 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[tuple[Path, str]]:
-    """JupyterLab on a port of its own, over a copy of the notebooks set to the least work: (folder, address)."""
+    """JupyterLab on a port of its own, over a copy of the notebooks set to the least work: (folder, address).
+
+    Training takes a single step. What the notebooks show of finished runs is read where papermill runs them.
+    """
     if CHROMIUM is None:
         pytest.skip("no Chromium on PATH: apt-get install chromium")
     home = tmp_path_factory.mktemp("lab")
     for name in NOTEBOOKS:
-        given = {"profile": "sample", "epochs": 1, "eval_limit": 1, "out_dir": str(home / "runs" / name)}
+        given = {"profile": "sample", "batch_size": 1, "max_hours": 0.0, "eval_limit": 1}
+        given["out_dir"] = str(home / "runs" / name)
         notebook = parameterize_notebook(
             load_notebook_node(str(REPOSITORY / "notebooks" / f"{name}.ipynb")), given
         )

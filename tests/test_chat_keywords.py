@@ -125,7 +125,7 @@ def test_no_key_no_address_and_no_captions(chat, monkeypatch):
         ask_keywords(chat, ["a barn"], confirm=True, base_url="http://127.0.0.1:9/v1")
     with pytest.raises(SettingError, match="base_url"):
         ask_keywords(chat, ["a barn"], base_url="nowhere")
-    with pytest.raises(SettingError, match="must be strings, but one is 7"):
+    with pytest.raises(SettingError, match="Caption 1 must be a string, but is 7"):
         ask_keywords(chat, ["a barn", 7])
 
 

@@ -497,8 +497,8 @@ def fuzz_as_the_checksum_falls() -> None:
 
 
 def fuzz_with_the_checksum_right() -> None:
-    outcomes = fuzz(1_500, seed=2, reseal=True)
-    assert outcomes["DamagedFileError"] > 600, outcomes
+    outcomes = fuzz(1_000, seed=2, reseal=True)
+    assert outcomes["DamagedFileError"] > 400, outcomes
     assert min(outcomes[name] for name in ("WrongWeightsError", "same")) > 0, outcomes
 
 

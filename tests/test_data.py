@@ -1,5 +1,6 @@
 """Data sets give every image with its own captions, or name the file that stands in the way."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ from taco_nb.data import CaptionedFolder, Coco, TrainPairs, datasets, training_p
 from taco_nb.data.captioned import NO_PICTURES, image_extensions
 from taco_nb.data.images import to_rgb, to_tensor
 from taco_nb.errors import DataError, SettingError
-from taco_nb.files import REPOSITORY
+from taco_nb.evaluation.protocol import PUBLISHED_CAPTIONS
+from taco_nb.files import BUNDLED, REPOSITORY, sha256
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SAMPLE = REPOSITORY / "data" / "sample" / "annotations"
@@ -601,16 +603,67 @@ def test_coco_training_is_every_caption_of_every_large_image(minicoco):
     assert any(torch.equal(whole[:, top : top + 256, left : left + 256], x) for top, left in corners.tolist())
 
 
-def test_kodak():
-    (dataset,) = datasets("kodak", data_dir=shared("kodak"))
-    published = json.loads((SHARED / "kodak" / "captions_ofa.json").read_text())
-    assert dataset.names == tuple(f"kodim{n:02}.png" for n in range(1, 25))
-    assert {name: dataset.captions(i) for i, name in enumerate(dataset.names)} == {
-        name: (caption,) for name, caption in published.items()
-    }
-    assert same(dataset[0].image, Image.open(SHARED / "kodak" / "kodim01.png"))
+KODAK = tuple(f"kodim{n:02}.png" for n in range(1, 25))
+
+
+def test_kodak_is_bundled_pixel_by_pixel_under_the_captions_that_taco_published():
+    (dataset,) = datasets("kodak")
+    sums = json.loads((BUNDLED / "kodak" / "pixels_sha256.json").read_text(encoding="utf-8"))
+    assert dataset.names == tuple(sums) == KODAK and {dataset.path(i).suffix for i in range(24)} == {".webp"}
+    for name, image, captions in dataset:
+        assert hashlib.sha256(image.tobytes()).hexdigest() == sums[name], name
+        assert sorted(image.size) == [512, 768] and len(captions) == 1
+    assert (
+        sha256(BUNDLED / "kodak" / "captions_ofa.json")
+        == (
+            "31c1757490e7a5a1400656374beea38705525c89d3292cc6bd7f9f370ef93a63"  # of kodak_ofa.json in effl-lab/TACO
+        )
+    )
+    assert dataset.captions_digest() == PUBLISHED_CAPTIONS["kodak"]
+    (context,) = datasets("kodak", captions="context")
+    assert context.captioned == "context" and all(len(context.captions(i)[0]) > 300 for i in range(24))
+
+
+def test_kodak_in_a_folder_of_ones_own_is_the_same_data_set():
+    (own,) = datasets("kodak", data_dir=shared("kodak"))
+    (dataset,) = datasets("kodak")
+    assert {own.path(i).suffix for i in range(24)} == {".png"} and own.names == dataset.names
+    assert own.captions_digest() == dataset.captions_digest()
+    assert all(same(one.image, other.image) for one, other in zip(own, dataset))
     (three,) = datasets("kodak", data_dir=SHARED, limit=3)
     assert three.names == dataset.names[:3] and three.name == "kodak"
+    (context,) = datasets("kodak", data_dir=SHARED, captions="context")
+    assert context.names == dataset.names
+
+
+def test_png_files_beside_the_bundled_pictures_are_read_in_their_place(tmp_path):
+    """An earlier `taco-nb fetch kodak` left them in the very folder in which Kodak is bundled now."""
+    shutil.copytree(BUNDLED / "kodak", tmp_path / "kodak")
+    pixels = picture(tmp_path / "kodak" / "kodim02.png")
+    (dataset,) = datasets("kodak", data_dir=tmp_path)
+    assert dataset.names == KODAK and [dataset.path(i).suffix for i in range(3)] == [".webp", ".png", ".webp"]
+    assert np.array_equal(np.asarray(dataset[1].image), pixels)
+    picture(tmp_path / "kodak" / "kodim25.webp")
+    with pytest.raises(
+        DataError, match="Missing captions: .* kodim25.png .*Without this folder, the bundled"
+    ):
+        datasets("kodak", data_dir=tmp_path)
+
+
+def test_kodaks_centre_crops_are_a_data_set_of_their_own(tmp_path):
+    whole, crops = datasets("kodak", "kodak-256")
+    assert (crops.name, crops.crop, crops.skipped, crops.names) == ("kodak-256", 256, 0, whole.names)
+    assert [crops.captions(i) for i in range(24)] == [whole.captions(i) for i in range(24)]
+    for i in (0, 3):  # one lies, one stands
+        assert same(crops[i].image, CenterCrop(256)(whole[i].image))
+    for data_dir in (None, tmp_path):
+        (context,) = datasets("kodak-256", data_dir=data_dir, captions="context", limit=5)
+        assert context[4].image.size == (256, 256) and len(context.captions(4)[0]) > 300
+    write(tmp_path / "kodak" / "captions_ofa.json", dict.fromkeys(("a.png", "b.png"), "a"))
+    picture(tmp_path / "kodak" / "a.png", size=(300, 256))
+    picture(tmp_path / "kodak" / "b.png", size=(300, 255))
+    (own,) = datasets("kodak-256", data_dir=tmp_path)
+    assert own.names == ("a.png",) and own.skipped == 1
 
 
 def test_clic_needs_its_own_captions_file(tmp_path):
@@ -653,7 +706,7 @@ def test_unknown_names_suggest_a_known_one(tmp_path):
         training_pairs(tmp_path / "absent", crop=8, data_dir=tmp_path)
 
 
-@pytest.mark.parametrize("name", ["kodak", "clic", "coco"])
+@pytest.mark.parametrize("name", ["clic", "coco"])
 def test_a_data_set_that_is_not_there_says_where_it_belongs(name, tmp_path):
     with pytest.raises(DataError) as raised:
         datasets(name, data_dir=tmp_path)
@@ -680,6 +733,7 @@ def test_opening_a_data_set_opens_no_image(tmp_path):
 def test_what_is_bundled_is_found_from_any_data_folder(tmp_path):
     from taco_nb import load
 
-    assert datasets("sample", data_dir=tmp_path)[0].names == datasets("sample")[0].names
+    for name in ("sample", "kodak", "kodak-256"):
+        assert datasets(name, data_dir=tmp_path)[0].names == datasets(name)[0].names
     assert len(training_pairs("sample", 64, data_dir=tmp_path, captions="context")) == 6
     assert load("demo", data_dir=tmp_path).fingerprint == load("demo").fingerprint

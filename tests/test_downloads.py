@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import stat
@@ -22,7 +23,7 @@ from file_server import FileServer
 
 from taco_nb.data import datasets, training_pairs
 from taco_nb.errors import DataError, DownloadError, StorageError
-from taco_nb.files import REPOSITORY, sha256
+from taco_nb.files import BUNDLED, REPOSITORY, sha256
 from taco_nb.pretrained import Checkpoint
 from taco_nb.tools import fetch
 from taco_nb.tools.download import BLOCK, Remote, check_room, download
@@ -219,8 +220,8 @@ def test_a_place_that_cannot_be_written_is_a_sentence(server, sources, tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(DownloadError, match="could not be fetched: .*(exists|directory)"):
         download(remote(server), tmp_path / "file" / "a.bin")
-    with pytest.raises(StorageError, match="kodak cannot be written: .*Give another folder"):
-        fetch_set(tmp_path / "file" / "kodak", sources["kodak"])
+    with pytest.raises(StorageError, match="clic cannot be written: .*Give another folder"):
+        fetch_set(tmp_path / "file" / "clic", sources["clic"])
 
 
 # --- A full disk ------------------------------------------------------------------------------------------------------
@@ -414,7 +415,7 @@ fetch_set(Path(sys.argv[4]), (Part(sys.argv[1], int(sys.argv[2]), sys.argv[3], "
 
 @pytest.fixture(scope="module")
 def published(shared) -> dict[str, bytes]:
-    """Small editions of what is published of MS-COCO, Kodak and CLIC, by file name."""
+    """Small editions of what is published of MS-COCO and CLIC, by file name."""
     coco, kodak = shared / "minicoco", shared / "kodak"
 
     def folder(name: str, pattern: str) -> dict[str, bytes]:
@@ -423,7 +424,6 @@ def published(shared) -> dict[str, bytes]:
     karpathy = (coco / "dataset_coco.json").read_bytes()
     listed = [image["filename"] for image in json.loads(karpathy)["images"] if image["split"] == "restval"]
     pictures = [(kodak / f"kodim{n:02}.png").read_bytes() for n in (1, 2, 3)]
-    captions = json.loads((kodak / "captions_ofa.json").read_text(encoding="utf-8"))
     return {
         "train2014.zip": zipped(folder("train2014", "*.jpg")),
         "val2014.zip": zipped(folder("val2014", "*.jpg")),
@@ -432,11 +432,6 @@ def published(shared) -> dict[str, bytes]:
         ),
         "caption_datasets.zip": zipped({"dataset_coco.json": karpathy, "dataset_flickr8k.json": b"{}"}),
         "mscoco_30k_list.json": json.dumps(listed[::-1]).encode(),
-        "kodim01.png": pictures[0],
-        "kodim02.png": pictures[1],
-        "kodak_ofa.json": json.dumps(
-            {name: captions[name] for name in ("kodim01.png", "kodim02.png")}
-        ).encode(),
         "CLIC2020Mobile_test.zip": zipped({"mobile/m.png": pictures[0], "__MACOSX/mobile/._m.png": b"junk"}),
         "CLIC2020Professional_test.zip": zipped(
             {"professional/p.png": pictures[1], "professional/q.png": pictures[2]}
@@ -553,7 +548,7 @@ def test_the_half_of_clic_that_is_there_is_not_fetched_again(server, sources, tm
     assert [name for name, _ in server.asked] == ["CLIC2020Professional_test.zip", "clic_ofa.json"]
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", ["coco", "clic"])
 def test_a_set_that_is_absent_names_the_command(tmp_path, name, monkeypatch):
     with pytest.raises(DataError, match=f"To fetch it, run: taco-nb fetch {name} --data-dir {tmp_path}$"):
         datasets(name, data_dir=tmp_path)
@@ -578,11 +573,11 @@ def test_what_somebody_else_put_there_is_left_and_said_to_be_so(server, sources,
 
 def test_what_is_whole_is_not_written_to(server, sources, tmp_path, shared):
     """A data set may be a link to somebody else's folder."""
-    fetch_set(tmp_path / "kodak", sources["kodak"])
-    (tmp_path / "kodak" / "manifest.json").unlink()
-    before = (tmp_path / "kodak").stat().st_mtime_ns
-    fetch_set(tmp_path / "kodak", sources["kodak"])
-    assert (tmp_path / "kodak").stat().st_mtime_ns == before and not manifest(tmp_path / "kodak")
+    fetch_set(tmp_path / "clic", sources["clic"])
+    (tmp_path / "clic" / "manifest.json").unlink()
+    before = (tmp_path / "clic").stat().st_mtime_ns
+    fetch_set(tmp_path / "clic", sources["clic"])
+    assert (tmp_path / "clic").stat().st_mtime_ns == before and not manifest(tmp_path / "clic")
 
 
 def test_a_first_checksum_holds_for_the_next_time(server, sources, tmp_path):
@@ -609,22 +604,12 @@ def test_only_one_at_a_time_fetches_a_set(server, sources, tmp_path):
         FileLock(tmp_path / STAGING / "lock"),
         pytest.raises(DownloadError, match="Another process is fetching"),
     ):
-        fetch_set(tmp_path, sources["kodak"])
-    fetch_set(tmp_path, sources["kodak"])
-    assert not server.asked[3:] and files(tmp_path).keys() >= {"kodim01.png", "captions_ofa.json"}
+        fetch_set(tmp_path, sources["clic"])
+    fetch_set(tmp_path, sources["clic"])
+    assert not server.asked[3:] and files(tmp_path).keys() >= {"m.png", "captions_ofa.json"}
 
 
 def test_sources_are_those_of_the_reference_files(shared):
-    kodak = {part.place: part for part in SOURCES["kodak"]}
-    for number in range(1, 25):
-        name = f"kodim{number:02}.png"
-        path = shared / "kodak" / name
-        assert (kodak[name].size, kodak[name].checksums) == (path.stat().st_size, f"sha256:{sha256(path)}")
-        assert kodak[name].url == f"https://r0k.us/graphics/kodak/kodak/{name}"
-    captions = json.loads((shared / "kodak" / "captions_ofa.json").read_text(encoding="utf-8"))
-    content = json.dumps(captions, indent=4).encode()  # as TACO publishes them
-    assert kodak["captions_ofa.json"].size == len(content)
-    assert kodak["captions_ofa.json"].checksums == f"sha256:{hashlib.sha256(content).hexdigest()}"
     clic = SOURCES["clic"][-1]
     assert clic.checksums == f"sha256:{sha256(shared / 'reference' / 'clic_ofa.json')}"
     named = json.loads((shared / "reference" / "clic_ofa.json").read_text(encoding="utf-8"))
@@ -672,12 +657,12 @@ def test_fetch_gets_all_that_the_profile_needs_and_status_agrees(server, sources
     networks = [weights("net")]
     assert run(tmp_path, sources, "status", networks=networks) == 1
     before = capsys.readouterr().out
-    assert before.count("missing") == 5 and f"fetch coco clic kodak net --data-dir {tmp_path}" in before
+    assert before.count("missing") == 4 and f"fetch coco clic net --data-dir {tmp_path}" in before
     assert not server.asked and not files(tmp_path)
     assert run(tmp_path, sources, "fetch", "--profile", "paper", networks=networks) == 0
     printed = capsys.readouterr().out
     assert (
-        "kodak: 2 images to evaluate on" in printed
+        "clic: 3 images to evaluate on" in printed
         and "pairs to train on" in printed
         and "is Karpathy's restval" in printed
     )
@@ -689,9 +674,20 @@ def test_fetch_gets_all_that_the_profile_needs_and_status_agrees(server, sources
 
 
 def test_fetch_gets_what_is_named_and_nothing_else(server, sources, tmp_path, capsys):
-    assert run(tmp_path, sources, "fetch", "kodak") == 0
-    assert {name for name, _ in server.asked} == {"kodim01.png", "kodim02.png", "kodak_ofa.json"}
-    assert run(tmp_path, sources, "status", "kodak") == 0 and run(tmp_path, sources, "status") == 1
+    assert run(tmp_path, sources, "fetch", "clic") == 0
+    assert {name for name, _ in server.asked} == {part.name for part in sources["clic"]}
+    assert run(tmp_path, sources, "status", "clic") == 0 and run(tmp_path, sources, "status") == 1
+
+
+def test_kodak_is_bundled_and_is_read_where_somebody_has_it(shared, tmp_path, capsys):
+    for verb in ("status", "fetch"):
+        assert command(verb, "kodak", "--data-dir", tmp_path) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert re.fullmatch(rf"kodak  bundled +11\.2 MB  {BUNDLED / 'kodak'}", said[-1])
+    assert said[0] == "kodak: 24 images to evaluate on." and not files(tmp_path)
+    (tmp_path / "kodak").symlink_to(shared / "kodak")
+    assert command("status", "kodak", "--data-dir", tmp_path) == 0
+    assert re.fullmatch(rf"kodak  there +15\.4 MB  {tmp_path / 'kodak'}\n", capsys.readouterr().out)
 
 
 def test_what_fails_keeps_nothing_else_from_being_fetched(server, sources, weights, tmp_path, capsys):
@@ -799,6 +795,7 @@ def test_the_command_runs_as_it_is_written(tmp_path):
         "taco_nb.tools.cli",
         "status",
         "kodak",
+        "clic",
         "inception",
         "--data-dir",
         str(tmp_path),
@@ -806,4 +803,4 @@ def test_the_command_runs_as_it_is_written(tmp_path):
     done = subprocess.run(words, env=ENVIRONMENT, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     printed = done.stdout
     assert done.returncode == 1 and not done.stderr
-    assert "kodak" in printed and "15.4 MB" in printed and "95.6 MB" in printed and "hub" in printed
+    assert "11.2 MB" in printed and "1.6 GB" in printed and "95.6 MB" in printed and "hub" in printed

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_codec, make_net
+from conftest import environment_of, fresh_process, make_codec, make_net, precision_put_back, run_python
 
 from taco_nb import datasets, evaluate, load
 from taco_nb.checkpoint import save_weights
@@ -171,19 +171,8 @@ for seed in range(2):
     results = evaluate(make_codec(seed), [folder(Path(sys.argv[1]) / str(seed), {"a.png": (64, 64)})])
     assert not {"lpips", "lpips_01", "fid", "cmmd", "clip_score"} & set(results), results.columns
 """
-    environment = os.environ | {
-        name: str(tmp_path / "cache") for name in ("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE")
-    }
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)])
-    done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    caches = dict.fromkeys(("TORCH_HOME", "HF_HOME", "HF_HUB_CACHE"), str(tmp_path / "cache"))
+    lines = run_python(program, tmp_path, env=environment_of(**caches)).stdout.splitlines()
     for line, metric in zip(lines, ("LPIPS", "FID", "CMMD", "CLIP score"), strict=True):
         assert re.match(
             rf"Without {metric}: .*{re.escape(str(tmp_path / 'cache'))}.* run: taco-nb fetch ",
@@ -422,20 +411,14 @@ def evaluate_under(rule: str, home: str) -> None:
 def test_two_evaluations_in_one_folder_wait_for_each_other(tmp_path, tiny_codec):
     """Each gets its own rows, and what is left says what it is."""
     photos = folder(tmp_path / "photos", {f"{i:02}.png": (200, 160) for i in range(12)})
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)])}
-    code = "import sys, test_evaluation; test_evaluation.evaluate_under(*sys.argv[1:])"
+    said = [tmp_path / "first said", tmp_path / "last said"]
     both = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, rule, tmp_path],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )  # fmt: skip
-        for rule in ("first", "last")
+        fresh_process(evaluate_under, rule, str(tmp_path), output=output)
+        for rule, output in zip(("first", "last"), said)
     ]
-    said = [process.communicate(timeout=600) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0], [path.read_text() for path in said]
     about = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
     rule = about["data"]["photos"]["caption"]["rule"]
     turn = {"first": 0, "last": 1}[rule]
@@ -446,7 +429,6 @@ def test_two_evaluations_in_one_folder_wait_for_each_other(tmp_path, tiny_codec)
 
 def test_the_second_of_two_says_that_it_waits(tmp_path, tiny_codec, capsys):
     photos = folder(tmp_path / "photos", {"a.png": (40, 30)})
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     code = """
 import sys, time
 from pathlib import Path
@@ -456,7 +438,10 @@ with alone_in(Path(sys.argv[1]), "evaluating"):
     time.sleep(2)
 """
     holder = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path / "out"], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, tmp_path / "out"],
+        env=environment_of(),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert holder.stdout.readline() == "held\n"
     evaluate(tiny_codec, [photos], tmp_path / "out", networks={})
@@ -470,34 +455,22 @@ with alone_in(Path(sys.argv[1]), "evaluating"):
 def test_a_lowered_precision_around_it_neither_stops_it_nor_changes_a_figure(tmp_path, tiny_codec):
     sets, times = [folder(tmp_path / "photos", {"a.png": (40, 30)})], ["encode_s", "decode_s"]
     plain = evaluate(tiny_codec, sets, networks={})
-    torch.backends.fp32_precision = "tf32"
-    try:
+    with precision_put_back():
+        torch.backends.fp32_precision = "tf32"
         lowered = evaluate(tiny_codec, sets, networks={})
         assert torch.backends.cudnn.conv.fp32_precision == "tf32"
-    finally:
-        torch.backends.fp32_precision = "none"
     pd.testing.assert_frame_equal(lowered.drop(columns=times), plain.drop(columns=times), check_exact=True)
 
 
+def evaluate_one(home: str) -> None:
+    print(len(evaluate(make_codec(), [folder(Path(home) / "photos", {"a.png": (40, 30)})], networks={})))
+
+
 def test_a_leftover_of_a_launcher_keeps_nobody_waiting(tmp_path):
-    program = """
-import sys
-from pathlib import Path
-from conftest import make_codec
-from test_evaluation import folder
-from taco_nb import evaluate
-print(len(evaluate(make_codec(), [folder(Path(sys.argv[1]) / "photos", {"a.png": (40, 30)})], networks={})))
-"""
-    environment = os.environ | {"WORLD_SIZE": "2"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY / "tests"), str(REPOSITORY)])
-    done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "1", done.stderr
+    process = fresh_process(evaluate_one, str(tmp_path), output=tmp_path / "said", WORLD_SIZE="2")
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 0 and "1" in said.splitlines(), said
 
 
 def test_captions_that_were_replaced_are_not_called_published(tmp_path, tiny_codec):
@@ -652,11 +625,7 @@ def test_means_keep_data_sets_apart(evaluated):
 def commit_of(root: Path) -> str:
     """What `commit()` says in a copy of the package at `root`."""
     program = "from taco_nb.provenance import code_digest, commit; print(commit())"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return run_python(program, env=dict(os.environ), cwd=root).stdout.strip()
 
 
 def git(root: Path, *arguments: str) -> str:

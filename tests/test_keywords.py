@@ -306,7 +306,7 @@ def test_entities_of_an_installed_spacy_model(spacy_package, monkeypatch):
 
 def test_a_missing_spacy_model_is_known_before_anything_is_read():
     unread = iter(TRAINING)
-    with pytest.raises(MissingWeightsError, match="python -m spacy download en_absent_test_sm"):
+    with pytest.raises(MissingWeightsError, match="To have it, run: taco-nb fetch en_absent_test_sm .*rules"):
         KeywordWeights.fit(unread, "tfidf+en_absent_test_sm")
     assert next(unread) == TRAINING[0]
 
@@ -318,7 +318,7 @@ def test_the_reports_model():
         caption = "The picture shows Barack Obama in Paris."
         assert {"Barack", "Obama", "Paris"} <= _why(KeywordWeights([Entities()]), caption).keys()
     else:
-        with pytest.raises(MissingWeightsError, match="12 MB.*python -m spacy download en_core_web_sm"):
+        with pytest.raises(MissingWeightsError, match="12.8 MB.*run: taco-nb fetch en_core_web_sm .*rules"):
             KeywordWeights.fit(TRAINING)
 
 

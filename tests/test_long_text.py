@@ -15,7 +15,7 @@ from taco_nb.text import text_tower
 from taco_nb.text.long import BATCH, split_windows, surviving, tower_windows
 
 DATA = Path(__file__).resolve().parents[1] / "data"
-KODAK = json.loads((DATA / "reference" / "kodak_captions_context.json").read_text(encoding="utf-8"))
+KODAK = json.loads((DATA / "kodak" / "captions_context.json").read_text(encoding="utf-8"))
 SAMPLE = json.loads((DATA / "sample" / "captions_context.json").read_text(encoding="utf-8"))
 TOKENIZER = SimpleTokenizer()
 
@@ -252,7 +252,7 @@ def test_a_length_without_room_for_start_and_end_is_refused(length):
 def test_every_kodak_image_has_a_paragraph(shared):
     assert list(KODAK) == [f"kodim{number:02d}.png" for number in range(1, 25)]
     assert json.loads((shared / "kodak" / "captions_context.json").read_text(encoding="utf-8")) == KODAK
-    assert "not GPT-4o's" in (DATA / "reference" / "README.md").read_text(encoding="utf-8")
+    assert "not GPT-4o's" in (DATA / "kodak" / "README.md").read_text(encoding="utf-8")
 
 
 # The mask in the model

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_python
 from PIL import Image
 from scipy.integrate import quad
 from scipy.interpolate import CubicHermiteSpline
@@ -436,16 +435,7 @@ try:
 except MissingWeightsError as error:
     print("REFUSED", error)
 """
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python(program, env=environment)
     message = done.stdout.split("REFUSED ")[1]
     file = str(tmp_path / "hub" / "checkpoints" / ALEXNET.file.name)
     for part in (file, "244,408,911 bytes", "run: taco-nb fetch alexnet"):

@@ -120,7 +120,7 @@ def test_parameters_are_the_shared_ones_and_settings_of_an_experiment(path):
 def test_a_step_is_timed_in_pieces_as_small_as_each_processs_and_after_all_is_measured(monkeypatch):
     cells = [cell.source for cell in code_cells(nbformat.read(BASELINE, 4))]
     (at,) = [i for i, cell in enumerate(cells) if "step_times(" in cell]
-    assert "evaluate_runs(p, runs)" in "".join(cells[:at])
+    assert "evaluate_runs(p, runs, whole=True)" in "".join(cells[:at])
     asked = []
     monkeypatch.setattr("taco_nb.training.step_times", lambda exp, **how: asked.append(how["accumulation"]))
     exec(
@@ -316,13 +316,22 @@ def test_runs_do_not_move_with_the_working_directory(monkeypatch, tmp_path):
 
 
 def test_data_sets_of_the_profile_and_those_that_are_missing(tmp_path, capsys):
-    names = datasets("sample")[0].names
-    assert [d.names for d in Parameters(profile="sample").datasets()] == [names]
-    assert [d.names for d in Parameters(profile="sample", eval_limit=1).datasets()] == [names[:1]]
+    crops, whole = (datasets(name)[0] for name in ("kodak-256", "kodak"))
+    for limit in (None, 2, 30):
+        p = Parameters(profile="sample", eval_limit=limit)
+        assert [(d.name, d.names) for d in p.datasets()] == [("kodak-256", crops.names[:limit])]
+        (few,) = p.datasets("context", whole=True)
+        assert (few.name, few.captioned, few.names) == ("kodak", "context", whole.names[: min(3, limit or 3)])
+    assert not capsys.readouterr().out
+    assert [d.name for d in Parameters(profile="paper", data_dir=str(tmp_path)).datasets()] == ["kodak"]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[:6] for line in said] == [
+        ["Not", "evaluated:", "The", "data", "set", name] for name in ("clic", "coco")
+    ]
+    for name in ("kodak", "clic", "coco"):
+        (tmp_path / name).mkdir()
     with pytest.raises(DataError, match="None of the evaluation sets"):
         Parameters(profile="paper", data_dir=str(tmp_path)).datasets()
-    said = capsys.readouterr().out.splitlines()
-    assert [line.split()[:5] for line in said] == [["Not", "evaluated:", "The", "data", "set"]] * 3
 
 
 def test_the_paper_profile_evaluates_what_is_there(shared, tmp_path, capsys):
@@ -413,9 +422,9 @@ def executed(tmp_path_factory):
         "sample",
         "-p",
         "epochs",
-        "2",
+        "1",
     ]
-    command += ["-p", "eval_limit", "1", "-p", "out_dir", out_dir]
+    command += ["-p", "batch_size", "2", "-p", "eval_limit", "1", "-p", "out_dir", out_dir]
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert {path.name for path in home.iterdir()} == {"out.ipynb", "results"}
@@ -441,19 +450,19 @@ def test_it_runs_without_error_or_warning(executed):
 def test_it_writes_real_files(executed):
     _, out_dir = executed
     (run,) = out_dir.glob("baseline-*")
-    image = datasets("sample")[0][0]
+    image = datasets("kodak")[0][0]
     for codec, folder in ((load("demo"), out_dir / "evaluation-demo"), (load(run), run)):
-        (kept,) = folder.glob("files/sample/*.taco")
+        (kept,) = folder.glob("files/kodak/*.taco")
         assert kept.name == f"{image.name}.taco"
         assert codec.decode(kept).size == image.image.size
         said = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
         assert said["fingerprint"] == codec.fingerprint.hex()
         assert said["means"][0]["bytes"] == kept.stat().st_size
         assert (folder / "evaluation.csv").is_file()
-    assert said["weights"]["experiment"] == json.loads(baseline("sample", epochs=2).to_json())
+    assert said["weights"]["experiment"] == json.loads(baseline("sample", epochs=1, batch_size=2).to_json())
     assert said["weights"]["steps"] == said["weights"]["total_steps"] > 0
     assert (out_dir / kept.name).read_bytes() == (
-        out_dir / "evaluation-demo/files/sample" / kept.name
+        out_dir / "evaluation-demo/files/kodak" / kept.name
     ).read_bytes()
 
 
@@ -464,13 +473,7 @@ def test_it_shows_figures_and_pictures(executed):
     compared, captions = [Page(page) for page in outputs(notebook, "text/html") if "taco-compare" in page]
     shown = [figure["data-label"].partition(",")[0] for figure in compared.figures]
     assert shown == ["original", "demo", *available_peers(), "where the bits went"]
-    presets = [
-        "human",
-        "another human",
-        "context",
-        "empty",
-        "nonsense",
-    ]  # a single image has no other's caption
+    presets = ["OFA", "context", "empty", "nonsense"]  # a single image has no other's caption
     assert [figure["data-label"] for figure in captions.figures] == ["original", *presets]
     for figure in compared.figures + captions.figures:
         assert all(low < high for low, high in pixels(figure).getextrema())
@@ -507,7 +510,7 @@ def test_its_summary_is_of_finite_numbers(executed):
     assert codecs[:2] == ["demo", "JPEG"] and codecs[-2] == "demo" and codecs[-1] == "baseline"
     for row in beside_peers[1:] + after_training[1:]:
         cells = dict(zip(beside_peers[0], row))
-        assert cells["images"] == "1" and cells["dataset"] == "sample"
+        assert cells["images"] == "1" and cells["dataset"] == "kodak"
         numbers = {name: float(cells[name]) for name in ("bpp", "psnr", "ms_ssim")}
         assert all(map(math.isfinite, numbers.values())), cells
         assert numbers["bpp"] > 0 and numbers["psnr"] > 10 and 0 < numbers["ms_ssim"] <= 1

@@ -16,10 +16,10 @@ import torch
 
 from taco_nb.errors import DataError, ProcessError, SettingError
 from taco_nb.files import REPOSITORY
+from taco_nb.model.precision import arithmetic
 from taco_nb.processes import (
     Group,
     alone_in,
-    arithmetic,
     check_device,
     cpu_count,
     launched_processes,
@@ -374,16 +374,6 @@ def fail(how, folder=None):
     group.wait()
 
 
-def wait_for_a_request(folder):
-    """Until a stop is requested, which is written down, and the time it takes to save."""
-    with stop_requests() as requests:
-        (folder / f"begun-{os.environ['RANK']}").write_text(str(os.getpid()))
-        while not requests:
-            time.sleep(0.05)
-        time.sleep(1)
-        (folder / f"saved-{os.environ['RANK']}").touch()
-
-
 def test_two_processes_agree_and_are_heard_here(tmp_path, holder, capsys):
     (tmp_path / "held").symlink_to(tmp_path, target_is_directory=True)
     run_in_processes("test_processes:agree", {"folder": tmp_path}, 2, "agreeing", "word")
@@ -420,7 +410,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from taco_nb.processes import run_in_processes
-try: run_in_processes("test_processes:wait_for_a_request", {{"folder": Path({str(tmp_path)!r})}}, 2, "waiting", "step")
+try: run_in_processes("waiting:wait_for_a_request", {{"folder": Path({str(tmp_path)!r})}}, 2, "waiting", "step")
 except KeyboardInterrupt: print("interrupted")
 """
     process = subprocess.Popen(

@@ -6,14 +6,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import fresh_process
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -64,16 +63,39 @@ def pictures(tmp_path_factory):
     return paint(tmp_path_factory.mktemp("data") / "pictures", **captions)
 
 
+LATE = 63
+"""A step between those of two rows of the log, and shortly before the end of an epoch."""
+
+
 @pytest.fixture(scope="module")
 def whole(pictures, tmp_path_factory):
-    """A run that nothing has interrupted."""
-    return fit(tiny(pictures), tmp_path_factory.mktemp("runs") / "whole", device="cpu")
+    """A run that nothing has interrupted. What it had saved after the step `LATE` is kept beside it, in "late"."""
+    home, save = tmp_path_factory.mktemp("runs"), Trainer._save
+
+    def keep(self):
+        if self.step in (LATE, self.total):
+            save(self)
+
+    def look(self, *_):
+        if self.step == LATE + 1:  # the step before has been saved, and what TensorBoard shows of it written
+            shutil.copytree(self.folder, home / "late")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_save", keep)
+        patch.setattr(Trainer, "_reason_to_stop", look)
+        return fit(tiny(pictures), home / "whole", device="cpu", save_minutes=0)
 
 
 @pytest.fixture(scope="module")
 def stopped(pictures, tmp_path_factory):
     """A run after its first step."""
     return fit(tiny(pictures), tmp_path_factory.mktemp("runs") / "stopped", device="cpu", max_hours=0)
+
+
+@pytest.fixture
+def late(whole, tmp_path):
+    """A copy of the run as it was when it had lost all since the step `LATE`, to go on with."""
+    return shutil.copytree(whole.dir.parent / "late", tmp_path / "late")
 
 
 @pytest.fixture
@@ -91,7 +113,7 @@ def state_of(folder):
 
 
 def assert_same_bits(run, other):
-    assert run.finished and other.finished
+    assert run.steps == other.steps
     assert_equal(weights(run), weights(other))
     for part in ("net", "optimizer", "aux_optimizer", "step", "sums"):
         assert_equal(state_of(run.dir)[part], state_of(other.dir)[part])
@@ -169,8 +191,8 @@ def test_the_cosine_rises_shortly_and_falls_to_zero():
 
 
 def test_a_run_follows_its_schedule(pictures, tmp_path):
-    run = fit(tiny(pictures, schedule="cosine", epochs=8), tmp_path / "run", device="cpu")
-    expected = [1e-3 * learning_rate_factor("cosine", step, 40) for step in range(40)]
+    run = fit(tiny(pictures, schedule="cosine", epochs=2), tmp_path / "run", device="cpu")
+    expected = [1e-3 * learning_rate_factor("cosine", step, 10) for step in range(10)]
     assert list(run.log["lr"]) == pytest.approx(expected)
 
 
@@ -367,17 +389,15 @@ def test_tensorboard_shows_the_log_and_a_picture(whole):
     assert all(low < high for low, high in image.getextrema())
 
 
-def test_tensorboard_shows_nothing_twice(pictures, whole, tmp_path):
+def test_tensorboard_shows_nothing_twice(pictures, whole, late):
     """A run that dies after it has logged more than it has saved: what it had logged beyond is logged again, once."""
-    folder = tmp_path / "run"
-    fit(tiny(pictures), folder, device="cpu", max_hours=0)
-    early = (folder / "state.pt").read_bytes()
+    early = (late / "state.pt").read_bytes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_save", lambda self: None)  # as if it had died before
-        patch.setattr(Trainer, "_reason_to_stop", lambda self, *_: "a test" if self.step == 30 else None)
-        fit(tiny(pictures), folder, device="cpu")
-    assert (folder / "state.pt").read_bytes() == early
-    run = fit(tiny(pictures), folder, device="cpu")
+        patch.setattr(Trainer, "_reason_to_stop", lambda self, *_: "a test" if self.step == 70 else None)
+        fit(tiny(pictures), late, device="cpu")
+    assert (late / "state.pt").read_bytes() == early
+    run = fit(tiny(pictures), late, device="cpu")
     assert run.finished
     again, once = shown(run), shown(whole)
     assert again[0] == once[0]
@@ -434,32 +454,27 @@ def test_training_with_the_joint_loss(pictures, tmp_path):
 
 # --- Interruptions ----------------------------------------------------------------------------------------------------
 
-TRAIN = """
-import sys, torch
-from taco_nb.experiment import Experiment
-from taco_nb.training import fit
-torch.set_num_threads(int(sys.argv[3]))
-fit(Experiment.from_json(sys.argv[1]), sys.argv[2], device="cpu", save_minutes=0)
-"""
-
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_kill_9_twice_and_the_bits_are_those_of_an_uninterrupted_run(pictures, whole, tmp_path):
     """Every step is saved, so that a blow at a random moment falls in the middle of a step, of a save, or between."""
     exp, folder, steps = tiny(pictures), tmp_path / "whole", []
-    command = [sys.executable, "-c", TRAIN, exp.to_json(), str(folder), str(torch.get_num_threads())]
     for _ in range(2):
-        with subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True) as process:
-            before = written(folder)
-            while written(folder) == before and process.poll() is None:
-                time.sleep(0.005)
-            time.sleep(random.uniform(0, 0.7))
-            process.kill()
-            _, complaint = process.communicate()
-        assert process.returncode == -signal.SIGKILL, complaint
+        before = written(folder)
+        process = fresh_process(fit_and_save_all, exp.to_json(), str(folder), output=tmp_path / "said")
+        while written(folder) == before and process.is_alive():
+            time.sleep(0.005)
+        time.sleep(random.uniform(0, 0.7))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, (tmp_path / "said").read_text()
         steps.append(state_of(folder)["step"])
     assert 0 < steps[0] < steps[1] < 80
     assert_same_bits(fit(exp, folder, device="cpu"), whole)
+
+
+def fit_and_save_all(exp, folder):
+    fit(Experiment.from_json(exp), folder, device="cpu", save_minutes=0)
 
 
 def written(folder):
@@ -467,14 +482,14 @@ def written(folder):
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-def test_a_step_a_call_gives_the_same_bits(begun, whole):
-    for step in range(2, 8):  # into the second epoch, and between the steps of a row of the log
-        assert fit(whole.experiment, begun, device="cpu", max_hours=0).steps == step
-    assert_same_bits(fit(whole.experiment, begun, device="cpu"), whole)
+def test_a_step_a_call_gives_the_same_bits(late, whole):
+    for step in range(LATE + 1, LATE + 5):  # into another epoch, and between the steps of a row of the log
+        assert fit(whole.experiment, late, device="cpu", max_hours=0).steps == step
+    assert_same_bits(fit(whole.experiment, late, device="cpu"), whole)
 
 
 def test_workers_give_the_same_bits(pictures, tmp_path):
-    exp = tiny(pictures, epochs=2)
+    exp = tiny(pictures, epochs=2)  # for workers that go on from one epoch into the next
     alone = fit(exp, tmp_path / "alone", device="cpu")
     fit(exp, tmp_path / "workers", device="cpu", num_workers=2, max_hours=0)
     assert_same_bits(fit(exp, tmp_path / "workers", device="cpu", num_workers=2), alone)

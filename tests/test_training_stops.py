@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import command
+from conftest import command, fresh_process
 from test_training import assert_same_bits, paint, state_of
 from test_training_processes import ENVIRONMENT, experiment, launched
 
@@ -71,53 +71,61 @@ def running(folder):
     return [process for process in processes if str(folder) in " ".join(process.info["cmdline"] or [])]
 
 
-def begin(processes, folder, exp, *arguments):
-    """A run on the command line, in processes of its own that form a group, once it has taken its first steps."""
-    folder.parent.mkdir(exist_ok=True)
+def train_words(folder, exp):
+    """What a command line that trains takes, after its name."""
     (folder.parent / "exp.json").write_text(exp.to_json())
     words = [
-        "-m",
-        "taco_nb.training",
         "--experiment",
         folder.parent / "exp.json",
         "--out",
         folder,
         "--device",
         "cpu",
+        "--save-minutes",
+        "0",
     ]
-    words += ["--save-minutes", "0", *arguments]
-    if processes:
-        process = launched(processes, *words)
-    else:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, words)], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
-    while not (folder / "state.pt").exists() and process.poll() is None:
+    return list(map(str, words))
+
+
+def train(words):
+    sys.exit(command("train", *words))
+
+
+def begin(folder, exp, *more):
+    """A run in a process of its own that heads a group, once it has taken its first steps."""
+    process = fresh_process(train, [*train_words(folder, exp), *more], output=folder.parent / "said")
+    while not (folder / "state.pt").exists() and process.is_alive():
         time.sleep(0.02)
     return process
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_stops_between_two_steps_and_the_bits_are_those_of_an_undisturbed_run(
-    pictures, name, tmp_path
+    pictures, name, tmp_path, monkeypatch
 ):
     """To the whole group and with workers, as a batch system does."""
-    exp = experiment(pictures, epochs=16)
-    process = begin(0, tmp_path / "undisturbed", exp, "--num-workers", "2")
+    exp = experiment(pictures, epochs=500)
+    process = begin(tmp_path / "run", exp, "--num-workers", "2")
     os.killpg(process.pid, getattr(signal, name))
-    said, complaint = process.communicate(timeout=600)
-    assert process.returncode == 0, complaint
-    stopped = read_run(tmp_path / "undisturbed")
-    assert 0 < stopped.steps < 48 and f"Stopped by {name} after step {stopped.steps} of 48" in said
-    assert state_of(stopped.dir)["step"] == stopped.steps
-    undisturbed = fit(exp, tmp_path / "whole", device="cpu")
-    assert_same_bits(fit(exp, stopped.dir, device="cpu"), undisturbed)
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 0, said
+    run = read_run(tmp_path / "run")
+    assert 0 < run.steps < 1500 and f"Stopped by {name} after step {run.steps} of 1500" in said
+
+    def look(trainer, *_):
+        return "a test" if trainer.step == run.steps else None
+
+    monkeypatch.setattr(loop.Trainer, "_reason_to_stop", look)
+    undisturbed = fit(exp, tmp_path / "undisturbed", device="cpu")
+    assert_same_bits(run, undisturbed)
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(pictures, tmp_path):
     exp = experiment(pictures, epochs=500)
-    process = begin(2, tmp_path / "run", exp)
+    process = launched(2, "-m", "taco_nb.training", *train_words(tmp_path / "run", exp))
+    while not (tmp_path / "run" / "state.pt").exists() and process.poll() is None:
+        time.sleep(0.02)
     trainers = [p for p in psutil.Process(process.pid).children() if "taco_nb.training" in p.cmdline()]
     trainers[1].send_signal(signal.SIGUSR1)
     said, complaint = process.communicate(timeout=600)
@@ -240,13 +248,13 @@ def test_ctrl_c_in_a_notebook_saves_and_leaves_no_process(pictures, tmp_path):
 def test_two_runs_in_one_folder(pictures, tmp_path):
     """The second is refused and says by whom; a process that is killed leaves the folder free."""
     exp = experiment(pictures, epochs=500)
-    process = begin(0, tmp_path / "run", exp)
+    process = begin(tmp_path / "run", exp)
     try:
         with pytest.raises(SettingError, match=rf"Process {process.pid} on .* is training in .*run\."):
             fit(exp, tmp_path / "run", device="cpu")
     finally:
         process.kill()
-        process.communicate()
+        process.join()
     assert fit(exp, tmp_path / "run", device="cpu", max_hours=0).steps >= 2
 
 

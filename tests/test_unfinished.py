@@ -7,14 +7,12 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import TESTS, make_codec, make_inception, make_lpips, make_networks
+from conftest import fresh_process, make_codec, make_inception, make_lpips, make_networks
 from test_evaluation import folder
 
 from taco_nb import evaluate
@@ -22,7 +20,6 @@ from taco_nb.data import CaptionedFolder, CaptionedImages
 from taco_nb.data.images import to_tensor
 from taco_nb.errors import DataError, MissingWeightsError, SettingError
 from taco_nb.evaluation import means, read_evaluation
-from taco_nb.files import REPOSITORY
 from taco_nb.metrics.fid import frechet_distance, patches
 from taco_nb.metrics.joint_space import cmmd
 
@@ -282,13 +279,9 @@ def evaluate_until_killed(home: str, images: int) -> None:
 def test_after_kill_9_it_goes_on_where_it_was(tmp_path, evaluated, networks, tiny_codec, capsys):
     """Killed in the second batch of crops; what the first one gave is read from the disk, and not measured again."""
     sets, finished = two_sets(tmp_path / "data"), 3
-    code = f"import test_unfinished; test_unfinished.evaluate_until_killed({str(tmp_path)!r}, 5)"
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{REPOSITORY}"}
-    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # on which the last digits depend
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    process = fresh_process(evaluate_until_killed, str(tmp_path), 5, output=tmp_path / "said")
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "said").read_text()[-2000:]
     out = tmp_path / "out"
     assert not list(out.glob("evaluation.*"))
     names = [f"{i}.png.json" for i in range(finished)]
@@ -370,12 +363,10 @@ def evaluate_and_ask_to_stop(home: str) -> None:
 
 
 def test_a_signal_stops_it_between_two_batches(tmp_path, tiny_codec):
-    code = f"import test_unfinished; test_unfinished.evaluate_and_ask_to_stop({str(tmp_path)!r})"
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{REPOSITORY}"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 1 and "StoppedError: The evaluation in" in done.stderr, done.stderr[-2000:]
+    process = fresh_process(evaluate_and_ask_to_stop, str(tmp_path), output=tmp_path / "said")
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 1 and "StoppedError: The evaluation in" in said, said[-2000:]
     counted = [Counted(dataset) for dataset in two_sets(tmp_path / "data")]
     evaluate(tiny_codec, counted, tmp_path / "out", networks={}, **SETTINGS)
     assert [dataset.asked for dataset in counted] == [[6], [0, 1, 2]]

@@ -13,6 +13,7 @@ import pytest
 
 from taco_nb.files import BUNDLED, REPOSITORY
 
+DATA = ("sample", "kodak", "reference", "checkpoints")
 BUILD = "import setuptools.build_meta as hooks; print(hooks.build_wheel('out'))"  # as pip calls it
 USE = """
 import sys
@@ -28,8 +29,9 @@ blob = codec.encode(sample.image, sample.captions[0])
 assert load("demo").decode(blob).size == sample.image.size
 assert load("demo-low").encode(sample.image, "a cat") and bundled("reference/report.json").is_file()
 assert len(datasets("sample", captions="context")[0]) == 3
+assert [len(of) for of in datasets("kodak", "kodak-256", captions="context")] == [24, 24]
 print(taco_nb.__file__, data_root(), codec.fingerprint, sep="\\n")
-main(["status", "kodak"], standalone_mode=False)
+main(["status", "clic"], standalone_mode=False)
 """
 
 
@@ -41,7 +43,7 @@ def installed(tmp_path_factory) -> Path:
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
     shutil.copytree(REPOSITORY / "taco_nb", source / "taco_nb", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("sample", "reference", "checkpoints"):
+    for name in DATA:
         shutil.copytree(REPOSITORY / "data" / name, source / "data" / name)
     (source / "data" / "coco").mkdir()
     (source / "data" / "coco" / "large.jpg").write_bytes(b"a download, which is nobody else's")
@@ -61,9 +63,7 @@ def test_a_wheel_holds_the_small_data_and_no_download(installed):
 
     packed = files(installed / "taco_nb" / "_data")
     assert packed == {
-        f"{name}{os.sep}{path}": content
-        for name in ("sample", "reference", "checkpoints")
-        for path, content in files(BUNDLED / name).items()
+        f"{name}{os.sep}{path}": content for name in DATA for path, content in files(BUNDLED / name).items()
     }
     assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {"taco_nb"}
 
@@ -85,7 +85,7 @@ def test_what_is_installed_from_a_wheel_encodes_and_decodes(installed, tmp_path)
     assert Path(module).is_relative_to(installed) and len(fingerprint) > 8
     if sys.platform == "linux":
         assert Path(root) == tmp_path / "cache" / "taco-nb" and not Path(root).exists()
-    assert status.startswith("kodak") and "missing" in status and str(REPOSITORY) not in done.stdout
+    assert status.startswith("clic") and "missing" in status and str(REPOSITORY) not in done.stdout
 
 
 def test_an_editable_installation_reads_the_repositorys_own_data(tmp_path):

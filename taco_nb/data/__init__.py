@@ -1,4 +1,4 @@
-"""Data sets by name: images with their captions to evaluate on, and pairs of both to train on."""
+"""Data sets are opened by name: images with their captions to evaluate on, and pairs of both to train on."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from taco_nb.data.captioned import CaptionedFolder, CaptionedImages, Sample, check_count
+from taco_nb.data.captioned import CaptionedFolder, CaptionedImages, Sample
 from taco_nb.data.coco import Coco, TrainPairs
 from taco_nb.errors import DataError, SettingError
-from taco_nb.files import bundled
+from taco_nb.files import BUNDLED, bundled
+from taco_nb.settings import check_count
 
 __all__ = [
     "CONTEXT",
@@ -25,7 +26,7 @@ __all__ = [
 ]
 
 CONTEXT = "captions_context.json"
-FETCHED = ("coco", "clic", "kodak")
+FETCHED = ("coco", "clic")
 """The data sets that `taco-nb fetch` gets."""
 STAGING = ".fetch"
 """The hidden folder inside a data set's own in which its unfinished download lies."""
@@ -39,6 +40,22 @@ class _Known(NamedTuple):
     read: Callable[[Path], CaptionedImages]
 
 
+def _kodak(root: Path) -> CaptionedImages:
+    """Return Kodak's whole pictures under the names `kodim01.png` and so on, by which TACO captioned them.
+
+    They are bundled as WebP, which is as lossless and a third smaller. A folder may hold the PNG files in their place.
+    """
+    return CaptionedFolder(root, root / "captions_ofa.json", name="kodak", aliases={".webp": ".png"})
+
+
+def _kodak_crops(root: Path) -> CaptionedImages:
+    """Return the central 256x256 pixels of Kodak's pictures, under a name of their own: they are another data set."""
+    crops = _kodak(root).centre_crop(256)
+    crops.name = "kodak-256"
+    return crops
+
+
+_KODAK = "kodim01.png to kodim24.png, or the same as .webp, and captions_ofa.json"
 _SAMPLE_TRAIN = _Known(
     "sample",
     "images/*.png and annotations/captions_train.json",
@@ -51,11 +68,8 @@ _EVALUATION = {
         lambda root: Coco(root, "val", name="sample"),
     ),
     "sample-train": _SAMPLE_TRAIN,
-    "kodak": _Known(
-        "kodak",
-        "kodim01.png to kodim24.png and captions_ofa.json",
-        lambda root: CaptionedFolder(root, root / "captions_ofa.json", name="kodak"),
-    ),
+    "kodak": _Known("kodak", _KODAK, _kodak),
+    "kodak-256": _Known("kodak", _KODAK, _kodak_crops),
     "clic": _Known(
         "clic",
         "the 428 PNG images of CLIC 2020's test set and captions_ofa.json",
@@ -85,10 +99,11 @@ def datasets(
 ) -> list[CaptionedImages]:
     """Return the data sets that a codec is evaluated on, in the order asked for.
 
-    The names are "sample" (the bundled validation images) and "sample-train", "kodak" (24 images) and "clic" (CLIC 2020
-    test) with TACO's OFA captions, and "coco" (Karpathy's restval, centre crop 256). They lie in `data_root(data_dir)`;
-    images are opened only when they are used. `limit` keeps the first images of each. `captions` are the "published"
-    ones, or the paragraphs with "context" that lie beside them in captions_context.json.
+    The names are "sample" (the bundled validation images) and "sample-train", "kodak" (24 images, bundled), "kodak-256"
+    (their centre crops) and "clic" (CLIC 2020 test) with TACO's OFA captions, and "coco" (Karpathy's restval, centre crop
+    256). They lie in `data_root(data_dir)`, where what is bundled need not be repeated; images are opened only when they
+    are used. `limit` keeps the first images of each. `captions` are the "published" ones, or the paragraphs with "context"
+    that lie beside them in captions_context.json.
 
     Raises `SettingError` for an unknown name, another kind of captions or limit < 1, and `DataError` if a data set is
     absent or inconsistent.
@@ -112,28 +127,22 @@ def training_pairs(
     """
     if str(name) not in _TRAINING and Path(name).is_dir():
         folder = CaptionedFolder(name, Path(name, "captions.json"))
-        return TrainPairs(_captioned(folder, Path(name), data_dir, captions), crop, seed)
+        return TrainPairs(_captioned(folder, captions, Path(name)), crop, seed)
     return TrainPairs(_open(_TRAINING, name, data_dir, captions), crop, seed)
 
 
-def _captioned(
-    dataset: CaptionedImages, root: Path, data_dir: str | os.PathLike | None, captions: str
-) -> CaptionedImages:
-    """Return the data set under the captions that were asked for. Kodak's paragraphs are bundled."""
+def _captioned(dataset: CaptionedImages, captions: str, *folders: Path) -> CaptionedImages:
+    """Return the data set under the captions that were asked for, which lie in the first of `folders` that has them."""
     if captions == "published":
         return dataset
     if captions != "context":
         raise SettingError(f'captions must be "published" or "context", but is {captions!r}.')
-    own = root / f"{dataset.name}_{CONTEXT}"
-    found = [
-        place
-        for place in (own, root / CONTEXT, bundled(f"reference/{own.name}", data_dir))
-        if place.is_file()
-    ]
+    own = f"{dataset.name}_{CONTEXT}"
+    found = [path for folder in folders for path in (folder / own, folder / CONTEXT) if path.is_file()]
     if not found:
         raise DataError(
-            f"There are no context captions for {dataset.name}: neither {own} nor {CONTEXT} beside it is there. "
-            'Notebook 02 generates it, or write one: {"file.png": "a paragraph", ...}.'
+            f"There are no context captions for {dataset.name}: neither {folders[0] / own} nor {CONTEXT} beside it is "
+            'there. Notebook 02 generates it, or write one: {"file.png": "a paragraph", ...}.'
         )
     view = dataset.recaptioned(found[0])
     view.captioned = captions
@@ -157,11 +166,13 @@ def _open(
         raise DataError(
             f"The data set {name} cannot be read: {error} {root} must hold {holds}.{_remedy(folder, root, data_dir)}"
         ) from error
-    return _captioned(dataset, root, data_dir, captions)
+    return _captioned(dataset, captions, root, BUNDLED / folder)
 
 
 def _remedy(folder: str, root: Path, data_dir: str | os.PathLike | None) -> str:
-    """Return how to get a data set that can be fetched, as a sentence that follows others."""
+    """Return how to get a data set that is bundled or can be fetched, as a sentence that follows others."""
+    if (BUNDLED / folder).is_dir() and root != BUNDLED / folder:
+        return " Without this folder, the bundled pictures are taken."
     if folder not in FETCHED:
         return ""
     state = "Its download is unfinished; to go on" if (root / STAGING).exists() else "To fetch it"

@@ -1,4 +1,4 @@
-"""Images with their captions: what every data set here gives, and the plainest of them, a folder with a JSON file."""
+"""Every data set here is a `CaptionedImages`; the plainest is a folder of images with their captions in a JSON file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from reprlib import repr as shorten
@@ -18,8 +18,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from taco_nb.data.images import short_side, to_rgb
-from taco_nb.errors import DataError, SettingError
+from taco_nb.errors import DataError
 from taco_nb.files import sha256
+from taco_nb.settings import check_count
 
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats that Pillow knows by name, but cannot read everywhere or without another program."""
@@ -34,7 +35,7 @@ class Sample(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """Where a sample is found; `short_side` is in pixels, or None if no annotation tells it."""
+    """A sample's name, file and captions. `short_side` is in pixels, or None if no annotation gives it."""
 
     name: str
     path: Path
@@ -159,15 +160,25 @@ class CaptionedFolder(CaptionedImages):
     `captions` is a JSON file of `{"file.png": "caption"}` or `{"file.png": ["one", "another"]}`; the two may be mixed,
     and "" is a caption. Every image that lies directly in `root` needs an entry, and every entry an image. An image is
     any file that Pillow can read by its extension and that is not hidden. Accented names match however the accents are
-    encoded (NFC or NFD), and are given in NFC. `name` is by default that of the folder.
+    encoded (NFC or NFD), and are given in NFC. `name` is by default that of the folder. With `aliases` such as
+    {".webp": ".png"}, a.webp goes by the name a.png, unless there is a file a.png, which is then taken.
 
     Raises `DataError` if the folder, the file or anything in them is missing or malformed, if a name leads out of the
     folder, or if a caption cannot be written as UTF-8.
     """
 
-    def __init__(self, root: str | os.PathLike, captions: str | os.PathLike, name: str | None = None):
+    def __init__(
+        self,
+        root: str | os.PathLike,
+        captions: str | os.PathLike,
+        name: str | None = None,
+        aliases: Mapping[str, str] | None = None,
+    ):
         root, source = Path(root), Path(captions)
         images = image_files(root)
+        for extension, alias in (aliases or {}).items():
+            for file in [file for file in images if file.endswith(extension)]:
+                images.setdefault(file.removesuffix(extension) + alias, images.pop(file))
         if not images:
             raise DataError(f"The folder {root} holds no image: no file with an extension that Pillow reads.")
         by_name = _captions_by_name(source)
@@ -246,12 +257,6 @@ def check_plain_names(names: Iterable[str], folder: Path, source: Path) -> None:
         raise DataError(
             f"{source} leads out of the folder {folder}: {few(strays)}. Write plain file names there."
         )
-
-
-def check_count(value: int, what: str) -> None:
-    """Raise `SettingError` unless `value` is a whole number of at least 1; `what` says which value it is."""
-    if type(value) is not int or value < 1:  # isinstance would let True pass
-        raise SettingError(f"{what} must be a whole number of at least 1, not {value!r}.")
 
 
 def read_json(path: Path) -> Any:

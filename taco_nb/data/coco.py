@@ -1,4 +1,4 @@
-"""MS-COCO's annotations, Karpathy's splits of them, and the crops that TACO trains on."""
+"""This module reads MS-COCO's annotations and Karpathy's splits of them, and cuts the crops that TACO trains on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from taco_nb.data.captioned import (
     CaptionedImages,
     Entry,
-    check_count,
     check_plain_names,
     few,
     image_files,
@@ -25,6 +24,7 @@ from taco_nb.data.captioned import (
 )
 from taco_nb.data.images import to_tensor
 from taco_nb.errors import DataError, SettingError
+from taco_nb.settings import check_count
 
 SPLITS = ("train", "val")
 KARPATHY_SPLITS = ("train", "restval", "val", "test")
@@ -66,8 +66,7 @@ class TrainPairs(Dataset):
 
     def __init__(self, dataset: CaptionedImages, crop: int = 256, seed: int = 0):
         check_count(crop, "crop")
-        if type(seed) is not int or seed < 0:
-            raise SettingError(f"seed must be a whole number of at least 0, not {seed!r}.")
+        check_count(seed, "seed", least=0)
         large = [i for i in range(len(dataset)) if dataset.short_side(i) >= crop]
         if not large:
             raise DataError(f"No image of {dataset.name} has both sides >= {crop}: train on a smaller crop.")

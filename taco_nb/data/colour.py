@@ -1,4 +1,4 @@
-"""Colours as a viewer shows them: what a file says about the meaning of its numbers, converted to sRGB.
+"""Pictures are converted to sRGB on reading, by what their file says about its colours, as a viewer does.
 
 The same red is (234, 51, 35) in sRGB and (218, 65, 48) in Display P3. A program that ignores the difference compresses
 another picture than the one that people see, 35 dB away from it. So images are converted on reading, as browsers do:
@@ -91,7 +91,10 @@ def _by_formula(
 
 
 def _moves_colours(convert: Callable[[Image.Image], Image.Image], mode: str) -> bool:
-    """Whether a conversion changes any colour by more than roundings: tried on 17 levels of red by green by blue."""
+    """Tell whether a conversion changes any colour by more than rounding would.
+
+    It is tried on 17 levels each of red, green and blue.
+    """
     levels = np.linspace(0, 255, 17).round().astype(np.uint8)
     cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(17, -1, 3)
     before = Image.fromarray(cube).convert(mode)

@@ -22,7 +22,7 @@ _TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each of EXIF's orientations, as Pillow's `exif_transpose` does it."""
+"""Each of EXIF's orientations is undone by one of these, as in Pillow's `exif_transpose`."""
 
 
 def to_rgb(image: str | os.PathLike | Image.Image | np.ndarray | torch.Tensor) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Takes some images through the codec and back, as real files, and measures everything about each of them."""
+"""This module takes images through the codec and back, as real files, and measures everything about each of them."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _choose(
 
 
 def _code(codec: Codec, samples: Sequence[Sample], captions: Sequence[str], folder: Path) -> list[Coded]:
-    """Encode to files and decode the files; of the time that a batch takes, each image has its share."""
+    """Encode images to files and decode these; the seconds of each image are an equal share of its batch's."""
     clock = time.perf_counter()
     files = codec.encode_batch([sample.image for sample in samples], captions)
     encode_s = (time.perf_counter() - clock) / len(samples)

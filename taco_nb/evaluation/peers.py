@@ -1,4 +1,4 @@
-"""Other codecs to stand beside: JPEG, WebP, AVIF and, where Pillow has it, JPEG XL, as real files.
+"""Other codecs are measured here by real files: JPEG, WebP, AVIF and, where Pillow has it, JPEG XL.
 
 `encode_peer`, `match_bpp` and `peer_curve` take one picture, `evaluate_peers` and `evaluate_matched` whole data sets.
 """
@@ -37,7 +37,7 @@ QUALITIES = (5, 10, 20, 35, 50, 65, 80, 90)
 
 
 class _PeerFormat(NamedTuple):
-    """How Pillow is to write a format, and the qualities that it knows there."""
+    """A format of Pillow's, with the range of its qualities and the options that it is written with."""
 
     pillow_format: str
     qualities: range

@@ -21,7 +21,7 @@ from taco_nb.metrics.networks import Network, state_digest
 from taco_nb.settings import Sizes
 
 IMAGES = {"coco": 30504, "clic": 428, "kodak": 24}
-"""How many images the report's protocol has of each set; those of MS-COCO that are too small for its crop count as seen."""
+"""The report's protocol has so many images of each set. MS-COCO's that are too small for its crop are counted too."""
 PUBLISHED_CAPTIONS = {
     "clic": "a9edc7d6a40e7334acb991134300affe21d50a86f6e25c8f8af0884251b2de83",
     "kodak": "4dc48c7a97d8314c1c4b4c9ef526816f15157702216636164c0bdac74552c2f8",
@@ -105,7 +105,7 @@ def is_bundled(codec: Codec) -> bool:
 
 
 def starts_from_sibling(exp: Experiment) -> bool:
-    """Say whether a run starts from a bundled codec with its own ablation, as its baseline does from one without."""
+    """Tell whether a run starts from a bundled codec that has the run's own ablations, and no others."""
     there = bundled_codecs().get(exp.init)
     return there is not None and there.ablations == exp.ablations
 

@@ -153,7 +153,7 @@ def write_evaluation(folder: Path, about: Mapping[str, Any], rows: Sequence[Mapp
     head = as_json({**about, "rows_sha256": _rows_digest(rows)}, indent=1)
     with atomic_write(folder / ABOUT, "w") as file:
         file.write(head.removesuffix("\n}") + f',\n "rows": [\n{lines}\n]\n}}\n')
-    write_csv(folder / TABLE, read_evaluation(folder))
+    write_csv(folder / TABLE, as_table(json.loads(f"[{lines}]")))  # as readers of the JSON will have them
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:

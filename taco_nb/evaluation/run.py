@@ -21,7 +21,6 @@ from torch import Tensor
 from taco_nb.checkpoint import load_net, save_weights
 from taco_nb.codec import Codec
 from taco_nb.data import CaptionedImages
-from taco_nb.data.captioned import check_count
 from taco_nb.errors import DataError, MissingWeightsError, SettingError, StoppedError
 from taco_nb.evaluation.measure import CAPTIONS, measure
 from taco_nb.evaluation.protocol import of_codec, of_data_set
@@ -56,6 +55,7 @@ from taco_nb.processes import (
     stop_requests,
 )
 from taco_nb.provenance import code_digest, provenance
+from taco_nb.settings import check_count
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,7 +152,7 @@ def _check_settings(
 
 
 class _Evaluation:
-    """An evaluation at work. What it is of is held in memory, so that nothing in the folder can change it."""
+    """An evaluation while it runs. What it measures is held in memory, so that nothing in the folder can change it."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class _Evaluation:
     def run(self) -> None:
         """Measure what is not measured yet, together with the other processes, if any, and write the table."""
         with self.group.alone_in(self.folder, "evaluating", wait=True):
-            before = self._before()
+            before, rows = self._before()
             new = [records for records in self.records if not _holds(records, before)]
             left = {records: _left(records) for records in new}
             if self.group.is_main:
@@ -197,18 +197,20 @@ class _Evaluation:
             self._measure(left)
             self.group.wait()
             if self.group.is_main and new:
-                self._finish(new, before)
+                self._finish(new, before, rows)
             elif self.group.is_main:
-                write_csv(self.folder / TABLE, read_evaluation(self.folder))
+                write_csv(self.folder / TABLE, as_table(rows))
             self.group.wait()
 
-    def _before(self) -> dict[str, Any]:
-        """Return what the folder's evaluation.json says of each of its data sets; {} where it is not to be believed."""
+    def _before(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return what the folder's evaluation.json says of each data set, and its rows; nothing if it cannot be believed."""
         try:
-            data = read_about(self.folder)["data"]
-            return data if all({"settings", "sha256"} <= of_set.keys() for of_set in data.values()) else {}
+            about = read_about(self.folder)
+            if all({"settings", "sha256"} <= of_set.keys() for of_set in about["data"].values()):
+                return about["data"], about["rows"]
         except (DataError, KeyError, AttributeError):
-            return {}
+            pass
+        return {}, []
 
     def _say(self, before: Mapping[str, Any], left: Mapping[Records, set[range]]) -> None:
         """Print what was found in the folder, where anything was."""
@@ -255,7 +257,9 @@ class _Evaluation:
                 records.write(batch, images, *measured, time.perf_counter() - clock)
                 bar.update(len(batch))
 
-    def _finish(self, new: Sequence[Records], before: Mapping[str, Any]) -> None:
+    def _finish(
+        self, new: Sequence[Records], before: Mapping[str, Any], rows: Sequence[dict[str, Any]]
+    ) -> None:
         """Write the table and what is to be known of it, beside those of data sets that are not measured now."""
         data, now = dict(before), new[0].settings
         for records in new:
@@ -266,7 +270,7 @@ class _Evaluation:
                 print(
                     f"The earlier figures of {name} in {self.folder} are left out: they are of other weights."
                 )
-        rows = [row for row in read_about(self.folder)["rows"] if row["dataset"] in data] if data else []
+        rows = [row for row in rows if row["dataset"] in data]
         for records in new:
             data[records.dataset.name], more = self._put_together(records)
             rows += more

@@ -56,24 +56,40 @@ class LocalContext(nn.Conv2d):
         return look_at_anchors(anchors, self.weight, self.bias)
 
 
-def look_at_anchors(
-    anchors: Tensor, weight: Tensor, bias: Tensor | None, conv2d: Callable[..., Tensor] = F.conv2d
-) -> Tensor:
+def look_at_anchors(anchors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Convolve the squeezed anchors (B, c, h, w/2) with a 5x5 kernel (2c, c, 5, 5), seen from the other positions.
 
     The result, (B, 2c, h, w/2), is what a convolution of the whole board with its other positions zero gives there, for
     a quarter of the arithmetic: of the kernel's 25 taps 12 meet anchors, in rows of three and of two.
     """
+    rows = zip(rows_around(anchors), anchor_kernels(weight))
+    return interleave_rows(*(F.conv2d(x, kernel, bias, stride=(2, 1)) for x, kernel in rows))
 
-    def rows(odd: int) -> Tensor:
-        # Anchors of neighbouring rows are half a position apart, so even and odd rows of the result need kernels of
-        # their own. Where a row of the kernel has two taps, they lie left or right of the position.
+
+def anchor_kernels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the kernels (2c, c, 5, 3) with which the even and the odd rows look at the squeezed anchors.
+
+    Anchors of neighbouring rows are half a position apart: where a row of the kernel has two taps, they lie left or right
+    of the position.
+    """
+    kernels = []
+    for odd in (0, 1):
         kernel = weight.new_zeros(*weight.shape[:3], 3)
         kernel[:, :, 0::2, odd : odd + 2] = weight[:, :, 0::2, 1::2]
         kernel[:, :, 1::2] = weight[:, :, 1::2, 0::2]
-        return conv2d(F.pad(anchors, (1, 1, 2 - odd, 1 + odd)), kernel, bias, stride=(2, 1))
+        kernels.append(kernel)
+    return kernels[0], kernels[1]
 
-    return torch.stack((rows(0), rows(1)), dim=3).flatten(2, 3)
+
+def rows_around(anchors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the padded anchors that the even rows look at, and those of the odd rows, for a stride of two rows."""
+    padded = F.pad(anchors, (1, 1, 2, 2))
+    return padded[:, :, :-1], padded[:, :, 1:]
+
+
+def interleave_rows(even: Tensor, odd: Tensor) -> Tensor:
+    """Put even and odd rows, (B, C, h/2, w) each, back in order: (B, C, h, w)."""
+    return torch.stack((even, odd), dim=3).flatten(2, 3)
 
 
 class ChannelContext(nn.Module):

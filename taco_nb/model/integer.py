@@ -64,15 +64,22 @@ from torch import Tensor, nn
 
 from taco_nb.errors import CheckpointError
 from taco_nb.model import rans
-from taco_nb.model.entropy import SCALE_TABLE, Step, Visit, look_at_anchors, walk
+from taco_nb.model.entropy import (
+    SCALE_TABLE,
+    Step,
+    Visit,
+    anchor_kernels,
+    interleave_rows,
+    rows_around,
+    walk,
+)
+from taco_nb.model.kernels import LIMIT, ByteKernel, FloatKernel, bytes_are_exact, power
 from taco_nb.model.latents import LatentCoder, Tables
 from taco_nb.model.precision import full_float32
 
 if TYPE_CHECKING:
     from taco_nb.model.taco import TACO
 
-LIMIT = 1 << 24
-"""Up to here float32 holds every integer."""
 BITS, LATENT_BITS = 11, 12
 """Magnitudes of what layers pass on stay below 2^11, of y and its context's inputs up to 2^12."""
 MEAN_BITS, SCALE_BITS = 10, 11
@@ -89,8 +96,6 @@ _LEAST_CHANNELS = 4
 """...of this many channels at least..."""
 _LARGE, _FEW_CHUNKS = 1 << 22, 3
 """...but into this few at most where the networks together have so many weights that chunks would cost time."""
-_CHUNKS = 1 << 19, 4
-"""...but only into so few where it has so many weights, since there chunks cost time."""
 _CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _DRAWN = (6, 6)
 """Height and width of the z that is drawn to find ranges: that of a picture of 384x384 pixels."""
@@ -110,17 +115,36 @@ class Convolution(NamedTuple):
     """"plain" (padded to keep the size), "transposed" (multiplies the size by `stride`), or "anchors" (`look_at_anchors`)."""
     stride: int = 1
 
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Convolve x (1, in, h, w); `weight` comes from `laid_out`."""
-        if self.kind == "transposed":
-            return _conv_transpose2d(x, weight, bias, self.stride, weight.shape[2] // 2)
-        if self.kind == "anchors":
-            return look_at_anchors(x, weight, bias, _conv2d)
-        return _conv2d(x, weight, bias, padding=weight.shape[2] // 2)
+    def plain(self, weight: Tensor) -> list[Tensor]:
+        """Return the kernels of ordinary convolutions, which together compute this one: see `inputs` and `arranged`.
 
-    def laid_out(self, weight: Tensor) -> Tensor:
-        """Return the weights in the order of dimensions in which PyTorch takes them."""
-        return (weight.transpose(0, 1) if self.kind == "transposed" else weight).contiguous()
+        A transposed convolution becomes one with stride^2 outputs for each channel, the pixels that lie at a position
+        (sub-pixel convolution, Shi et al., CVPR 2016).
+        """
+        if self.kind == "anchors":
+            return list(anchor_kernels(weight))
+        if self.kind == "plain":
+            return [weight]
+        k, s = weight.shape[2], self.stride
+        reach = k // 2 // s + (k // 2 % s > 0)  # positions on either side that a kernel meets
+        # output s * i + a takes tap t from input i + d - reach
+        taps = [(a, d, a + k // 2 - s * (d - reach)) for a in range(s) for d in range(2 * reach + 1)]
+        taps = [(a, d, t) for a, d, t in taps if 0 <= t < k]
+        kernel = weight.new_zeros(weight.shape[0], s, s, weight.shape[1], 2 * reach + 1, 2 * reach + 1)
+        for a, d, t in taps:
+            for b, e, u in taps:
+                kernel[:, a, b, :, d, e] = weight[:, :, t, u]
+        return [kernel.flatten(0, 2)]
+
+    def inputs(self, x: Tensor) -> list[Tensor]:
+        """Return the input of each of the kernels."""
+        return list(rows_around(x)) if self.kind == "anchors" else [x]
+
+    def arranged(self, outputs: list[Tensor]) -> Tensor:
+        """Return the result of this convolution, given the kernels' results."""
+        if self.kind == "anchors":
+            return interleave_rows(*outputs)
+        return F.pixel_shuffle(outputs[0], self.stride) if self.stride > 1 else outputs[0]
 
     def loads(self, weight: Tensor, signed: bool) -> Tensor:
         """Return how much each input channel can add to each sum, per unit of input: (out, in, cases).
@@ -158,46 +182,6 @@ class Kernel(NamedTuple):
         return cls(Convolution(kind), weight, bias)
 
 
-def _conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int] = (1, 1), padding: int = 0
-) -> Tensor:
-    """Convolve. On a GPU by a matrix product, since cuDNN may take Winograd's or a Fourier transform, which are not exact.
-
-    On a CPU, oneDNN and PyTorch's own convolutions only ever multiply and add for a single image.
-    """
-    if not x.is_cuda:
-        return F.conv2d(x, weight, bias, stride, padding)
-    return conv2d_by_matmul(x, weight, bias, stride, padding)
-
-
-def conv2d_by_matmul(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int] = (1, 1), padding: int = 0
-) -> Tensor:
-    """Convolve one image as a matrix product: all patches that the kernel meets, side by side."""
-    out, _, *kernel = weight.shape
-    h, w = ((n + 2 * padding - k) // s + 1 for n, k, s in zip(x.shape[2:], kernel, stride))
-    patches = F.unfold(x, kernel, padding=padding, stride=stride)[0]
-    y = (weight.flatten(1) @ patches).view(1, out, h, w)
-    return y if bias is None else y + bias.view(1, -1, 1, 1)
-
-
-def _conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    """Multiply height and width by `stride`, with a kernel of 2 * padding + 1. On a GPU as `_conv2d`."""
-    if not x.is_cuda:
-        return F.conv_transpose2d(x, weight, bias, stride, padding, output_padding=stride - 1)
-    return conv_transpose2d_by_matmul(x, weight, bias, stride, padding)
-
-
-def conv_transpose2d_by_matmul(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int
-) -> Tensor:
-    """Convolve one image transposed as a matrix product, whose columns are then laid over each other and added."""
-    size = (stride * x.shape[2], stride * x.shape[3])
-    columns = weight.flatten(1).t() @ x[0].flatten(1)
-    y = F.fold(columns[None], size, weight.shape[2:], padding=padding, stride=stride)
-    return y if bias is None else y + bias.view(1, -1, 1, 1)
-
-
 class ExactLayer:
     """One convolution on integers, its requantisation and its clamp: integers (1, in, h, w) -> (1, out, h', w').
 
@@ -213,20 +197,15 @@ class ExactLayer:
         q = torch.minimum(q, r + 12)
         r = torch.minimum(r, q - 1)
         self.convolution, self.q, self.r, self.chunks = kernel.convolution, q, r, chunks
+        self.bits, self.signed = bits, signed
         self.low, self.high = 0 if relu else -largest, largest
         weight = (kernel.weight * _scales(q, 0) * _scales(-p, 1)).round()
-        bias = (kernel.bias * _power(q)).round()
-        half = _power(q - r - 1)  # added to the bias, so that floor rounds
+        bias = (kernel.bias * power(q)).round()
+        half = power(q - r - 1)
         if not (self._worst(weight, signed, bits) + bias.abs() + half <= LIMIT).all():
             raise CheckpointError("The integer form of these weights is damaged: its sums can leave float32.")
-        self.half = half
-        # in units of the output's grid, float32 has these to the last bit
-        step = _power(r - q)
-        weight, bias = weight * step.float().view(-1, 1, 1, 1), ((bias + half) * step).float()
-        self.parts = [
-            (channels, self.convolution.laid_out(weight[:, channels]), None if i else bias)
-            for i, channels in enumerate(_cuts(weight.shape[1], chunks))
-        ]
+        # of 14 and 24 bits at most, since inputs have ten at least
+        self.weight, self.bias = weight.to(torch.int16), bias.int()
 
     def _worst(self, weight: Tensor, signed: bool, bits: int) -> Tensor:
         """Return the largest magnitude that a sum over some inputs can reach, for each output channel, in any chunk."""
@@ -234,29 +213,33 @@ class ExactLayer:
         sums = [loads[:, channels].sum(1).amax(1) for channels in _cuts(loads.shape[1], self.chunks)]
         return torch.stack(sums).amax(0) * (1 << bits)
 
-    def integers(self) -> tuple[Tensor, Tensor]:
-        """Return the weights w (out, in, kh, kw) and the biases (out), int32 on the CPU."""
-        weights = [self.convolution.laid_out(weight.cpu()) for _, weight, _ in self.parts]
-        units = _power(self.q - self.r)
-        weight = torch.cat(weights, 1).double() * units.view(-1, 1, 1, 1)
-        return weight.int(), (self.parts[0][2].cpu().double() * units - self.half).int()
-
-    def to(self, device: torch.device) -> None:
-        """Move what runs to a device."""
-        self.parts = [
-            (channels, weight.to(device), bias if bias is None else bias.to(device))
-            for channels, weight, bias in self.parts
-        ]
-
     def __call__(self, x: Tensor) -> Tensor:
-        total = None
-        for channels, weight, bias in self.parts:
-            part = self.convolution.run(x if len(self.parts) == 1 else x[:, channels], weight, bias)
-            if total is None:  # the first of several needs room for the others
-                total = part if len(self.parts) == 1 else part.double()
+        if x.device != self._device:
+            self._kernels, self._device = self._prepared(x.device), x.device
+        x = x.contiguous(memory_format=torch.channels_last)
+        inputs = self.convolution.inputs(x)
+        return self.convolution.arranged([kernel(part) for kernel, part in zip(self._kernels, inputs)])
+
+    _kernels: list[FloatKernel | ByteKernel]
+    _device: torch.device | None = None
+
+    def _prepared(self, device: torch.device) -> list[FloatKernel | ByteKernel]:
+        """Lay the integers out as this device convolves them."""
+        kernels, shift = [], self.q - self.r
+        bias = self.bias.double() + power(shift - 1)  # with a half, so that floor rounds
+        stride, ends = (2, 1) if self.convolution.kind == "anchors" else (1, 1), (self.low, self.high)
+        for weight in self.convolution.plain(self.weight.float()):
+            padding = 0 if self.convolution.kind == "anchors" else weight.shape[2] // 2
+            times = len(weight) // len(bias)
+            each, by = (values.repeat_interleave(times) for values in (bias, shift))
+            quick = device.type == "cpu" and torch.backends.mkldnn.enabled and bytes_are_exact()
+            if quick and ByteKernel.fits(weight, each, by, padding, self.bits):
+                kernel = ByteKernel(weight, each, by, ends, stride, padding, self.bits, self.signed)
             else:
-                total += part
-        return total.floor_().clamp_(self.low, self.high).float()
+                cuts = _cuts(weight.shape[1], self.chunks)
+                kernel = FloatKernel(weight, each, by, ends, cuts, stride, padding, device)
+            kernels.append(kernel)
+        return kernels
 
 
 def _cuts(channels: int, chunks: int) -> list[slice]:
@@ -265,14 +248,9 @@ def _cuts(channels: int, chunks: int) -> list[slice]:
     return [slice(a, b) for a, b in zip(ends, ends[1:])]
 
 
-def _power(exponents: Tensor) -> Tensor:
-    """Return 2 to each exponent, float64, exactly. (torch.ldexp goes by way of pow, which may round.)"""
-    return torch.from_numpy(np.ldexp(1.0, exponents.clamp(-1000, 1000).numpy()))
-
-
 def _scales(exponents: Tensor, dim: int) -> Tensor:
     """Return powers of two by which a float32 kernel (out, in, kh, kw) is multiplied along a dimension, exactly."""
-    return _power(exponents).float().view([-1 if i == dim else 1 for i in range(4)])
+    return power(exponents).float().view([-1 if i == dim else 1 for i in range(4)])
 
 
 def _exponent(values: Tensor) -> Tensor:
@@ -301,7 +279,7 @@ def sums_for(kernel: Kernel, p: Tensor, bits: int, signed: bool, most: int = 1 <
     places = places.clamp(max=60)  # a channel of zeros has none
     fine = (scaled * _scales(places, 0)).round()
     loads = kernel.convolution.loads(fine, signed)
-    bias = (kernel.bias.abs() * _power(places)).ceil()
+    bias = (kernel.bias.abs() * power(places)).ceil()
     squares = torch.cat([part.double().square().mean((1, 2, 3)) for part in fine.split(16)])
     taps = kernel.weight[0, 0].numel()
     found = None
@@ -317,7 +295,7 @@ def sums_for(kernel: Kernel, p: Tensor, bits: int, signed: bool, most: int = 1 <
             continue
         q = places + _exponent((LIMIT - rounding) / worst.clamp(min=1)) - 1
         found = q, chunks
-        if (squares * _power(2 * (q - places))).sort().values[len(q) // 2] >= _KERNEL_RMS**2:
+        if (squares * power(2 * (q - places))).sort().values[len(q) // 2] >= _KERNEL_RMS**2:
             break
     if found is None:
         raise CheckpointError("These networks have kernels too large for exact sums.")
@@ -325,7 +303,7 @@ def sums_for(kernel: Kernel, p: Tensor, bits: int, signed: bool, most: int = 1 <
     # weights that all round one way can use up what was set aside for rounding: then one bit less
     loads = kernel.convolution.loads((scaled * _scales(q, 0)).round(), signed)
     worst = torch.stack([loads[:, cut].sum(1).amax(1) for cut in _cuts(loads.shape[1], chunks)]).amax(0)
-    full = worst * (1 << bits) + (kernel.bias * _power(q)).abs() + 2**12 > LIMIT
+    full = worst * (1 << bits) + (kernel.bias * power(q)).abs() + 2**12 > LIMIT
     return q - full.long(), chunks
 
 
@@ -373,7 +351,7 @@ class ExactNetwork:
     def _on_grid(self, x: Tensor) -> Tensor:
         """Round real numbers to integers of the input's grid: one exact product, an addition, a floor, the same anywhere."""
         if self._scale is None or self._scale.device != x.device:
-            self._scale = _power(self.input).float().view(1, -1, 1, 1).to(x.device)
+            self._scale = power(self.input).float().view(1, -1, 1, 1).to(x.device)
         return (x * self._scale).add_(0.5).floor_().clamp_(-(1 << self.input_bits), 1 << self.input_bits)
 
     most_chunks = 1 << 20
@@ -395,7 +373,7 @@ class ExactNetwork:
             if r is None:
                 # the layer with a grid as fine as its sums' shows what they are
                 fine = self._layer(i, kernel, p, q, q - 1, chunks, largest=1 << 40)
-                r = grid_for(fine(x).abs().amax((0, 2, 3)).double() / _power(fine.r))
+                r = grid_for(fine(x).abs().amax((0, 2, 3)).double() / power(fine.r))
             layers.append(self._layer(i, kernel, p, q, r, chunks))
             x, p = layers[-1](x), layers[-1].r
         self._finish(layers)
@@ -416,12 +394,10 @@ class ExactNetwork:
 
     def _finish(self, layers: list[ExactLayer]) -> None:
         self.layers, self.convolutions = layers, []
-        self._step = _power(-self.grid).float().view(1, -1, 1, 1)
+        self._step = power(-self.grid).float().view(1, -1, 1, 1)
 
     def to(self, device: torch.device) -> None:
         self._step = self._step.to(device)
-        for layer in self.layers:
-            layer.to(device)
 
     def state(self) -> dict[str, Any]:
         """Return all exponents, as JSON holds them."""
@@ -619,8 +595,8 @@ class IntegerModel(LatentCoder):
         for name, network in self._networks():
             digest.update(name.encode())
             for layer in network.layers:
-                weight, bias = layer.integers()  # of at most 13 and 24 bits, since inputs have 11
-                digest.update(weight.numpy().astype("<i2").tobytes() + bias.numpy().astype("<i4").tobytes())
+                weight, bias = layer.weight.numpy(), layer.bias.numpy()
+                digest.update(weight.astype("<i2").tobytes() + bias.astype("<i4").tobytes())
         return digest.digest()
 
 

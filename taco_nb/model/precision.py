@@ -1,4 +1,4 @@
-"""Full float32, whatever the program around the codec has allowed its convolutions and matrix products.
+"""Float32 is computed in full here, whatever the program around the codec allows convolutions and matrix products.
 
 On recent GPUs cuDNN computes float32 convolutions in TF32, with ten bits of mantissa, unless it is told not to;
 `torch.set_float32_matmul_precision("medium")` allows bfloat16, on processors too; an autocast region replaces float32
@@ -14,6 +14,8 @@ from threading import Lock
 from typing import Any
 
 import torch
+
+from taco_nb.errors import SettingError
 
 _lock = Lock()
 _inside = 0
@@ -79,3 +81,31 @@ def full_float32(device_type: str) -> Iterator[None]:
             _inside -= 1
             if _inside == 0:
                 _put_back()
+
+
+def arithmetic(device: torch.device, precision: str) -> str:
+    """Return a few words that say on what, and in which numbers, the transforms are computed.
+
+    On a GPU "float32" is not the whole truth: from Ampere on, cuDNN computes convolutions of float32 tensors in TF32, which
+    keeps 10 bits of each factor, unless `torch.backends.cudnn` says otherwise. Raises `SettingError` for bfloat16 on a GPU
+    that only emulates it, and so is slower at it than at float32.
+    """
+    if device.type != "cuda":
+        return f"the CPU in {precision}"
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if precision == "bfloat16":
+        if torch.version.cuda is not None and capability < (8, 0):
+            raise SettingError(
+                f'precision="bfloat16", but {name} has no arithmetic for it and would emulate it slowly. Use "float32".'
+            )
+        return f"{name} in bfloat16"
+    if torch.version.cuda is not None and capability >= (8, 0) and _convolutions_in_tf32():
+        return f"{name} in float32, its convolutions in TF32"
+    return f"{name} in float32"
+
+
+def _convolutions_in_tf32() -> bool:
+    cudnn = torch.backends.cudnn
+    if hasattr(torch.backends, "fp32_precision"):  # from PyTorch 2.9 on, where the older name may raise
+        return cudnn.conv.fp32_precision == "tf32"
+    return cudnn.allow_tf32

@@ -10,6 +10,7 @@ import math
 from array import array
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from compressai.ans import BufferedRansEncoder, RansDecoder
 from compressai.entropy_models import EntropyModel
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from taco_nb.errors import CheckpointError, DamagedFileError
 
-CHUNK = 1 << 16
+CHUNK = 1 << 15
 """Symbols decoded between two checks."""
 LARGEST_SYMBOL = 1 << 26
 """From 2^27 on CompressAI's encoder never returns."""
@@ -51,8 +52,8 @@ class CodingTables:
         self.least_bits = 16 - torch.tensor([max(counts) for counts in frequencies]).double().log2()
         # an escape takes its own symbol, the last one, and a nibble, less what rounding in the coder may save
         self.least_escape_bits = 19.9 - math.log2(max(counts[-1] for counts in frequencies))
-        self._first = torch.tensor(self.offsets, dtype=torch.int32)
-        self._escape = self._first + torch.tensor(self.lengths, dtype=torch.int32) - 2
+        self._first = np.array(self.offsets, np.int32)
+        self._inside = np.array(self.lengths, np.uint32) - 2  # symbols but the escape
 
     @classmethod
     def of_model(cls, model: EntropyModel, count: int) -> CodingTables:
@@ -63,7 +64,10 @@ class CodingTables:
 
     def escapes(self, symbols: Tensor, indexes: Tensor) -> int:
         """Return how many of the int32 `symbols` lie outside their table, and so were written in the long form."""
-        return int(((symbols < self._first[indexes]) | (symbols >= self._escape[indexes])).sum())
+        rows = indexes.numpy()
+        # as unsigned numbers, those before the first symbol lie far beyond the last
+        places = (symbols.numpy() - self._first.take(rows)).view(np.uint32)
+        return int(np.count_nonzero(places >= self._inside.take(rows)))
 
     def up_to(self, indexes: Tensor) -> tuple[list[list[int]], list[int], list[int]]:
         """Return the rows, lengths and offsets that `indexes` can ask for.

@@ -1,4 +1,4 @@
-"""Captions in, conditioning out: what TACO's text adapter attends to."""
+"""This subpackage turns captions into what TACO's text adapter attends to."""
 
 from taco_nb.text.clip import TextTower, clip_model, text_tower
 from taco_nb.text.conditioning import Conditioning

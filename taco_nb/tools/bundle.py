@@ -3,8 +3,7 @@
     taco-nb bundle                                    # all bundled codecs beside JPEG, WebP and AVIF on Kodak
     taco-nb bundle demo-mine=runs/mine ... --data "500 photographs of ..., for research use"
 
-Nobody types the figures of a card: they are measured on real files, of the sample's validation images and of Kodak where
-it is there.
+Nobody types the figures of a card: they are measured on real files, of the sample's validation images and of Kodak.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import torch
 from taco_nb import checkpoint
 from taco_nb.codec import Codec, load
 from taco_nb.data import CaptionedImages, datasets
-from taco_nb.errors import DataError, SettingError
+from taco_nb.errors import SettingError
 from taco_nb.evaluation import QUALITIES, evaluate, evaluate_peers, means
 from taco_nb.evaluation.peers import available_peers
 from taco_nb.files import atomic_write, bundled, sha256
@@ -65,7 +64,7 @@ def bundle(
         made = {name: Path(scratch, f"{name}.safetensors") for name in runs}
         cards = {name: _compact(Path(run), name, made[name], data_dir) for name, run in runs.items()}
         codecs = {name: load(path) for name, path in made.items()}
-        table, _ = standing(list(codecs.values()), _sets(data_dir))
+        table, _ = standing(list(codecs.values()), datasets("sample", "kodak", data_dir=data_dir))
         for name, card in cards.items():
             results = {}
             for row in table[table["codec"] == name].drop(columns="codec").to_dict("records"):
@@ -155,16 +154,6 @@ def _what(codec: Codec) -> str:
     kind = ", ".join(f"{name}={value}" for name, value in _ablations(codec).items())
     kind = kind or "baseline (softmax attention, published captions)"
     return f"TACO at small size, {sum(p.numel() for p in codec.net.parameters()) / 1e6:.2f} million parameters, {kind}"
-
-
-def _sets(data_dir: str | os.PathLike | None) -> list[CaptionedImages]:
-    """Return the sample's validation pictures, and Kodak where it is there."""
-    sets = datasets("sample", data_dir=data_dir)
-    try:
-        return sets + datasets("kodak", data_dir=data_dir)
-    except DataError as error:
-        print(f"The cards say nothing of Kodak. {error}")
-        return sets
 
 
 def standing(codecs: Sequence[Codec], sets: Sequence[CaptionedImages]) -> tuple[pd.DataFrame, pd.DataFrame]:

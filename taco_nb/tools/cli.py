@@ -29,20 +29,16 @@ main.add_command(train_command_line)
 main.add_command(evaluate_command_line)
 
 
-def _profile_option(function: Any) -> Any:
-    """Add `--profile` to a command."""
-    choice = click.Choice(["paper", "sample"])
-    return click.option("--profile", type=choice, help="Everything that this profile needs.")(function)
+def _names_options(function: Any) -> Any:
+    """Add what says which data sets and networks are meant to a command that is given them."""
+    choice, described = click.Choice(["paper", "sample"]), "Everything that this profile needs."
+    function = click.option("--profile", type=choice, help=described)(data_dir_option(function))
+    return click.argument("names", nargs=-1)(click.pass_context(function))
 
 
 @main.command("fetch", cls=Command)
-@click.argument("names", nargs=-1)
-@_profile_option
-@data_dir_option
-@click.pass_context
-def fetch_command(
-    context: click.Context, names: tuple[str, ...], profile: str | None, data_dir: str | None
-) -> None:
+@_names_options
+def fetch_command(context, names, profile, data_dir) -> None:
     """Download data sets and pretrained networks.
 
     Give NAMES, which `taco-nb status` lists, or a profile to get everything that it needs. If the command is stopped or
@@ -56,13 +52,8 @@ def fetch_command(
 
 
 @main.command("status", cls=Command)
-@click.argument("names", nargs=-1)
-@_profile_option
-@data_dir_option
-@click.pass_context
-def status_command(
-    context: click.Context, names: tuple[str, ...], profile: str | None, data_dir: str | None
-) -> None:
+@_names_options
+def status_command(context, names, profile, data_dir) -> None:
     """Show which data and networks are here and which are missing.
 
     Sizes and folders are shown too, and nothing is downloaded. Without NAMES or a profile, everything is listed. The exit

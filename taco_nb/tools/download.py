@@ -1,4 +1,4 @@
-"""Files from the web: resumed where they stopped, checked before they are trusted, under their name only when whole."""
+"""Downloads go on where they stopped, are checked before they are trusted, and get their name only when they are whole."""
 
 from __future__ import annotations
 

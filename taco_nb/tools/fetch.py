@@ -1,4 +1,4 @@
-"""`taco-nb fetch` and `taco-nb status`: data sets and pretrained networks, put where the rest of the package reads them.
+"""`taco-nb fetch` puts data sets and pretrained networks where the package reads them; `taco-nb status` says what is there.
 
 A data set's folder has a manifest of what is there and where it came from. Networks go where their libraries look.
 """
@@ -24,7 +24,7 @@ from typing import Any
 from taco_nb.data import STAGING, datasets, training_pairs
 from taco_nb.data.captioned import few, read_json
 from taco_nb.errors import DownloadError, TacoError, check_known
-from taco_nb.files import atomic_write, data_root, human_size, storage_errors
+from taco_nb.files import BUNDLED, atomic_write, bundled, data_root, human_size, storage_errors
 from taco_nb.pretrained import PRETRAINED, Checkpoint, OpenClip, Pretrained, find_pretrained
 from taco_nb.tools.download import FULL, Remote, check_room, download
 from taco_nb.tools.sources import SOURCES, Part
@@ -96,7 +96,7 @@ def _fetch_part(folder: Path, part: Part, parts: Sequence[Part]) -> None:
 
 
 def is_there(folder: Path, part: Part, parts: Sequence[Part]) -> bool:
-    """Whether a part is in its place, whole: a file by its size, a folder by the number of its files.
+    """Return whether a part is in its place and whole: a file by its size, a folder by the number of its files.
 
     Parts that share a folder, as the two halves of CLIC do, count together. If this one is in the manifest, only those
     count that are there as well.
@@ -309,7 +309,9 @@ def _wanted(names: Sequence[str], profile: str | None, data_dir: str | os.PathLi
     unknown = [name for name, network in networks.items() if network is None]
     check_known(unknown, known, "There is no data set or pretrained network")
     root = data_root(data_dir)
-    return {root / name: parts for name, parts in SOURCES.items() if name in names}, list(networks.values())
+    sets = {name: parts for name, parts in SOURCES.items() if name in names}
+    folders = {root / name if parts else bundled(name, data_dir): parts for name, parts in sets.items()}
+    return folders, list(networks.values())
 
 
 def _fetch(sets: dict[Path, tuple[Part, ...]], networks: list[Pretrained]) -> bool:
@@ -354,8 +356,10 @@ def _show(sets: dict[Path, tuple[Part, ...]], networks: list[Pretrained]) -> lis
         else:
             found = sum("found" in entries.get(part.name, {"found": ""}) for part in parts)
             note = f"; {found} of {len(parts)} parts were not fetched, and so not checked" if found else ""
-            state, note = "there", f"{folder}{note}"
+            state = "bundled" if folder == BUNDLED / folder.name else "there"
+            note = f"{folder}{note}"
             size = sum(entries.get(part.name, {}).get("bytes", part.size) for part in parts)
+            size = size if parts else sum(file.stat().st_size for file in folder.iterdir())
         rows.append((folder.name, state, size, note))
     for network in networks:
         path = network.path
@@ -370,4 +374,4 @@ def _show(sets: dict[Path, tuple[Part, ...]], networks: list[Pretrained]) -> lis
     width = max(len(name) for name, *_ in rows)
     for name, state, size, note in rows:
         print(f"{name:{width}}  {state:10}  {human_size(size):>8}  {note}")
-    return [name for name, state, *_ in rows if state != "there"]
+    return [name for name, state, *_ in rows if state not in ("there", "bundled")]

@@ -1,4 +1,4 @@
-"""Where the data sets of the profile "paper" come from: addresses, sizes, checksums, and what becomes of each file."""
+"""The data sets of the profile "paper" are listed here: addresses, sizes, checksums, and what becomes of each file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SOURCES: dict[str, tuple[Part, ...]] = {
         (BUNDLED / "reference" / "downloads.json").read_text(encoding="utf-8")
     ).items()
 }
-"""The parts of each data set, in the order in which they are fetched.
+"""The parts of each data set, in the order in which they are fetched. A set without parts is bundled.
 
 What makes a set readable comes last: the profile "auto" takes MS-COCO's annotations as the sign that it is there.
 """

@@ -46,7 +46,7 @@ class Member:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the result depends on: the parameters and the notebook's cells."""
+        """Everything that the result depends on: the parameters and the notebook's cells."""
         import nbformat
 
         cells = [cell.source for cell in nbformat.read(self.notebook, as_version=4).cells]
@@ -55,7 +55,7 @@ class Member:
 
     @property
     def done(self) -> bool:
-        """Whether this very notebook has run to its end with these parameters, and left no training unfinished."""
+        """True if this very notebook has run to its end with these parameters, and left no training unfinished."""
         try:
             marked = json.loads(self.marker.read_text(encoding="utf-8")) == self.identity
         except (OSError, ValueError):  # it has not run, or the marker is damaged

@@ -40,9 +40,9 @@ from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, sha256
 from taco_nb.metrics.networks import METRICS
 from taco_nb.model import TACO
+from taco_nb.model.precision import arithmetic
 from taco_nb.processes import (
     Group,
-    arithmetic,
     check_device,
     cpu_count,
     ignore_stop_signals,
@@ -51,6 +51,7 @@ from taco_nb.processes import (
     run_in_processes,
     stop_requests,
 )
+from taco_nb.settings import check_count
 from taco_nb.text import Conditioning, KeywordWeights, text_tower
 from taco_nb.text.chat_keywords import chat_keywords
 from taco_nb.training.loss import JointLoss, TacoLoss
@@ -77,7 +78,7 @@ EXPERIMENT, STATE, LOG = "experiment.json", "state.pt", "log.csv"
 
 @dataclass(frozen=True)
 class Run:
-    """What `fit` leaves behind: a folder, and how to read it."""
+    """A run that `fit` has left in a folder, and how to read it."""
 
     dir: Path
     experiment: Experiment
@@ -116,8 +117,8 @@ class Resources:
     accumulation: int = 1
 
     def __post_init__(self) -> None:
-        _check_count("num_workers", self.num_workers or 0, least=0)
-        _check_count("accumulation", self.accumulation, least=1)
+        check_count(self.num_workers or 0, "num_workers", least=0)
+        check_count(self.accumulation, "accumulation")
 
 
 OnLog = Callable[[Run, "list[dict[str, float]]", Callable[[], Codec]], None]
@@ -157,7 +158,7 @@ def fit(
     """
     started, folder = time.monotonic(), Path(out_dir)
     resources = Resources(data_dir, device, max_hours, save_minutes, num_workers, accumulation)
-    _check_count("num_processes", num_processes, least=1)
+    check_count(num_processes, "num_processes")
     launched = launched_processes()
     run = finished_run(folder, exp)
     if run is None and num_processes > 1 and launched == 1:
@@ -180,11 +181,6 @@ def fit(
     if on_log:
         on_log(run, run.log.to_dict("records"), lambda: run.codec)
     return run
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if type(value) is not int or value < least:  # isinstance would let True pass
-        raise SettingError(f"{name} must be a whole number of {least} or above, but is {value!r}.")
 
 
 # The loop and its step ------------------------------------------------------------------------------------------------

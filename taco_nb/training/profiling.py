@@ -1,4 +1,4 @@
-"""What a training step costs: where its time goes, and how much memory its images take."""
+"""This module measures what a training step costs: where its time goes, and how much memory its images take."""
 
 from __future__ import annotations
 

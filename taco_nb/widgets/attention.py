@@ -1,4 +1,4 @@
-"""Attention drawn over the picture, token by token, and its spectrum."""
+"""Attention is drawn over the picture, token by token, and so is its spectrum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The experiment that a paper cannot offer: another caption for the same picture, and what the encoder makes of it."""
+"""A reader gives the same picture another caption, which no paper can offer, and sees what the encoder makes of it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def caption_presets(
     They are one or two published ones ("human", or "OFA" for the data sets that TACO captioned itself), the paragraph with
     context where there is one, none at all, one of another image, and letters without a meaning.
     """
-    kind = "OFA" if dataset.name in ("kodak", "clic") else "human"
+    kind = "OFA" if dataset.name in ("kodak", "kodak-256", "clic") else "human"
     published = dataset.captions(i)
     presets = {kind: published[0]} | ({f"another {kind}": published[1]} if len(published) > 1 else {})
     with contextlib.suppress(DataError):  # not every data set has paragraphs

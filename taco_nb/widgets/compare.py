@@ -1,4 +1,4 @@
-"""The original and what codecs made of it: under one handle, side by side, as a difference, with the bits laid over it."""
+"""The original is shown with what codecs made of it: under one handle, side by side, as a difference, and with the bits."""
 
 from __future__ import annotations
 

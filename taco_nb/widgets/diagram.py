@@ -1,4 +1,4 @@
-"""The encoder, drawn from the network itself: every box is a layer that ran, with the shape that came out of it."""
+"""The encoder is drawn from the network itself: every box is a layer that ran, with the shape that came out of it."""
 
 from __future__ import annotations
 

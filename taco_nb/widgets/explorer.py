@@ -1,4 +1,4 @@
-"""Rate and distortion of every image: point at one to read its name, click to see what the codecs made of it."""
+"""Every image is a point of rate and distortion: point at it to read its name, click to see what the codecs made of it."""
 
 from __future__ import annotations
 

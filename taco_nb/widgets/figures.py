@@ -1,4 +1,4 @@
-"""Curves, drawn with plotly."""
+"""Curves are drawn with plotly."""
 
 from __future__ import annotations
 

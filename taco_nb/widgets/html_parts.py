@@ -1,4 +1,4 @@
-"""Pieces of HTML that bring their style, script and pictures with them: no kernel, network or second file is needed."""
+"""Pieces of HTML bring their style, script and pictures with them: no kernel, network or second file is needed."""
 
 from __future__ import annotations
 

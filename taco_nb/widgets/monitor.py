@@ -1,4 +1,4 @@
-"""A run while it trains: the terms of its loss, and a picture that it has not seen, as real files."""
+"""A run is watched while it trains: the terms of its loss, and a picture that it has not seen, as real files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain pictures: several beside each other with their labels, and numbers as colours."""
+"""Plain pictures are made here: several beside each other with their labels, and numbers as colours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reader's own picture through the codec, and the file to keep."""
+"""The reader's own picture goes through the codec, and the file can be kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captions for images that have none, or too short ones: what the report's "context" experiment trains on.
+"""Captions are written for images that have none, or too short ones. The report's "context" experiment trains on such.
 
     captioner = OpenAICaptioner("captions_gpt4o.sqlite")            # or OpenAIBatchCaptioner, or CoCaCaptioner
     report = captioner.describe(dataset, "captions.json", count=5)  # says what it would cost, and sends nothing

@@ -1,4 +1,4 @@
-"""Captions through OpenAI's Batch API: the same answers for half the price, within a day, for many thousand images.
+"""OpenAI's Batch API gives the same answers for half the price, within a day, for many thousand images.
 
 A batch is a file of requests, its number on the service, and later one file of answers and one of errors. It costs when
 the service accepts it, so this order is kept, and a crash anywhere in it is made good by the next call:
@@ -19,21 +19,21 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
 
+import pydantic.dataclasses
 from tqdm.auto import tqdm
 
-from taco_nb.data.captioned import check_count
 from taco_nb.errors import SettingError
+from taco_nb.settings import STRICT, Count, plain_errors
 from taco_nb.text.answers import Answer
-from taco_nb.tools.captions.cache import CaptionCache, Job
-from taco_nb.tools.captions.captioner import Estimate, Picture, ServiceError, count_keys, unanswered
+from taco_nb.tools.captions.cache import CaptionCache
+from taco_nb.tools.captions.captioner import Picture, ServiceError, unanswered
 from taco_nb.tools.captions.openai_captioner import OpenAICaptioner
 from taco_nb.tools.captions.service import (
     REJECTED,
-    STOP_AFTER,
+    Price,
     UnknownToService,
     read_answer,
     said_by,
@@ -52,85 +52,95 @@ MAX_BYTES = 200_000_000
 ENDPOINT = "/v1/chat/completions"
 FINISHED = ("completed", "failed", "expired", "cancelled")
 METADATA = "taco_nb_job"
+PATIENCE = 100
+"""How often a look at a batch is repeated, at most 8 seconds apart: a network may fail for some minutes in a day."""
 
 
 class NoReply(ServiceError):
     """The service cannot be reached, or is overburdened, after all of the client's retries."""
 
 
-@dataclass(kw_only=True)
+@plain_errors
+@pydantic.dataclasses.dataclass(kw_only=True, config=STRICT)
 class OpenAIBatchCaptioner(OpenAICaptioner):
     """Like `OpenAICaptioner`, but through the Batch API: half the price, and answers within 24 hours.
 
     `describe` submits, waits and collects until everything is answered, and may be stopped and called again at any
     time. Unfinished requests of batches that failed, expired or were cancelled are submitted again, as long as each turn
-    brings an answer.
+    brings an answer. While it waits, others who ask for answers that go to the same file wait for it.
     """
 
-    open_batches: int = 8
+    open_batches: Count = 8
     """Batches at a time; an account may have so many input tokens under way, and a full file holds about 700,000."""
     wait: bool = True
     """False: `describe` collects what is finished and submits what is not, and leaves the rest to the next call."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count(self.open_batches, "open_batches")
-
-    def _estimate(self, pictures: list[Picture]) -> Estimate:
-        estimate = super()._estimate(pictures)
-        return replace(estimate, prices=estimate.prices + ", halved for a batch")
-
-    def _dollars(self, input_tokens: int, output_tokens: int) -> float | None:
-        dollars = super()._dollars(input_tokens, output_tokens)
-        return dollars and dollars / 2
+    def known_price(self) -> Price | None:
+        price = super().known_price()
+        return price and replace(
+            price,
+            input=price.input / 2,
+            output=price.output / 2,
+            source=f"{price.source}, halved for a batch",
+        )
 
     def give_up(self, batch: str) -> None:
         """Forget a batch that the service has lost. What it would have answered is asked, and paid for, again."""
         with CaptionCache(self.cache) as cache:
-            jobs = [job for job in cache.jobs() if job.batch == batch]
-            if not jobs:
+            jobs = {name: job for job, name in cache.jobs().items()}
+            if batch not in jobs:
                 raise SettingError(f"{self.cache} knows of no batch {batch!r} under way.")
-            cache.close_job(jobs[0])
+            cache.close_job(jobs[batch])
 
     def _ask(self, dataset: CaptionedImages, pictures: list[Picture], cache: CaptionCache) -> dict[str, str]:
         reasons: dict[str, str] = {}
-        total = sum(len(cache.submitted(picture.keys)) for picture in pictures)
-        total += count_keys(unanswered(pictures, cache))
+        total = len(unanswered(pictures, cache)) + sum(len(cache.keys_of(job)) for job in cache.jobs())
         with self.client() as client, tqdm(total=total, desc=f"Captions of {dataset.name}") as bar:
-            finished, answered = self._finished(client, cache, bar), 1
+            self._recover(client, cache)
+            submit, pause = True, 30.0
             while True:
-                if finished:
+                if finished := self._finished(client, cache, bar):
                     answered = sum([self._collect(client, *one, cache, reasons) for one in finished])
                     bar.update(answered)
-                if answered:  # else submitting more is in vain, for now or for good
+                    submit, pause = answered > 0, 30.0  # without an answer, submitting it again is in vain
+                if submit:
                     self._submit(client, dataset, pictures, cache)
+                    submit = False
                 if not self.wait or not cache.jobs():
                     return reasons
-                finished = self._wait(client, cache, bar)
+                time.sleep(pause)
+                pause = min(1.5 * pause, 600)
 
     # --- Submitting ---------------------------------------------------------------------------------------------------
+
+    def _recover(self, client: OpenAI, cache: CaptionCache) -> None:
+        """Give the jobs that a crash left without a batch the one that has their name, or drop them."""
+        for job, batch in cache.jobs().items():
+            if batch is None and (found := self._find(client, job)):
+                cache.name_batch(job, found)
+            elif batch is None:
+                cache.close_job(job)
 
     def _submit(
         self, client: OpenAI, dataset: CaptionedImages, pictures: list[Picture], cache: CaptionCache
     ) -> None:
         """Submit what has no answer and is in no batch, until `open_batches` batches are under way."""
-        with cache.asking():
-            files = self._request_files(dataset, unanswered(pictures, cache))
-            while len(cache.jobs()) < self.open_batches and (following := next(files, None)):
-                file, keys = following
-                job = Job(uuid.uuid4().hex, None)
-                cache.open_job(job, keys)
-                file.seek(0)
-                uploaded = self._call(client.files.create, file=(f"{job.name}.jsonl", file), purpose="batch")
-                cache.number_job(job, self._create(client, job, uploaded.id))
+        files = self._request_files(dataset, unanswered(pictures, cache))
+        while len(cache.jobs()) < self.open_batches and (following := next(files, None)):
+            file, keys = following
+            job = uuid.uuid4().hex
+            cache.open_job(job, keys)
+            file.seek(0)
+            uploaded = self._call(client.files.create, file=(f"{job}.jsonl", file), purpose="batch")
+            cache.name_batch(job, self._create(client, job, uploaded.id))
 
     def _request_files(
-        self, dataset: CaptionedImages, pictures: list[Picture]
+        self, dataset: CaptionedImages, left: dict[str, Picture]
     ) -> Iterator[tuple[IO[bytes], list[str]]]:
         """Cut the requests into files of JSON lines within the service's limits; one exists at a time."""
-        with tempfile.TemporaryFile(dir=Path(self.cache).parent) as file:
+        with tempfile.TemporaryFile(dir=self.cache.parent) as file:
             keys: list[str] = []
-            for key, body in self._requests(dataset, pictures):
+            for key, body in self._requests(dataset, left):
                 request = {"custom_id": key, "method": "POST", "url": ENDPOINT, "body": body}
                 line = json.dumps(request).encode() + b"\n"
                 if keys and (len(keys) == MAX_REQUESTS or file.tell() + len(line) > MAX_BYTES):
@@ -143,23 +153,22 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
             if keys:
                 yield file, keys
 
-    def _create(self, client: OpenAI, job: Job, file: str) -> str:
-        """Create the batch exactly once, and return its number.
+    def _create(self, client: OpenAI, job: str, file: str) -> str:
+        """Create the batch exactly once, and return its name.
 
         The client's own retries would create, and pay for, another one where only the reply to the first was lost; here
-        each attempt is preceded by a look whether the last one did succeed.
+        each attempt after the first is preceded by a look whether the last one did succeed.
         """
         once = client.with_options(max_retries=0)
         for attempt in range(self.max_retries + 1):
             try:
-                batch = self._call(
+                return self._call(
                     once.batches.create,
                     input_file_id=file,
                     endpoint=ENDPOINT,
                     completion_window="24h",
-                    metadata={METADATA: job.name},
-                )
-                return batch.id
+                    metadata={METADATA: job},
+                ).id
             except NoReply as error:
                 failure = error
             time.sleep(min(2**attempt, 60))
@@ -167,97 +176,58 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
                 return found
         raise failure
 
-    def _find(self, client: OpenAI, job: Job) -> str | None:
-        """Return the number of the batch that has the job's name, if there is one."""
+    def _find(self, client: OpenAI, job: str) -> str | None:
+        """Return the name of the batch of a job, if there is one."""
         batches = self._call(lambda: list(client.batches.list(limit=100)))
-        return next((batch.id for batch in batches if (batch.metadata or {}).get(METADATA) == job.name), None)
-
-    def _recover(self, client: OpenAI, cache: CaptionCache) -> None:
-        """Give the jobs that a crash left without a batch's number their number, or drop them."""
-        if all(job.batch for job in cache.jobs()):
-            return
-        with cache.asking():  # else the job may be one that another process is submitting
-            for job in cache.jobs():
-                if job.batch is None and (found := self._find(client, job)):
-                    cache.number_job(job, found)
-                elif job.batch is None:
-                    cache.close_job(job)
+        return next((batch.id for batch in batches if (batch.metadata or {}).get(METADATA) == job), None)
 
     # --- Collecting ---------------------------------------------------------------------------------------------------
 
-    def _finished(self, client: OpenAI, cache: CaptionCache, bar: tqdm) -> list[tuple[Job, Batch]]:
+    def _finished(self, client: OpenAI, cache: CaptionCache, bar: tqdm) -> list[tuple[str, Batch]]:
         """Look at the batches under way, say in the bar how they stand, and return those that are finished."""
-        self._recover(client, cache)
+        patient = client.with_options(
+            max_retries=max(PATIENCE, self.max_retries) if self.wait else self.max_retries
+        )
         batches = []
-        for job in cache.jobs():
-            if job.batch is None:  # another process is submitting it
-                continue
+        for job, name in cache.jobs().items():
             try:
-                batches.append((job, self._call(client.batches.retrieve, job.batch)))
+                batches.append((job, self._call(patient.batches.retrieve, name)))
             except UnknownToService:
                 raise ServiceError(
-                    f"The service does not know {job.batch}, which is under way. Use the server and the account that it "
+                    f"The service does not know {name}, which is under way. Use the server and the account that it "
                     "was submitted with. If the service has lost it, forget it: "
-                    f"OpenAIBatchCaptioner({str(self.cache)!r}).give_up({job.batch!r})."
+                    f"OpenAIBatchCaptioner({str(self.cache)!r}).give_up({name!r})."
                 ) from None
         counts = Counter(batch.status for _, batch in batches)
         bar.set_postfix_str(", ".join(f"{count} {status}" for status, count in counts.items()))
         return [(job, batch) for job, batch in batches if batch.status in FINISHED]
 
-    def _wait(self, client: OpenAI, cache: CaptionCache, bar: tqdm) -> list[tuple[Job, Batch]]:
-        """Look at growing intervals until at least one batch is finished; return those that are."""
-        pause, failures = 30.0, 0
-        while cache.jobs():  # another process may have collected them
-            try:
-                if finished := self._finished(client, cache, bar):
-                    return finished
-                failures = 0
-            except NoReply:
-                failures += 1
-                if failures == STOP_AFTER:
-                    raise
-            time.sleep(pause)
-            pause = min(1.5 * pause, 600)
-        return []
-
     def _collect(
-        self, client: OpenAI, job: Job, batch: Batch, cache: CaptionCache, reasons: dict[str, str]
+        self, client: OpenAI, job: str, batch: Batch, cache: CaptionCache, reasons: dict[str, str]
     ) -> int:
         """Save the answers of a finished batch and close its job; return how many requests it has answered.
 
         `reasons` gets why the others were not. A request that must have been paid for, but whose answer cannot be read or
         is gone, counts as answered with a failure, so that it is not paid for again unasked.
         """
-        keys = cache.keys_of(job)
-        if not keys:
-            return 1  # another process has collected it
-        answers: dict[str, Answer] = {}
-        unfinished: dict[str, str] = {}
-        lines, readable = self._download(client, batch)
-        for line in lines:
-            try:
-                key, outcome = read_line(line)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                readable = False
-                continue
-            (answers if isinstance(outcome, Answer) else unfinished)[key] = outcome
+        outcomes, readable = self._outcomes(client, batch)
         problems = [error.message for error in (batch.errors and batch.errors.data) or [] if error.message]
         why = f"{batch.id} {batch.status}" + "".join(f": {said_by({'message': m})}" for m in problems[:1])
-        for key in keys:
-            if key in unfinished:
-                reasons[key] = unfinished[key]
-            elif key not in answers and readable and batch.status != "completed":
-                reasons[key] = why
-            elif key not in answers:
-                answers[key] = Answer("", f"malformed: {batch.id} holds no readable answer")
-        answered = [(key, answers[key]) for key in keys if key in answers]
+        answered = []
+        for key in cache.keys_of(job):
+            lost = Answer("", f"malformed: {batch.id} holds no readable answer")
+            outcome = outcomes.get(key, why if readable and batch.status != "completed" else lost)
+            if isinstance(outcome, Answer):
+                answered.append((key, outcome))
+            else:
+                reasons[key] = outcome
         cache.add(answered)
         cache.close_job(job)
         return len(answered)
 
-    def _download(self, client: OpenAI, batch: Batch) -> tuple[list[str], bool]:
-        """Return the lines of a batch's answers and errors, and whether both files were to be had."""
-        lines: list[str] = []
+    def _outcomes(self, client: OpenAI, batch: Batch) -> tuple[dict[str, Answer | str], bool]:
+        """Return what a batch's files say of its requests, as `read_line` does, and whether all of it could be read."""
+        outcomes: dict[str, Answer | str] = {}
         readable = True
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
             try:
@@ -266,8 +236,13 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
                 readable = False
                 continue
             # Not splitlines(), which also cuts at line separators inside of JSON's strings.
-            lines += filter(None, without_key(content.decode("utf-8", "replace")).split("\n"))
-        return lines, readable
+            for line in filter(None, without_key(content.decode("utf-8", "replace")).split("\n")):
+                try:
+                    key, outcome = read_line(line)
+                    outcomes[key] = outcome
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    readable = False
+        return outcomes, readable
 
     def _call(self, function: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
         """Call the service; its errors become `ServiceError`, after the client's own retries."""

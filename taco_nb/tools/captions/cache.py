@@ -1,28 +1,22 @@
-"""The file of answers as captioners use it: with the batches under way, and with one process asking at a time."""
+"""Captioners also keep the batches under way in the file of answers, and one process asks at a time."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
 from taco_nb.text.answers import Answers
 
 
-class Job(NamedTuple):
-    """A batch of requests, from just before its file is uploaded until its answers are in the cache."""
-
-    name: str
-    """A name of our own, which the service keeps with the batch."""
-    batch: str | None
-    """The service's name for it, once that is known."""
-
-
 class CaptionCache(Answers):
-    """The answers in a file, and the keys of requests that are in batches under way."""
+    """The answers in a file, and the keys of requests that are in batches under way.
+
+    A batch is in the file from just before it is submitted until its answers are. It goes by a name of our own, a job,
+    since the service names it only once it has accepted it.
+    """
 
     TABLES = (
         Answers.TABLES + "CREATE TABLE IF NOT EXISTS submitted (key TEXT PRIMARY KEY, job TEXT, batch TEXT);"
@@ -42,14 +36,13 @@ class CaptionCache(Answers):
         finally:
             lock.release()
 
-    def jobs(self) -> list[Job]:
-        """Return the batches under way, the oldest first."""
-        rows = self._read("SELECT job, batch FROM submitted GROUP BY job ORDER BY min(rowid)")
-        return [Job(*row) for row in rows]
+    def jobs(self) -> dict[str, str | None]:
+        """Return the jobs under way, the oldest first, each with the service's name of its batch, if that is known."""
+        return dict(self._read("SELECT job, batch FROM submitted GROUP BY job ORDER BY min(rowid)"))
 
-    def keys_of(self, job: Job) -> list[str]:
-        """Return the keys of the answers that a batch will bring."""
-        return [key for (key,) in self._read("SELECT key FROM submitted WHERE job = ?", job.name)]
+    def keys_of(self, job: str) -> list[str]:
+        """Return the keys of the answers that a job will bring."""
+        return [key for (key,) in self._read("SELECT key FROM submitted WHERE job = ?", job)]
 
     def submitted(self, keys: Iterable[str]) -> dict[str, str]:
         """Return, for those of the keys that are in a batch, the service's name of the batch."""
@@ -59,19 +52,19 @@ class CaptionCache(Answers):
         )
         return {key: batch or "a batch that may not exist" for key, batch in rows}
 
-    def open_job(self, job: Job, keys: Iterable[str]) -> None:
-        """Write down that a batch is going to be submitted, before it is."""
+    def open_job(self, job: str, keys: Iterable[str]) -> None:
+        """Write down that a job is going to be submitted, before it is."""
         with self._writing() as connection:
             connection.executemany(
-                "INSERT OR REPLACE INTO submitted VALUES (?, ?, ?)", [(key, *job) for key in keys]
+                "INSERT OR REPLACE INTO submitted VALUES (?, ?, NULL)", [(key, job) for key in keys]
             )
 
-    def number_job(self, job: Job, batch: str) -> None:
-        """Write down the service's name for a batch that was submitted."""
+    def name_batch(self, job: str, batch: str) -> None:
+        """Write down the service's name for a job that was submitted."""
         with self._writing() as connection:
-            connection.execute("UPDATE submitted SET batch = ? WHERE job = ?", (batch, job.name))
+            connection.execute("UPDATE submitted SET batch = ? WHERE job = ?", (batch, job))
 
-    def close_job(self, job: Job) -> None:
-        """Forget a batch: its answers are in the cache, or it never came to be."""
+    def close_job(self, job: str) -> None:
+        """Forget a job: its answers are in the file, or it never came to be."""
         with self._writing() as connection:
-            connection.execute("DELETE FROM submitted WHERE job = ?", (job.name,))
+            connection.execute("DELETE FROM submitted WHERE job = ?", (job,))

@@ -1,4 +1,4 @@
-"""What every captioner does: find out which captions are missing, say what they cost, ask, keep, and write the JSON."""
+"""Every captioner finds which captions are missing, says what they cost, asks for them, keeps them and writes the JSON."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import pydantic.dataclasses
 from tqdm.auto import tqdm
 
 from taco_nb.data import CaptionedFolder, CaptionedImages, datasets, training_pairs
-from taco_nb.data.captioned import Entry, check_count, few, image_files
+from taco_nb.data.captioned import Entry, few, image_files
 from taco_nb.errors import DataError, SettingError, TacoError
 from taco_nb.files import atomic_write
+from taco_nb.settings import STRICT, check_count
 from taco_nb.text.answers import OPEN, Answer, Question, answer_key
 from taco_nb.tools.captions.cache import CaptionCache
 
@@ -43,7 +46,7 @@ class ServiceError(TacoError, RuntimeError):
 
 
 class Picture(NamedTuple):
-    """An image of a data set, with the keys of captions that it is to have, or that it lacks."""
+    """An image of a data set, with the keys of the captions that it is to have."""
 
     row: int
     name: str
@@ -73,7 +76,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Report:
-    """What a call to a captioner came to; `text` says it in sentences, with the way to go on."""
+    """The outcome of a call to a captioner; `text` says it in sentences, with the way to go on."""
 
     text: str
     missing: dict[str, list[str]]
@@ -102,11 +105,11 @@ _ADVICE = {
 }
 
 
-@dataclass(kw_only=True)
+@pydantic.dataclasses.dataclass(kw_only=True, config=STRICT)
 class Captioner(ABC):
     """Anything that writes captions for images: one interface for paid services and local models."""
 
-    cache: str | os.PathLike = field(kw_only=False)
+    cache: Path = field(kw_only=False)
     """The SQLite file that keeps every answer. One file may serve many data sets, models and prompts."""
 
     @property
@@ -139,31 +142,35 @@ class Captioner(ABC):
         check_count(count, "count, the number of captions per image,")
         with CaptionCache(self.cache) as cache:
             pictures = look_at(dataset, self.question, count)
-            cached = sum(not a.failure for picture in pictures for a in cache.get(picture.keys).values())
-            submitted = sum(len(cache.submitted(picture.keys)) for picture in pictures)
+            found = Counter(
+                "submitted" if batch else "cached" if answer and not answer.failure else ""
+                for _, _, answer, batch in look_up(pictures, cache)
+            )
             left = unanswered(pictures, cache, retry_failed, retry_flagged)
             estimate = self._estimate(left) if left else None
-            text = f"{dataset.name}: {len(pictures):,} images, {len(pictures) * count:,} captions wanted, {cached:,} cached"
-            if submitted:
-                text += f", {submitted:,} submitted before"
+            text = f"{dataset.name}: {len(pictures):,} images, {len(pictures) * count:,} captions wanted"
+            text += f", {found['cached']:,} cached"
+            if found["submitted"]:
+                text += f", {found['submitted']:,} submitted before"
             if left:
-                text += f", {estimate or f'{count_keys(left):,} to be written here'}"
+                text += f", {estimate or f'{len(left):,} to be written here'}"
             print(f"{text}. Model: {self.question.model}.")
 
-            agreed = confirm or not (estimate or submitted)
+            agreed = confirm or not (estimate or found["submitted"])
             reasons: dict[str, str] = {}
-            if agreed and (left or submitted):
+            if agreed and (left or found["submitted"]):
                 cache.note(self.question)
-                cache.reopen({key: a for picture in left for key, a in cache.get(picture.keys).items()})
-                reasons = self._ask(dataset, pictures, cache)
+                cache.reopen(cache.get(left))
+                with cache.asking():
+                    reasons = self._ask(dataset, pictures, cache)
             return self._report(dataset.name, pictures, cache, reasons, estimate, agreed, path)
 
     @abstractmethod
     def _ask(self, dataset: CaptionedImages, pictures: list[Picture], cache: CaptionCache) -> dict[str, str]:
-        """Bring the missing answers into the cache; return, by key, why there is none where there is none."""
+        """Bring what is still `unanswered` into the cache; return, by key, why there is no answer where there is none."""
 
-    def _estimate(self, pictures: list[Picture]) -> Estimate | None:
-        """Return what it will take to answer all keys of the pictures, None where that is free."""
+    def _estimate(self, left: dict[str, Picture]) -> Estimate | None:
+        """Return what it will take to answer these keys, None where that is free."""
         return None
 
     def _dollars(self, input_tokens: int, output_tokens: int) -> float | None:
@@ -181,32 +188,31 @@ class Captioner(ABC):
         path: str | os.PathLike,
     ) -> Report:
         """Look through the cache once more, write the captions file if nothing is missing, and report."""
+        captions: dict[str, list[str]] = {}
         missing: dict[str, list[str]] = {}
         flagged: dict[str, list[str]] = {}
         kinds = set()
-        for picture in pictures:
-            answers, submitted = cache.get(picture.keys), cache.submitted(picture.keys)
-            for key in picture.keys:
-                answer = answers.get(key)
-                if answer and answer.failure is None:
-                    if is_flagged(answer):
-                        flagged.setdefault(picture.name, []).append(answer.text)
-                    continue
-                if key in submitted:
-                    kind, why = "submitted", f"in {submitted[key]}"
-                elif answer and answer.failure != OPEN:
-                    kind, why = "failed", answer.failure
-                else:
-                    kind, why = "unanswered", reasons.get(key, "not asked yet")
-                kinds.add(kind)
-                missing.setdefault(picture.name, []).append(why)
+        for picture, key, answer, batch in look_up(pictures, cache):
+            if answer and answer.failure is None:
+                captions.setdefault(picture.name, []).append(answer.text)
+                if is_flagged(answer):
+                    flagged.setdefault(picture.name, []).append(answer.text)
+                continue
+            if batch:
+                kind, why = "submitted", f"in {batch}"
+            elif answer and answer.failure != OPEN:
+                kind, why = "failed", answer.failure
+            else:
+                kind, why = "unanswered", reasons.get(key, "not asked yet")
+            kinds.add(kind)
+            missing.setdefault(picture.name, []).append(why)
         tokens = [sum(counts) for counts in zip(*cache.added)] or [0, 0]
         dollars = self._dollars(*tokens)
         new = f"{len(cache.added):,} new answers"
         if cache.added and dollars is not None:
             counted = f"{tokens[0]:,} + {tokens[1]:,}"
             new += f", about ${dollars:,.2f} by the service's own count of {counted} tokens"
-        wanted, lacking = count_keys(pictures), sum(map(len, missing.values()))
+        there, lacking = (sum(map(len, texts.values())) for texts in (captions, missing))
         if missing:
             advice = " ".join(sentence for kind, sentence in _ADVICE.items() if kind in kinds)
             if not agreed:
@@ -215,14 +221,15 @@ class Captioner(ABC):
             counts = ", ".join(f"{count:,} {why}" for why, count in whys.most_common())
             names = few(f"{image} ({'; '.join(sorted(set(why)))})" for image, why in missing.items())
             text = (
-                f"{wanted - lacking:,} of {wanted:,} captions of {name} are there ({new}), so no captions file was written. "
+                f"{there:,} of {there + lacking:,} captions of {name} are there ({new}), so no captions file was written. "
                 f"Missing: {lacking:,} ({counts}), of {names}. {advice}"
             )
         else:
-            write_captions_file(Path(path), pictures, cache)
-            text = f"All {wanted:,} captions of {name} are in {path} ({new})."
+            with atomic_write(path, "w") as file:
+                json.dump(captions, file, indent=1)
+            text = f"All {there:,} captions of {name} are in {path} ({new})."
         if flagged:
-            names = few(f'{image} ("{captions[0][:80]}")' for image, captions in flagged.items())
+            names = few(f'{image} ("{texts[0][:80]}")' for image, texts in flagged.items())
             text += (
                 f" To look at, since they may be words about the asker or the task: {sum(map(len, flagged.values())):,}, of "
                 f"{names}. retry_flagged=True (--retry-flagged) asks for all of these again."
@@ -282,51 +289,31 @@ def image_id(image: Image.Image) -> str:
     return digest.hexdigest()[:40]
 
 
+def look_up(
+    pictures: list[Picture], cache: CaptionCache
+) -> Iterator[tuple[Picture, str, Answer | None, str | None]]:
+    """Yield every key with its picture, and with its answer and the batch that it is in, if there are any."""
+    for picture in pictures:
+        answers, batches = cache.get(picture.keys), cache.submitted(picture.keys)
+        for key in picture.keys:
+            yield picture, key, answers.get(key), batches.get(key)
+
+
 def unanswered(
     pictures: list[Picture], cache: CaptionCache, retry_failed: bool = False, retry_flagged: bool = False
-) -> list[Picture]:
-    """Return the pictures with those keys that are to be asked for, and that are in no batch under way.
+) -> dict[str, Picture]:
+    """Return the keys that are to be asked for and are in no batch, each with its picture.
 
-    A picture that occurs twice in a data set has the same keys both times, and is returned once.
+    A picture that occurs twice in a data set has the same keys both times, and is asked about once.
     """
-
-    def is_open(answer: Answer) -> bool:
-        retry = (retry_failed and answer.failure) or (retry_flagged and is_flagged(answer))
-        return bool(retry or answer.failure == OPEN)
-
-    left, seen = [], set()
-    for picture in pictures:
-        done = {key for key, answer in cache.get(picture.keys).items() if not is_open(answer)}
-        done |= cache.submitted(picture.keys).keys()
-        keys = tuple(key for key in picture.keys if key not in seen and key not in done)
-        seen.update(keys)
-        if keys:
-            left.append(picture._replace(keys=keys))
+    left: dict[str, Picture] = {}
+    for picture, key, answer, batch in look_up(pictures, cache):
+        retry = answer and ((retry_failed and answer.failure) or (retry_flagged and is_flagged(answer)))
+        if batch is None and (answer is None or answer.failure == OPEN or retry):
+            left.setdefault(key, picture)
     return left
-
-
-def count_keys(pictures: list[Picture]) -> int:
-    """Return how many captions the pictures are to have, or lack."""
-    return sum(len(picture.keys) for picture in pictures)
 
 
 def is_flagged(answer: Answer) -> bool:
     """Return whether a caption speaks of the asker or the task, so that a person should look whether it is one."""
     return answer.failure is None and _OFF_THE_PICTURE.search(answer.text) is not None
-
-
-def write_captions_file(path: Path, pictures: list[Picture], cache: CaptionCache) -> None:
-    """Write the captions of all pictures as JSON, one picture at a time."""
-    with atomic_write(path, "w") as file:
-        for row, picture in enumerate(pictures):
-            answers = cache.get(picture.keys)
-            captions = [answers[key].text for key in picture.keys]
-            file.write(("{\n" if row == 0 else ",\n") + f"{json.dumps(picture.name)}: {json.dumps(captions)}")
-        file.write("\n}\n")
-
-
-def check_range(name: str, value: float, lowest: float, highest: float, whole: bool = False) -> None:
-    """Raise `SettingError` unless `value` is a (whole) number between the two."""
-    if type(value) not in ((int,) if whole else (int, float)) or not lowest <= value <= highest:
-        kind = "whole number" if whole else "number"
-        raise SettingError(f"{name} must be a {kind} from {lowest} to {highest}, but is {value!r}.")

@@ -1,22 +1,24 @@
-"""Captions by open_clip's CoCa (Yu et al. 2022, arXiv:2205.01917), on this machine: free, short, and without reasoning."""
+"""Open_clip's CoCa (Yu et al. 2022, arXiv:2205.01917) writes captions on this machine: free, short, without reasoning."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pydantic.dataclasses
 from tqdm.auto import tqdm
 
-from taco_nb.data.captioned import check_count
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.processes import check_device
+from taco_nb.settings import STRICT, Count, Device, plain_errors
 from taco_nb.text.answers import Answer, Question
 from taco_nb.tools.captions.cache import CaptionCache
-from taco_nb.tools.captions.captioner import Captioner, Picture, check_range, count_keys, unanswered
+from taco_nb.tools.captions.captioner import Captioner, Picture, unanswered
+from taco_nb.tools.captions.service import Temperature
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +30,8 @@ TOP_K = 50
 """Words are drawn from so many of the likeliest (Fan et al. 2018, arXiv:1805.04833): the rest is mostly noise."""
 
 
-@dataclass(kw_only=True)
+@plain_errors
+@pydantic.dataclasses.dataclass(kw_only=True, config=STRICT)
 class CoCaCaptioner(Captioner):
     """Captions by a CoCa model of open_clip, fine-tuned on MS-COCO; nothing is paid, and nothing leaves the machine.
 
@@ -40,16 +43,12 @@ class CoCaCaptioner(Captioner):
 
     model: str = "coca_ViT-L-14/mscoco_finetuned_laion2b_s13b_b90k"
     """"model/pretrained" as open_clip lists them; the part after the slash may also be a file of weights."""
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     """0 takes the likeliest word each time."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Images at a time."""
-    device: str = "auto"
+    device: Device = "auto"
     """"auto" (a GPU where there is one), "cpu" or "cuda"."""
-
-    def __post_init__(self) -> None:
-        check_range("temperature", self.temperature, 0, 2)
-        check_count(self.batch_size, "batch_size")
 
     @property
     def question(self) -> Question:
@@ -63,17 +62,20 @@ class CoCaCaptioner(Captioner):
         check_device(self.device)
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         model, preprocess = load_coca(self.model, device)
-        with cache.asking(), torch.inference_mode():
-            left = unanswered(pictures, cache)
-            with tqdm(total=count_keys(left), desc=f"Captions of {dataset.name}", unit="caption") as bar:
-                for start in range(0, len(left), self.batch_size):
-                    batch = left[start : start + self.batch_size]
-                    images = torch.stack([preprocess(dataset[picture.row].image) for picture in batch])
-                    embedded = model(images.to(device))["image_embs"]
-                    rows = [row for row, picture in enumerate(batch) for _ in picture.keys]
-                    keys = [key for picture in batch for key in picture.keys]
-                    cache.add(zip(keys, write_captions(model, embedded[rows], keys, self.temperature)))
-                    bar.update(len(keys))
+        left = unanswered(pictures, cache)
+        with (
+            torch.inference_mode(),
+            tqdm(total=len(left), desc=f"Captions of {dataset.name}", unit="caption") as bar,
+        ):
+            grouped = [(picture, list(keys)) for picture, keys in groupby(left, left.get)]
+            for start in range(0, len(grouped), self.batch_size):
+                batch = grouped[start : start + self.batch_size]
+                images = torch.stack([preprocess(dataset[picture.row].image) for picture, _ in batch])
+                embedded = model(images.to(device))["image_embs"]
+                rows = [row for row, (_, keys) in enumerate(batch) for _ in keys]
+                keys = [key for _, keys in batch for key in keys]
+                cache.add(zip(keys, write_captions(model, embedded[rows], keys, self.temperature)))
+                bar.update(len(keys))
         return {}
 
 

@@ -1,4 +1,4 @@
-"""Asking a language model for the keywords of captions, which `ChatKeywords` then reads."""
+"""A language model is asked here for the keywords of captions; `ChatKeywords` then reads its answers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from taco_nb.errors import SettingError
 from taco_nb.text.chat_keywords import ChatKeywords
+from taco_nb.text.tokens import caption_list
 from taco_nb.tools.captions.cache import CaptionCache
 from taco_nb.tools.captions.service import ChatService
 
@@ -26,17 +26,14 @@ def ask_keywords(
         confirm: True to send the requests, which may cost money. The key is taken from OPENAI_API_KEY.
         settings: of `ChatService`, such as `base_url`.
 
-    Raises `SettingError` for captions that are no strings or where there is no key, `ServiceError` where the server
+    Raises `SettingError` for what is no caption or where there is no key, `ServiceError` where the server
     cannot be reached or refuses to work, `DataError` for a file of answers that is damaged.
     """
-    captions = [captions] if isinstance(captions, str) else list(captions)
-    if strange := [caption for caption in captions if not isinstance(caption, str)]:
-        raise SettingError(f"Captions must be strings, but one is {strange[0]!r}.")
     model, prompt, temperature = chat.question
     service = ChatService(
         model=model, temperature=temperature, **{"max_tokens": 256, "expected_tokens": 20} | settings
     )
-    by_key = {chat.key(caption): caption for caption in captions if caption.strip()}
+    by_key = {chat.key(caption): caption for caption in caption_list(captions) if caption.strip()}
     # To say the price, nothing need be written: a shared data folder may be read-only.
     with CaptionCache(chat.path if confirm or chat.path.exists() else ":memory:") as cache:
         new = by_key.keys() - cache.get(by_key).keys()

@@ -1,20 +1,21 @@
-"""Captions by a vision model behind OpenAI's chat API, one request per caption, several at a time."""
+"""A vision model behind OpenAI's chat API writes captions, one per request, several requests at a time."""
 
 from __future__ import annotations
 
 import base64
 import io
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, Literal
 
-from taco_nb.data.captioned import check_count
-from taco_nb.errors import SettingError
+import pydantic.dataclasses
+
+from taco_nb.settings import STRICT, Count, plain_errors
 from taco_nb.text.answers import Question
 from taco_nb.tools.captions.cache import CaptionCache
-from taco_nb.tools.captions.captioner import Captioner, Estimate, Picture, count_keys, unanswered
-from taco_nb.tools.captions.service import PRICES, STRUCTURE, ChatService, Price
+from taco_nb.tools.captions.captioner import Captioner, Estimate, Picture, unanswered
+from taco_nb.tools.captions.service import PRICES, ChatService, Price
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -25,9 +26,18 @@ MODEL = "gpt-4o-2024-11-20"
 PROMPT = "Describe the image in detail. Reason about the image. Return the response in paragraph form."
 QUALITY = 90
 """Quality of the JPEG that is sent."""
+_SCHEMA = {
+    "type": "object",
+    "properties": {"caption": {"type": "string"}},
+    "required": ["caption"],
+    "additionalProperties": False,
+}
+STRUCTURE = {"type": "json_schema", "json_schema": {"name": "caption", "strict": True, "schema": _SCHEMA}}
+"""The `response_format` of a structured answer."""
 
 
-@dataclass(kw_only=True)
+@plain_errors
+@pydantic.dataclasses.dataclass(kw_only=True, config=STRICT)
 class OpenAICaptioner(ChatService, Captioner):
     """Captions by GPT-4o or any model behind a server that speaks OpenAI's chat API; every answer is paid for once.
 
@@ -36,41 +46,34 @@ class OpenAICaptioner(ChatService, Captioner):
 
     model: str = MODEL
     prompt: str = PROMPT
-    detail: str = "auto"
+    detail: Literal["auto", "low", "high"] = "auto"
     """How closely the model looks: "low" (a fixed number of tokens), "high" (tiles of 512x512), or "auto"."""
-    longest_side: int = 2048
+    longest_side: Count = 2048
     """Larger images are scaled down to this many pixels before they are sent; GPT-4o itself looks at no more."""
     structured: bool = False
     """Ask for a JSON object with a caption in it, as the API's structured output: a model then refuses in the API's field
     for that, and adds no "Here is a caption:". Off, since the report's model was not asked so. A server that rejects it is
     asked for plain text instead, except in a batch."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.detail not in ("auto", "low", "high"):
-            raise SettingError(f'detail must be "auto", "low" or "high", but is {self.detail!r}.')
-        check_count(self.longest_side, "longest_side")
-
     @property
     def question(self) -> Question:
         return Question(self.model, self.prompt, self.temperature)
 
-    def _estimate(self, pictures: list[Picture]) -> Estimate:
-        requests = count_keys(pictures)
+    def _estimate(self, left: dict[str, Picture]) -> Estimate:
         # A token is about four characters, and the message around the prompt about ten tokens. Where the model's rule of
         # image tokens is not known, the report's model stands in.
-        prompt, price = 10 + math.ceil(len(self.prompt) / 4), self.price or PRICES[MODEL]
+        prompt, price = 10 + math.ceil(len(self.prompt) / 4), self.known_price() or PRICES[MODEL]
         images = sum(
-            len(picture.keys) * image_tokens(scaled(picture.size, self.longest_side), self.detail, price)
-            for picture in pictures
+            image_tokens(scaled(picture.size, self.longest_side), self.detail, price)
+            for picture in left.values()
         )
-        return self.estimate(requests, images + requests * prompt)
+        return self.estimate(len(left), images + len(left) * prompt)
 
     def _requests(
-        self, dataset: CaptionedImages, pictures: Iterable[Picture]
+        self, dataset: CaptionedImages, left: dict[str, Picture]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield the key and the request of each caption that is lacking; an image is read when its turn comes."""
-        for picture in pictures:
+        for picture, keys in groupby(left, left.get):
             image = dataset[picture.row].image.resize(scaled(picture.size, self.longest_side))
             content = [
                 {"type": "text", "text": self.prompt},
@@ -79,13 +82,11 @@ class OpenAICaptioner(ChatService, Captioner):
             body = self.request([{"role": "user", "content": content}])
             if self.structured:
                 body["response_format"] = STRUCTURE
-            yield from ((key, body) for key in picture.keys)
+            yield from ((key, body) for key in keys)
 
     def _ask(self, dataset: CaptionedImages, pictures: list[Picture], cache: CaptionCache) -> dict[str, str]:
-        with cache.asking():
-            left = unanswered(pictures, cache)  # which another process may have answered in the meantime
-            what = f"Captions of {dataset.name}"
-            return self.send(self._requests(dataset, left), count_keys(left), what, cache)
+        left = unanswered(pictures, cache)
+        return self.send(self._requests(dataset, left), len(left), f"Captions of {dataset.name}", cache)
 
 
 def image_tokens(size: tuple[int, int], detail: str, price: Price) -> int:

@@ -1,4 +1,4 @@
-"""A chat model behind OpenAI's API, or any server that speaks it: what it costs, asking it, and reading its answers."""
+"""This module asks a chat model behind OpenAI's API, or any server that speaks it, and reads its answers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import pydantic.dataclasses
+from pydantic import Field, StrictFloat, StrictInt
 from tqdm.auto import tqdm
 
-from taco_nb.data.captioned import check_count
 from taco_nb.errors import SettingError
+from taco_nb.settings import STRICT, Count, Positive, plain_errors
 from taco_nb.text.answers import Answer, Answers
-from taco_nb.tools.captions.captioner import Estimate, ServiceError, check_range
+from taco_nb.tools.captions.captioner import Estimate, ServiceError
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -25,14 +27,7 @@ STOP_AFTER = 10
 """So many requests in a row without an answer mean that the rest would fare no better."""
 REJECTED = (400, 413, 415, 422)
 """HTTP statuses that say something about one request; others are about the service and its mood."""
-_SCHEMA = {
-    "type": "object",
-    "properties": {"caption": {"type": "string"}},
-    "required": ["caption"],
-    "additionalProperties": False,
-}
-STRUCTURE = {"type": "json_schema", "json_schema": {"name": "caption", "strict": True, "schema": _SCHEMA}}
-"""The `response_format` of a structured answer."""
+Temperature = Annotated[StrictFloat, Field(ge=0, le=2)]
 _THOUGHTS = re.compile(
     r".*</(think|thinking|thought)>|<(think|thinking|thought)>.*", re.IGNORECASE | re.DOTALL
 )
@@ -64,9 +59,10 @@ PRICES = {
 }
 
 
-@dataclass(kw_only=True)
+@plain_errors
+@pydantic.dataclasses.dataclass(kw_only=True, config=STRICT)
 class ChatService:
-    """How a chat model is asked: concurrently, with retries, each answer saved at once and paid for once.
+    """A chat model that is asked several things at a time; each answer is saved at once and paid for once.
 
     The key is read from the environment variable OPENAI_API_KEY when the first request is sent, and kept nowhere. The
     openai client repeats requests that meet a rate limit, an error of the service, a time-out or a broken connection, and
@@ -75,17 +71,17 @@ class ChatService:
     """
 
     model: str
-    temperature: float = 1.0
+    temperature: Temperature = 1.0
     base_url: str | None = None
     """The server, such as "http://localhost:8000/v1"; None for OpenAI's, or what OPENAI_BASE_URL says."""
-    max_tokens: int = 1024
+    max_tokens: Count = 1024
     """An answer is cut off here, and then counts as a failure."""
-    max_retries: int = 6
-    timeout: float = 120.0
+    max_retries: Annotated[StrictInt, Field(ge=0)] = 6
+    timeout: Positive = 120.0
     """Seconds until a request counts as lost."""
-    workers: int = 8
+    workers: Count = 8
     """Requests at a time."""
-    expected_tokens: int = 200
+    expected_tokens: Count = 200
     """The length of an answer, for the estimate."""
     price: Price | None = None
     """For the estimate; None looks the model up in `PRICES`."""
@@ -93,25 +89,20 @@ class ChatService:
     def __post_init__(self) -> None:
         if self.base_url is not None and not re.match(r"https?://[^/]", self.base_url):
             raise SettingError(f'base_url must be like "http://localhost:8000/v1", but is {self.base_url!r}.')
-        for name in ("max_tokens", "workers", "expected_tokens"):
-            check_count(getattr(self, name), name)
-        check_range("temperature", self.temperature, 0, 2)
-        check_range("max_retries", self.max_retries, 0, 1000, whole=True)
-        check_range("timeout", self.timeout, 0.001, 86400)
-        self.price = self.price or PRICES.get(self.model)
+
+    def known_price(self) -> Price | None:
+        """Return what the model costs here, None where nobody has said it."""
+        return self.price or PRICES.get(self.model)
 
     def estimate(self, requests: int, input_tokens: int) -> Estimate:
         """Return what so many requests will take."""
-        output_tokens = requests * self.expected_tokens
-        source = (
-            self.price.source if self.price else f"no price is known for {self.model}: give one as price="
-        )
-        return Estimate(
-            requests, input_tokens, output_tokens, self._dollars(input_tokens, output_tokens), source
-        )
+        price, output_tokens = self.known_price(), requests * self.expected_tokens
+        source = price.source if price else f"no price is known for {self.model}: give one as price="
+        dollars = self._dollars(input_tokens, output_tokens)
+        return Estimate(requests, input_tokens, output_tokens, dollars, source)
 
     def _dollars(self, input_tokens: int, output_tokens: int) -> float | None:
-        price = self.price
+        price = self.known_price()
         return price and (input_tokens * price.input + output_tokens * price.output) / 1e6
 
     def client(self) -> OpenAI:
