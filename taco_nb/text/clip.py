@@ -223,7 +223,7 @@ def _load_mini() -> nn.Module:
         name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()
     }
     with torch.random.fork_rng(devices=[]):
-        clip = open_clip.create_model(MINI.name.split("/")[0], pretrained=None)
+        clip = open_clip.CLIP(**open_clip.get_model_config(MINI.name.split("/")[0]))
     tokens = clip.token_embedding.weight.detach()
     generator = torch.Generator().manual_seed(UNSEEN_SEED)
     tokens.copy_((torch.rand(tokens.shape, generator=generator) - 0.5) * (0.02 * 12**0.5))
