@@ -95,11 +95,12 @@ class ByteKernel:
         self.ends = ends
         self.zero = 1 << (bits - 8) if signed else 0  # what stands for a high part of nothing
         small, self.large = _in_bytes(weight, padding)
+        small = small.to(torch.int8)
         # the sums of low parts are rounded down to 2^unit, beside which those of high parts are integers
         unit = shift.clamp(max=8)
-        self.rest = (
-            power(unit - shift).float().view(1, -1, 1, 1) if (shift > unit).any() else None
-        )  # ...and then to 2^shift
+        self.rest = None  # ...and then to 2^shift
+        if (shift > unit).any():
+            self.rest = power(unit - shift).float().view(1, -1, 1, 1)
         scale = power(-unit).float()
         self.low = [_ByteConvolution(small, scale, (bias * power(-unit)).float(), stride, padding, 0)]
         self.high = [_ByteConvolution(small, 256 * scale, None, stride, padding, self.zero)]
@@ -174,17 +175,18 @@ class _ByteConvolution:
         self.weight, self.scale, self.bias, self.zero = weight.to(torch.int8), scale, bias, zero
         self.geometry = (list(stride), [padding, padding], [1, 1], 1)
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
-        self._packed: tuple[torch.Size | None, Tensor | None] = (None, None)
+        self._packed: dict[torch.Size, Tensor] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        # The operators behind PyTorch's own quantised networks. oneDNN orders weights by the image's size; in the order of
-        # another size, it would reorder them at every call, which takes longer than the convolution.
-        shape, packed = self._packed
-        if shape != x.shape:
+        # The operators behind PyTorch's own quantised networks. oneDNN orders weights by the image's size; those in the order
+        # of another size it would reorder at every call, which takes longer than the convolution.
+        packed = self._packed.get(x.shape)
+        if packed is None:
             packed = torch.ops.onednn.qconv_prepack(
                 self.weight, self.scale, 1.0, self.zero, *self.geometry, list(x.shape)
             )
-            self._packed = x.shape, packed
+            last = list(self._packed.items())[-1:]  # pictures often lie and stand in turn
+            self._packed = dict([*last, (x.shape, packed)])
         return torch.ops.onednn.qconv2d_pointwise(
             x, 1.0, self.zero, packed, self.scale, self.zeros, self.bias, *self.geometry, 1.0, 0, torch.float32,
             "none", [], "",
@@ -192,7 +194,7 @@ class _ByteConvolution:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what oneDNN has packed, which can neither be copied nor pickled."""
-        return self.__dict__ | {"_packed": (None, None)}
+        return self.__dict__ | {"_packed": {}}
 
 
 @lru_cache(maxsize=1)
