@@ -25,8 +25,8 @@ input channel, q for each output channel's sum and r for each output channel's r
     w = round(weight * 2^(q - p))      s = sum of w * a + round(bias * 2^q)      result = clamp(floor(s / 2^(q - r) + 1/2))
 
 All of it is exact: powers of two change only a float's exponent, and the sums keep the bound. ReLU is in the clamp, whose
-other end keeps the next layer's bound, whatever a forged file makes the networks read. In the code, the division by
-2^(q - r) is done to the weights beforehand, so that a layer is a convolution, a floor and a clamp.
+other end keeps the next layer's bound, whatever a forged file makes the networks read. `taco_nb.model.kernels` computes
+the sums in float32 so, or in bytes where the processor is quicker at these: the integers are the same.
 
 **Where the grids come from.** The ranges of the networks' values must be known. Measured in floating point on pictures
 they would depend on the machine that measures. Instead the codec *draws a picture's latents from its own probability
