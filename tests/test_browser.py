@@ -252,10 +252,10 @@ def test_a_click_on_a_point_opens_its_image(baseline):
     baseline.wait_for_timeout(1000)  # the listener looks for the figure twice a second
     box = point.bounding_box()
     baseline.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    baseline.locator(".hoverlayer .hovertext", has_text="chelsea.png").first.wait_for()
+    baseline.locator(".hoverlayer .hovertext", has_text="kodim01.png").first.wait_for()
     baseline.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     cell.locator(".taco-compare .tc-stage").wait_for()
-    assert "chelsea.png" in cell.inner_text()
+    assert "kodim01.png" in cell.inner_text()
 
 
 def test_a_token_is_picked(linformer):
