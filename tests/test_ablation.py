@@ -254,7 +254,7 @@ def test_the_notebook_runs(executed):
     (run,) = (folder / "here").glob(f"{label}-*")
     about = json.loads((run / "evaluation.json").read_text())
     assert about["codec"] == label and about["weights"]["experiment"]["profile"] == "sample"
-    assert list(run.glob("files/sample/*.taco"))
+    assert list(run.glob("files/kodak-256/*.taco"))
 
 
 def test_the_notebook_s_page_opens_without_a_network(executed):

@@ -208,7 +208,7 @@ def test_pictures_zoom_together_and_subtract(baseline):
 def test_an_edited_caption_changes_the_bits(baseline):
     cell = output_of(baseline, "caption_lab(")
     cell.locator(".taco-compare .tc-stage").wait_for()
-    row = cell.locator("tr", has_text="human").first
+    row = cell.locator("tr", has_text="OFA").first
     before = row.locator("td").nth(2).inner_text()
     text = cell.locator("input[type=text]")
     text.fill("two dogs run over a snowy field")
@@ -216,7 +216,7 @@ def test_an_edited_caption_changes_the_bits(baseline):
     new = cell.locator("tr", has_text="your own, 1")
     new.wait_for()
     caption = "two dogs run over a snowy field"
-    sample = datasets("sample")[0][0]
+    sample = datasets("kodak")[0][0]
     file = load("demo").encode(sample.image, caption)
     assert new.locator("td").nth(2).inner_text() == f"{len(file):,}" != before
     assert f"{len(file):,} bytes" in cell.locator(".taco-compare .tc-caption").nth(1).inner_text()

@@ -681,7 +681,7 @@ def test_a_large_set_is_cut_into_files_within_the_limits(server, pictures, batch
     sizes = [len(data) for name, data in server.files.items() if "put" not in name]
     assert max(sizes) <= 3000 and len(sizes) > 1
     with CaptionCache(out.parent / "cache.sqlite") as cache:
-        assert cache.jobs() == []
+        assert not cache.jobs()
 
 
 def test_without_waiting_each_call_takes_what_is_there(

@@ -513,7 +513,7 @@ def test_the_report_opens_with_runs_and_without(page, home):
     assert not [output for output in outputs if output.get("name") == "stderr"]
     printed = "".join(output.get("text", "") for output in outputs)
     figures = [output for output in outputs if "application/vnd.plotly.v1+json" in output.get("data", {})]
-    assert len(figures) == len(soup.select("[role=figure]")) == (5 if which == "with runs" else 3)
+    assert len(figures) == len(soup.select("[role=figure]")) == (4 if which == "with runs" else 3)
     assert "0 reproduced; 0 not reproduced; " in printed
     if which == "with runs":
         assert "begun: it has not been evaluated" in printed
@@ -535,5 +535,8 @@ def test_differences_are_drawn_only_where_there_are_intervals(home):
     )
     figure = difference_plot(pairs.assign(low=pairs["difference"] - 1, high=pairs["difference"] + 1))
     assert [list(trace.x) for trace in figure.data] == [
-        [pytest.approx(d)] for d in pairs.set_index("metric").loc[["bpp", "psnr", "ms_ssim"], "difference"]
+        [pytest.approx(d)]
+        for d in pairs.set_index("metric").loc[
+            ["bpp", "psnr", "ms_ssim", "mini_distance", "mini_score"], "difference"
+        ]
     ]
