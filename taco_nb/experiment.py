@@ -82,7 +82,7 @@ class Experiment:
     """What finds the words that matter: "tfidf", a spaCy model or "rules" for named entities, "llm", joined by "+"."""
 
     train_data: StrictStr = "coco"
-    """"coco", "sample", or a folder of images with its `captions.json`."""
+    """"coco", "sample", a folder of images with its `captions.json`, or "shapes", where the loss weighs what is named."""
     crop: Annotated[StrictInt, Field(gt=0, multiple_of=64)] = 256
     """Side of the random training crops in pixels."""
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from taco_nb.data.captioned import CaptionedFolder, CaptionedImages, Sample
 from taco_nb.data.coco import Coco, TrainPairs
+from taco_nb.data.shapes import ShapesPairs
 from taco_nb.errors import DataError, SettingError
 from taco_nb.files import BUNDLED, bundled
 from taco_nb.settings import check_count
@@ -120,11 +121,14 @@ def training_pairs(
     data_dir: str | os.PathLike | None = None,
     seed: int = 0,
     captions: str = "published",
-) -> TrainPairs:
+) -> TrainPairs | ShapesPairs:
     """Return the (crop, caption) pairs of "sample", of "coco" (train2014), or of a folder with a captions.json in it.
 
-    `captions` is as for `datasets`. Raises what `datasets` and `TrainPairs` raise.
+    "shapes" is the world of `taco_nb.data.shapes`, which needs no files. `captions` is as for `datasets`. Raises what
+    `datasets`, `TrainPairs` and `ShapesPairs` raise.
     """
+    if str(name) == "shapes":
+        return ShapesPairs(crop, seed, captions)
     if str(name) not in _TRAINING and Path(name).is_dir():
         folder = CaptionedFolder(name, Path(name, "captions.json"))
         return TrainPairs(_captioned(folder, captions, Path(name)), crop, seed)

@@ -47,6 +47,7 @@ def measure(
     networks: Mapping[str, Any],
     caption: str = "first",
     patch_size: int | None = None,
+    read: Sequence[str] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """Return a row of figures for each of some images of one size, and features, from which a data set's figures come.
 
@@ -54,10 +55,22 @@ def measure(
     its columns or features are absent. A row has the columns that `taco_nb.evaluate` documents, but for those of the whole
     set. Features: "fid.x" and "fid.x_hat", of the pictures themselves where `patch_size` is None, else of their patches;
     "cmmd.x" and "cmmd.x_hat", "mini_mmd.x" and "mini_mmd.x_hat".
+
+    With `read`, a caption per image, the encoder reads those. The scores of picture against caption keep the caption that
+    is chosen from the image's own.
     """
     lpips = networks.get("lpips")
     x = torch.stack([to_tensor(sample.image) for sample in samples]).to(codec.device)
-    chosen = _choose(codec, samples, x, folder, caption, lpips)
+    chosen = (
+        _choose(codec, samples, x, folder, caption, lpips)
+        if read is None
+        else _code(codec, samples, read, folder)
+    )
+    own = (
+        [coded.caption for coded in chosen]
+        if read is None
+        else [_plain(sample, caption) for sample in samples]
+    )
     x_hat = torch.stack([coded.x_hat for coded in chosen])
     # what metrics that are fed 8-bit pictures see, which is what a user gets
     pictures, decoded = (values.clamp(0, 1).mul(255).round().byte() for values in (x, x_hat))
@@ -75,7 +88,7 @@ def measure(
             figures = [f | {"mini_distance": distance} for f, distance in zip(figures, distances)]
         for name in ("clip_score", "mini_score"):
             if name in networks:
-                scores = networks[name](decoded, [coded.caption for coded in chosen])
+                scores = networks[name](decoded, own)
                 figures = [f | {name: score} for f, score in zip(figures, scores)]
         features = {}
         for name, seen in (("x", pictures), ("x_hat", decoded)):
@@ -110,8 +123,7 @@ def _choose(
 ) -> list[Coded]:
     """Return each image under the caption that the rule chooses, its file in `folder`."""
     if caption != "best":
-        turn = 0 if caption == "first" else -1
-        return _code(codec, samples, [sample.captions[turn] for sample in samples], folder)
+        return _code(codec, samples, [_plain(sample, caption) for sample in samples], folder)
     best: list[Coded] = []
     lowest = [math.inf] * len(samples)
     for turn in range(max(len(sample.captions) for sample in samples)):
@@ -126,6 +138,11 @@ def _choose(
     for sample, one in zip(samples, best):  # the last caption's files are there, whichever was the best
         _write_file(folder, sample, one.data)
     return best
+
+
+def _plain(sample: Sample, caption: str) -> str:
+    """Return the caption of an image that the rule "first" or "last" chooses."""
+    return sample.captions[0 if caption == "first" else -1]
 
 
 def _code(codec: Codec, samples: Sequence[Sample], captions: Sequence[str], folder: Path) -> list[Coded]:

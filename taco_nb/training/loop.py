@@ -258,8 +258,8 @@ class Trainer:
             )
             stack.enter_context(bar)
             board = stack.enter_context(self._open_tensorboard()) if is_main else None
-            for x, captions in self.batches_to_come():
-                self.train_step(x, captions)
+            for batch in self.batches_to_come():
+                self.train_step(*batch)
                 bar.update()
                 now = time.monotonic()
                 self.seconds, before = self.seconds + now - before, now
@@ -300,14 +300,17 @@ class Trainer:
             print(f"Training {self.folder.name} in {self.group.size} process{several} on {self.arithmetic}.")
         self._restore()
 
-    def batches_to_come(self) -> Iterator[tuple[Tensor, list[str]]]:
-        """Yield this process's share of every batch from the present step on: images (n, 3, H, W) and n captions."""
+    def batches_to_come(self) -> Iterator[tuple[Tensor, list[str]] | tuple[Tensor, list[str], Tensor]]:
+        """Yield this process's share of every batch from the present step on: images (n, 3, H, W) and n captions.
+
+        Of the shapes, the weights (n, 1, H, W) of their pixels come with them.
+        """
         while self.step < self.total:
             self.batches.epoch, self.batches.skip = divmod(self.step, len(self.batches))
             self.pairs.set_epoch(self.batches.epoch)
             yield from self.loader
 
-    def train_step(self, x: Tensor, captions: Sequence[str]) -> None:
+    def train_step(self, x: Tensor, captions: Sequence[str], weight: Tensor | None = None) -> None:
         """Take one step with both optimizers, on this process's share of the next batch.
 
         The loss is that of the whole batch. Its terms are means over images, so they are weighted sums over pieces and
@@ -316,14 +319,14 @@ class Trainer:
         rate = self.exp.learning_rate * learning_rate_factor(self.exp.schedule, self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        pieces, sums = self._pieces(x, captions), 0.0
+        pieces, sums = self._pieces(x, captions, weight), 0.0
         joint = {"joint": self._joint(pieces)} if self.exp.k_J else {}
         for piece in pieces:
             # Processes exchange gradients in a backward pass. Once a step, with the last piece, is enough.
             with nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(self.net):
                 out = piece.out or self._reconstruct(piece)
                 with self.timed("losses"), self.accelerator.autocast():
-                    means = self.loss.means(out, piece.x)
+                    means = self.loss.means(out, piece.x, piece.weight)
                     objective = piece.share * self.loss.total(means)
                     if self.exp.k_J:
                         objective = objective + self.exp.k_J * (out["seen"] * piece.slope).sum()
@@ -347,7 +350,7 @@ class Trainer:
         self.learning_rate = rate
         self.sums.update({"loss": self.loss.total(terms), **terms, "aux": aux_loss.detach(), "steps": 1})
 
-    def _pieces(self, x: Tensor, captions: Sequence[str]) -> list[_Piece]:
+    def _pieces(self, x: Tensor, captions: Sequence[str], weight: Tensor | None) -> list[_Piece]:
         """Cut this process's share of the next batch into pieces, each with all that frozen networks say of it."""
         size = self.batches.size(self.step)
         own = split_evenly(size, self.group.size)[self.group.rank]
@@ -359,6 +362,7 @@ class Trainer:
                 x[part.start : part.stop],
                 share=len(part) / size if own else 0.0,
                 noise_seeds=[mixed_seed(self.exp.seed, self.step, own.start + i) for i in part],
+                weight=None if weight is None else weight[part.start : part.stop].to(self.device),
             )
             with self.timed("text"):
                 piece.text, piece.mask = self.conditioning(said)
@@ -545,6 +549,8 @@ class _Piece:
     share: float
     """How much of the whole batch they are; 0 for an image that only keeps busy a process that has none of its own."""
     noise_seeds: list[int]
+    weight: Tensor | None = None
+    """How much the squared error of each pixel counts, where pixels are not all alike: (n, 1, H, W)."""
     text: Tensor | None = None
     mask: Tensor | None = None
     caption_embeddings: Tensor | None = None

@@ -64,9 +64,13 @@ class TacoLoss:
             terms["joint"] = self.joint(out["x_hat"], x, captions)
         return {"loss": self.total(terms), **terms}
 
-    def means(self, out: dict[str, Any], x: Tensor) -> dict[str, Tensor]:
-        """Return the terms that are means over images: those of a batch follow from those of its parts."""
-        terms = {"bpp": bits_per_pixel(out), "mse": F.mse_loss(out["x_hat"], x)}
+    def means(self, out: dict[str, Any], x: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the terms that are means over images: those of a batch follow from those of its parts.
+
+        `weight` (B, 1, H, W) says how much the squared error of each pixel counts, where pixels are not all alike.
+        """
+        mse = F.mse_loss(out["x_hat"], x) if weight is None else (weight * (out["x_hat"] - x) ** 2).mean()
+        terms = {"bpp": bits_per_pixel(out), "mse": mse}
         if self.k_P:
             terms[self.perceptual.name] = self.perceptual.distance(out["x_hat"], x).float().mean()
         return terms

@@ -55,8 +55,8 @@ def step_times(
                 watch.seconds.clear()
             with watch("step"):
                 with watch("data"):
-                    x, captions = next(batches)
-                trainer.train_step(x, captions)
+                    batch = next(batches)
+                trainer.train_step(*batch)
         batches.close()
         accelerator.free_memory()
     whole = watch.seconds.pop("step")

@@ -1,0 +1,303 @@
+"""Is it the text? Two controls for any codec: the same pictures under other captions, and the shapes, where text must matter.
+
+`control` is the negative control. It encodes every picture under its own caption and under five others. A codec that uses
+what captions say does worse under the others; how much worse, at most, is what its text is worth.
+
+`listening` is the positive control: it shows that this instrument sees an effect where there is one. In the world of
+`taco_nb.data.shapes` only the caption says which shape matters. **Listening** is the PSNR of the named shape under the
+caption that names it, less its PSNR under one that names another shape of the same picture. Both captions are of the same
+kind, so over many scenes the files are equally large, which `bytes_own` and `bytes_other` show. A codec that reads a
+constant caption writes the same file both times, and its listening is exactly zero.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import torch
+
+from taco_nb.codec import Codec
+from taco_nb.data import CaptionedImages
+from taco_nb.data.images import to_image
+from taco_nb.data.shapes import Scene, long_caption, scene, short_caption
+from taco_nb.errors import SettingError
+from taco_nb.evaluation.measure import measure
+from taco_nb.evaluation.records import write_csv
+from taco_nb.evaluation.run import BATCH_SIZE, check_sets
+from taco_nb.metrics.networks import OF_SETS, find_networks, say_missing
+from taco_nb.processes import progress_bar
+from taco_nb.settings import check_count
+from taco_nb.text.conditioning import CONSTANT_CAPTION
+from taco_nb.text.tokens import clip_tokenizer
+from taco_nb.verdicts import interval, interval_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CONDITIONS = {
+    "own": "each picture's own caption",
+    "another's": "the caption of another picture",
+    "constant": f'"{CONSTANT_CAPTION}" for every picture',
+    "empty": "no words at all",
+    "NA": '"NA" for every picture, as a user of the authors\' weights tried',
+    "nonsense": "words drawn at random, as many tokens as the own caption has",
+}
+TABLE = "control.csv"
+EFFECTS = {
+    "bytes": "bits, %", "psnr": "PSNR, dB", "ms_ssim": "MS-SSIM", "lpips": "LPIPS", "mini_distance": "mini_distance",
+    "clip_score": "CLIP score", "mini_score": "mini_score",
+}  # fmt: skip
+"""The metrics of which effects are given, each with its unit. All are differences, but for bits, which are in per cent."""
+
+
+# The same pictures under other captions -------------------------------------------------------------------------------
+
+
+def control(
+    codec: Codec, sets: Sequence[CaptionedImages], out_dir: str | os.PathLike | None = None, *, seed: int = 0
+) -> pd.DataFrame:
+    """Encode each picture under its own caption and those of `CONDITIONS`: a row per picture and condition.
+
+    Columns: codec, dataset, condition, the columns of `taco_nb.evaluate` that are of one picture ("caption" is what the
+    encoder read), and captions, the first digits of a SHA-256 over all that was read under this condition. Scores of
+    picture against caption are always against the picture's *own* caption. Its first one is taken.
+
+    Real files are written and decoded. With `out_dir` they are kept there, a folder per condition, beside control.csv.
+    Raises `SettingError` for sets of fewer than two pictures, which have no other's caption, and what `evaluate` raises.
+    """
+    import pandas as pd
+
+    check_sets(sets)
+    found, absent = find_networks()
+    if absent:
+        say_missing(tuple(absent))
+    networks = {name: network.load(codec.device) for name, network in found.items() if name not in OF_SETS}
+    tables = []
+    total = len(CONDITIONS) * sum(map(len, sets))
+    with (
+        tempfile.TemporaryDirectory() if out_dir is None else nullcontext(out_dir) as folder,
+        progress_bar(total=total, desc=f"control of {codec.name}", unit="file") as bar,
+    ):
+        for dataset in sets:
+            own = [dataset.captions(i)[0] for i in range(len(dataset))]
+            for condition in CONDITIONS:
+                read = captions_under(condition, own, seed)
+                about = {"codec": codec.name, "dataset": dataset.name, "condition": condition}
+                for batch in _batches(dataset):
+                    samples = [dataset[i] for i in batch]
+                    files = Path(folder, condition, dataset.name)
+                    rows, _ = measure(codec, samples, files, networks, read=[read[i] for i in batch])
+                    tables += [{**about, **row, "captions": _digest(read)} for row in rows]
+                    bar.update(len(batch))
+        table = pd.DataFrame(tables)
+        if out_dir is not None:
+            write_csv(Path(folder, TABLE), table)
+    return table
+
+
+def captions_under(condition: str, own: Sequence[str], seed: int = 0) -> list[str]:
+    """Return what the encoder reads under a condition, for pictures with these captions of their own.
+
+    Raises `SettingError` for an unknown condition, and for "another's" of fewer than two pictures.
+    """
+    if condition == "own":
+        return list(own)
+    if condition == "another's":
+        return [own[i] for i in derangement(len(own), seed)]
+    if condition == "nonsense":
+        return [_nonsense(caption, Random(f"{seed} {i}")) for i, caption in enumerate(own)]
+    fixed = {"constant": CONSTANT_CAPTION, "empty": "", "NA": "NA"}
+    if condition not in fixed:
+        raise SettingError(f"condition is one of {', '.join(CONDITIONS)}, not {condition!r}.")
+    return [fixed[condition]] * len(own)
+
+
+def derangement(count: int, seed: int = 0) -> list[int]:
+    """Return the numbers from 0 to `count` - 1 in an order that leaves none in its place: a random cycle through all.
+
+    This is Sattolo's shuffle (1986): as Fisher and Yates's, but no number is exchanged with itself. Raises `SettingError`
+    for fewer than two.
+    """
+    check_count(count, "The number of pictures, each of which gets another's caption,", least=2)
+    order, rng = list(range(count)), Random(seed)
+    for last in range(count - 1, 0, -1):
+        other = int(rng.random() * last)
+        order[last], order[other] = order[other], order[last]
+    return order
+
+
+def effects(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what each other caption changes against the own one: a row per codec, data set, condition and metric.
+
+    Columns: effect, the mean over the pictures of the difference to the same picture under its own caption, with `unit`;
+    low and high, its 95 % bootstrap interval (NaN for fewer than ten pictures); and images, over how many it is.
+    """
+    import pandas as pd
+
+    rows = []
+    for (codec, dataset), of_set in table.groupby(["codec", "dataset"], sort=False):
+        own = of_set[of_set["condition"] == "own"].set_index("name")
+        for condition in list(CONDITIONS)[1:]:
+            other = of_set[of_set["condition"] == condition].set_index("name").loc[own.index]
+            for metric, unit in EFFECTS.items():
+                if metric not in of_set:
+                    continue
+                change = other[metric] - own[metric]
+                change = (100 * change / own[metric] if metric == "bytes" else change).dropna()
+                low, high = interval_of(metric, change)
+                row = {
+                    "codec": codec,
+                    "dataset": dataset,
+                    "condition": condition,
+                    "metric": metric,
+                    "unit": unit,
+                }
+                row |= {"effect": change.mean(), "low": low, "high": high, "images": len(change)}
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def said(found: pd.DataFrame, condition: str = "another's") -> str:
+    """Say in sentences what a condition changes, from a table of `effects`: how large an effect is, or below what it lies."""
+    sentences = []
+    for (codec, dataset), of_set in found[found["condition"] == condition].groupby(["codec", "dataset"]):
+        parts = []
+        for row in of_set[of_set["metric"].isin(("bytes", "psnr"))].itertuples():
+            what = "bits" if row.metric == "bytes" else "PSNR"
+            unit = "%" if row.metric == "bytes" else "dB"
+            if math.isnan(row.low):
+                parts.append(
+                    f"{what} by {row.effect:+.3f} {unit}, of {row.images} pictures, too few for an interval"
+                )
+            elif row.low == row.high == 0:
+                parts.append(f"{what} not at all: the files are the same")
+            elif row.low <= 0 <= row.high:
+                most = max(-row.low, row.high)
+                parts.append(
+                    f"{what} by less than {most:.2g} {unit} either way, which cannot be told from nothing"
+                )
+            else:
+                parts.append(f"{what} by {row.effect:+.2g} {unit} ({row.low:+.2g} to {row.high:+.2g})")
+        sentences.append(
+            f"{codec} on {dataset}: reading {CONDITIONS[condition]} in place of the own one changes "
+            f"{', and '.join(parts)}."
+        )
+    return "\n".join(sentences)
+
+
+def _batches(dataset: CaptionedImages) -> Iterator[range]:
+    """Yield the pictures that go through the networks together: crops of one size by the batch, whole pictures alone."""
+    step = BATCH_SIZE if dataset.crop else 1
+    yield from (range(i, min(i + step, len(dataset))) for i in range(0, len(dataset), step))
+
+
+def _digest(captions: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:12]
+
+
+def _nonsense(caption: str, rng: Random) -> str:
+    """Return whole words of CLIP's vocabulary that have nothing to do with each other, one for each token of the caption."""
+    vocabulary = _whole_words()
+    count = len(clip_tokenizer().encode(caption))
+    return " ".join(vocabulary[int(rng.random() * len(vocabulary))] for _ in range(count))
+
+
+def _whole_words() -> list[str]:
+    """Return the words that are one token of CLIP's, of five letters or more, so that each is one token again."""
+    words = (token.removesuffix("</w>") for token in clip_tokenizer().encoder if token.endswith("</w>"))
+    return [word for word in words if len(word) >= 5 and word.isascii() and word.isalpha()]
+
+
+# The shapes -----------------------------------------------------------------------------------------------------------
+
+
+def listening(codec: Codec, scenes: int = 96, first: int = 0) -> pd.DataFrame:
+    """Return how well a codec hears which shape of a scene is named: a row per scene.
+
+    Columns: kind ("free", "crossed"), seed, named, other (the shape that the other caption names), psnr_own, psnr_other
+    and psnr_empty (of the named shape's pixels, under the caption that names it, the one that names the other, and none),
+    listening = psnr_own - psnr_other, bytes_own, bytes_other and bytes_empty. The scenes have the seeds from `first` on,
+    half of each kind, and none was trained on. A codec that was trained on paragraphs is given paragraphs.
+
+    Raises `SettingError` unless scenes >= 2.
+    """
+    import pandas as pd
+
+    check_count(scenes, "The number of scenes", least=2)
+    exp = codec.about.get("experiment", {})
+    long = exp.get("captions") == "context"
+    shown = [
+        (seed, kind, scene(seed, kind == "crossed"))
+        for seed in range(first, first + scenes // 2)
+        for kind in KINDS
+    ]
+    rows = []
+    with progress_bar(total=len(shown), desc=f"listening of {codec.name}", unit="scene") as bar:
+        for start in range(0, len(shown), BATCH_SIZE):
+            part = shown[start : start + BATCH_SIZE]
+            chosen = [(start + i) // 2 % 4 for i in range(len(part))]
+            # All three others in turn: twelve scenes of a kind have every pair of shapes once.
+            others = [(k + 1 + (start + i) // 8 % 3) % 4 for i, k in enumerate(chosen)]
+            names = {"own": chosen, "other": others}
+            captions = {
+                which: [(_caption(s, k, seed, long)) for (seed, _, s), k in zip(part, ks)]
+                for which, ks in names.items()
+            }
+            captions["empty"] = [""] * len(part)
+            images = [to_image(s.image / 255) for _, _, s in part]
+            of_part = [
+                {"kind": kind, "seed": seed, "named": s.names[k], "other": s.names[j]}
+                for (seed, kind, s), k, j in zip(part, chosen, others)
+            ]
+            for which, read in captions.items():
+                files = codec.encode_batch(images, read)
+                for row, data, x_hat, (_, _, s), k in zip(
+                    of_part, files, codec.decode_batch(files), part, chosen
+                ):
+                    row[f"psnr_{which}"] = shape_psnr(s, k, x_hat)
+                    row[f"bytes_{which}"] = len(data)
+            rows += of_part
+            bar.update(len(part))
+    table = pd.DataFrame(rows)
+    return table.assign(codec=codec.name, listening=table["psnr_own"] - table["psnr_other"])
+
+
+KINDS = ("free", "crossed")
+
+
+def shape_psnr(shown: Scene, k: int, x_hat: torch.Tensor) -> float:
+    """Return the PSNR in dB over the pixels of a scene's shape k, of a reconstruction (3, 64, 64) clamped to 8 bits."""
+    decoded = x_hat.clamp(0, 1).mul(255).round().cpu()
+    error = (decoded - shown.image)[:, shown.masks[k]].square().mean()
+    return 10 * math.log10(255**2 / max(float(error), 0.065))  # at most 60 dB, as everywhere
+
+
+def heard(tables: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean listening of each codec and kind of scene, with its 95 % interval over the scenes, from `listening`.
+
+    Columns: codec, kind, listening, low, high, psnr_own, psnr_other, psnr_empty, "bits, %" (of the files under the other
+    caption, against the own), scenes.
+    """
+    import pandas as pd
+
+    rows = []
+    for (codec, kind), of in tables.groupby(["codec", "kind"], sort=False):
+        low, high = interval(of["listening"])
+        row = {"codec": codec, "kind": kind, "listening": of["listening"].mean(), "low": low, "high": high}
+        row |= {name: of[name].mean() for name in ("psnr_own", "psnr_other", "psnr_empty")}
+        row |= {"bits, %": 100 * (of["bytes_other"].sum() / of["bytes_own"].sum() - 1), "scenes": len(of)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _caption(shown: Scene, k: int, seed: int, long: bool) -> str:
+    return long_caption(shown, [shown.names[k]]) if long else short_caption([shown.names[k]], seed)
