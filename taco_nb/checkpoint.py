@@ -22,6 +22,8 @@ from taco_nb.model import TACO, ModelConfig
 from taco_nb.model.taco import modern_key
 
 WEIGHTS = "weights.safetensors"
+SHELVES = ("checkpoints", "shapes")
+"""The folders of bundled codecs: those for photographs, and those for the shapes. No name is on both."""
 _FORMAT = "taco_nb weights 2"
 INTEGERS = "integer_model"
 """The key in a safetensors file under which `IntegerModel.state` is kept, as bytes."""
@@ -175,7 +177,7 @@ def trained_as(about: Mapping[str, Any]) -> Experiment | None:
 
 
 def bundled_codecs(data_dir: str | os.PathLike | None = None) -> dict[str, Experiment]:
-    """Return the bundled codecs by name, each with how it was trained, as its card says.
+    """Return the bundled codecs for photographs by name, each with how it was trained, as its card says.
 
     Raises `CheckpointError` for a card that cannot be read.
     """
@@ -199,16 +201,16 @@ def find(source: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
         return path
     if (path / WEIGHTS).is_file():
         return path / WEIGHTS
-    codec = bundled(f"checkpoints/{source}.safetensors", data_dir)
-    if codec.is_file() and codec.name == f"{source}.safetensors":  # a name, and no path that leads there
+    shelves = [bundled(shelf, data_dir) for shelf in SHELVES]
+    named = (shelf / f"{source}.safetensors" for shelf in shelves if Path(source).name == str(source))
+    if codec := next(filter(Path.is_file, named), None):
         if sha256(codec) != card_of(codec)["sha256"]:
             raise CheckpointError(
                 f"{codec} is not the file that its card describes (SHA-256 differs): get it again."
             )
         return codec
-    shelf = bundled("checkpoints", data_dir)
-    names = ", ".join(sorted(p.stem for p in shelf.glob("*.safetensors"))) or "none"
+    names = ", ".join(sorted(p.stem for shelf in shelves for p in shelf.glob("*.safetensors"))) or "none"
     raise CheckpointError(
         f"No checkpoint {str(source)!r}: neither a file, nor a run's folder with {WEIGHTS} in it, nor one of the bundled "
-        f"codecs in {shelf} ({names})."
+        f"codecs in {shelves[0]} and {shelves[1].name} ({names})."
     )

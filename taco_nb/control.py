@@ -33,6 +33,7 @@ from taco_nb.errors import SettingError
 from taco_nb.evaluation.measure import measure
 from taco_nb.evaluation.records import write_csv
 from taco_nb.evaluation.run import BATCH_SIZE, check_sets
+from taco_nb.files import bundled
 from taco_nb.metrics.networks import OF_SETS, find_networks, say_missing
 from taco_nb.processes import progress_bar
 from taco_nb.settings import check_count
@@ -297,6 +298,29 @@ def heard(tables: pd.DataFrame) -> pd.DataFrame:
         row |= {"bits, %": 100 * (of["bytes_other"].sum() / of["bytes_own"].sum() - 1), "scenes": len(of)}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def results_of_shapes(data_dir: str | os.PathLike | None = None) -> pd.DataFrame:
+    """Return what `heard` gave for every run of the shapes' recipe, those of other seeds too, with their settings."""
+    import pandas as pd
+
+    return pd.read_csv(bundled("shapes/results.csv", data_dir)).rename(columns={"dataset": "kind"})
+
+
+def over_seeds(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean listening of runs that differ in their seeds alone, and its spread: a row per name and kind of scene.
+
+    Columns: codec, kind, seeds (how many), listening (their mean), lowest and highest of the seeds, psnr_own and psnr_other.
+    """
+    plain = results.assign(codec=results["codec"].str.replace(r"-seed\d+$", "", regex=True))
+    return plain.groupby(["codec", "kind"], sort=False, as_index=False).agg(
+        seeds=("listening", "size"),
+        listening=("listening", "mean"),
+        lowest=("listening", "min"),
+        highest=("listening", "max"),
+        psnr_own=("psnr_own", "mean"),
+        psnr_other=("psnr_other", "mean"),
+    )
 
 
 def _caption(shown: Scene, k: int, seed: int, long: bool) -> str:

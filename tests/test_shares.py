@@ -71,7 +71,16 @@ def test_the_command_line_on_two_processes_of_accelerate_and_on_one(
     arguments = ["kodak", "coco", "--limit", "3", "--batch-size", "2", "--data-dir", str(paper_data / "data")]
     arguments += ["--device", "cpu", "--caption", "last"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0".split()
+    launch += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
     done = subprocess.run(
         [*launch, "-m", "taco_nb.evaluation", str(paper_data / "run"), *arguments],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},

@@ -22,10 +22,12 @@ import torch
 
 from taco_nb import checkpoint
 from taco_nb.codec import Codec, load
+from taco_nb.control import heard, listening
 from taco_nb.data import CaptionedImages, datasets
 from taco_nb.errors import SettingError
 from taco_nb.evaluation import QUALITIES, evaluate, evaluate_peers, means
 from taco_nb.evaluation.peers import available_peers
+from taco_nb.evaluation.records import write_csv
 from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.metrics.rate import bd_rate, few_points, rate_at
 from taco_nb.model import TACO, ModelConfig
@@ -40,6 +42,10 @@ RECIPE = (
     "sizes", "lmbda", "crop", "batch_size", "optimizer", "learning_rate", "schedule", "precision", "seed",
 )  # fmt: skip
 """The settings that a card gives for each run on the way to a codec, beside its ablations."""
+SCENES = 192
+"""The scenes on which codecs of the shapes are measured, half of each kind."""
+RESULTS = "results.csv"
+SHAPES_DO_NOT_SHOW = "what text is worth on photographs, or under TACO's loss: in this world the caption decides what is weighed"
 NOT_TO_BE_CLAIMED = (
     "anything about text in image compression, TACO or the report: the text tower knows no meanings, the training set is "
     "tiny and the training short"
@@ -51,34 +57,58 @@ def bundle(
     data: str,
     shelf: str | os.PathLike,
     *,
+    kept: Sequence[str] | None = None,
     data_dir: str | os.PathLike | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Write a codec `name.safetensors` and its card `name.json` for each finished run {name: folder}; return the cards.
 
     The files go into the folder `shelf`, with the kernels in half precision. `data` says in words what the runs were trained
-    on and under which terms. A card counts the steps and hours of the runs that a run started from. Raises `SettingError`
-    for a run that is not finished or a file above `LARGEST`, and `CheckpointError` for a run that cannot be read; then
-    nothing is written.
+    on and under which terms. A card counts the steps and hours of the runs that a run started from. If only some names are
+    to be `kept`, the results of all go into results.csv on the shelf. Codecs are measured on photographs, and those that
+    were trained on the shapes by what they hear. Raises `SettingError` for a run that is not finished or a file above
+    `LARGEST`, and `CheckpointError` for a run that cannot be read; then nothing is written.
     """
     with tempfile.TemporaryDirectory(dir=shelf, prefix=".") as scratch:
         made = {name: Path(scratch, f"{name}.safetensors") for name in runs}
         cards = {name: _compact(Path(run), name, made[name], data_dir) for name, run in runs.items()}
         codecs = {name: load(path) for name, path in made.items()}
-        table, _ = standing(list(codecs.values()), datasets("sample", "kodak", data_dir=data_dir))
+        of_shapes = all(card["experiment"]["train_data"] == "shapes" for card in cards.values())
+        measured = _on_shapes if of_shapes else _on_photographs
+        table = measured(list(codecs.values()), data_dir).round(4)
         for name, card in cards.items():
             results = {}
             for row in table[table["codec"] == name].drop(columns="codec").to_dict("records"):
                 # JSON has no NaN; null says that another codec's curve does not reach this PSNR.
-                row = {key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}
                 row = {key: None if x != x else x for key, x in row.items()}
                 results[row.pop("dataset")] = row
             first = {"sha256": sha256(made[name]), "what": _what(codecs[name]), "data": data}
-            cards[name] = {**first, **card, "results": results, "not_to_be_used_to_claim": NOT_TO_BE_CLAIMED}
-        for name, path in made.items():
-            path.replace(Path(shelf) / path.name)
+            claims = SHAPES_DO_NOT_SHOW if of_shapes else NOT_TO_BE_CLAIMED
+            cards[name] = {**first, **card, "results": results, "not_to_be_used_to_claim": claims}
+        for name in made if kept is None else kept:
+            made[name].replace(Path(shelf) / made[name].name)
             with atomic_write(Path(shelf, f"{name}.json"), "w") as file:
                 json.dump(cards[name], file, indent=1)
+    if kept is not None:
+        write_csv(Path(shelf, RESULTS), _with_settings(table, cards))
     return cards
+
+
+def _on_photographs(codecs: Sequence[Codec], data_dir: str | os.PathLike | None) -> pd.DataFrame:
+    """Return how codecs do on the sample's validation images and on Kodak: a row for each codec and data set."""
+    return standing(codecs, datasets("sample", "kodak", data_dir=data_dir))[0]
+
+
+def _on_shapes(codecs: Sequence[Codec], data_dir: str | os.PathLike | None = None) -> pd.DataFrame:
+    """Return what codecs hear in the world of shapes: a row for each codec and kind of scene, here called a data set."""
+    found = heard(pd.concat([listening(codec, SCENES) for codec in codecs], ignore_index=True))
+    return found.rename(columns={"kind": "dataset"})
+
+
+def _with_settings(table: pd.DataFrame, cards: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
+    """Return results with the settings in which the experiments of the rows' codecs differ from each other."""
+    stated = pd.DataFrame({name: card["experiment"] for name, card in cards.items()}).T.drop(columns="init")
+    differ = [name for name in stated if stated[name].map(str).nunique() > 1]
+    return table.join(stated[differ], on="codec")
 
 
 def renew_integer_models(shelf: str | os.PathLike) -> None:
@@ -122,7 +152,7 @@ def _compact(run: Path, name: str, path: Path, data_dir: str | os.PathLike | Non
         "hours": round(hours, 2),
         "history": history,
         "experiment": experiment,
-        "text_tower": f"{exp.text_encoder}: fixed random weights behind CLIP's tokenizer",
+        "text_tower": exp.text_encoder,
         "hardware": f"{about['device']}: {provenance()['hardware']['cpu']}",
         "stored_in": "float16 kernels, float32 otherwise",
     }
@@ -212,12 +242,11 @@ def bundle_recipe(
 
     Raises what `taco_nb.tools.recipe.follow` and `bundle` raise.
     """
-    folders = follow(recipe, out, data_dir, only)
+    folders, stated = follow(recipe, out, data_dir, only), read_recipe(recipe)
     if not only:
-        about = read_recipe(recipe)["about"]
-        print(
-            json.dumps(bundle(folders, about, bundled("checkpoints", data_dir), data_dir=data_dir), indent=1)
-        )
+        shelf = bundled(stated.get("shelf", "checkpoints"), data_dir)
+        cards = bundle(folders, stated["about"], shelf, kept=stated["bundled"], data_dir=data_dir)
+        print(json.dumps(cards, indent=1))
 
 
 def bundle_named(runs: Sequence[str], data: str, data_dir: str | os.PathLike | None = None) -> None:

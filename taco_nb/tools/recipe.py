@@ -41,7 +41,7 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
     """
     try:
         recipe = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        common, stated, _ = recipe["settings"], recipe["runs"], (recipe["about"], recipe["pictures"])
+        common, stated, _ = recipe["settings"], recipe["runs"], recipe["about"]
         runs: dict[str, dict[str, Any]] = {}
         for name, own in stated.items():
             settings = common | stated.get(own.get("like"), {}) | own
@@ -69,7 +69,7 @@ def follow(
     data_dir: str | os.PathLike | None = None,
     only: Sequence[str] = (),
 ) -> dict[str, Path]:
-    """Train what the recipe says below the folder `out`, and return the folders of the runs that are to be bundled.
+    """Train what the recipe says below the folder `out`, and return the folders of the runs.
 
     `only` names the runs to train, if not all. Raises `SettingError` for a recipe that cannot be followed, and `DataError`
     for pictures that are missing; `fit` raises the rest.
@@ -80,11 +80,13 @@ def follow(
     for name, settings in wanted.items():
         if settings.get("init") in recipe["runs"]:
             settings["init"] = str(out / settings["init"])
-        folder = out / "pictures" / settings["train_data"]
-        if not folder.is_dir():
-            gather(recipe["pictures"][settings["train_data"]], folder, data_root(data_dir))
-        fit(Experiment().replace(**settings | {"train_data": str(folder)}), out / name, data_dir=data_dir)
-    return {name: out / name for name in wanted if name in recipe["bundled"]}
+        if parts := recipe.get("pictures", {}).get(settings["train_data"]):
+            folder = out / "pictures" / settings["train_data"]
+            if not folder.is_dir():
+                gather(parts, folder, data_root(data_dir))
+            settings["train_data"] = str(folder)
+        fit(Experiment().replace(**settings), out / name, data_dir=data_dir)
+    return {name: out / name for name in wanted}
 
 
 def gather(parts: Sequence[Mapping[str, Any]], folder: Path, root: Path) -> None:

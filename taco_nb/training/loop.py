@@ -55,6 +55,7 @@ from taco_nb.settings import check_count
 from taco_nb.text import Conditioning, KeywordWeights, text_tower
 from taco_nb.text.chat_keywords import chat_keywords
 from taco_nb.training.loss import JointLoss, TacoLoss
+from taco_nb.training.muon import Muon
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -670,20 +671,15 @@ def training_digest(exp: Experiment, pairs: TrainPairs, data_dir: str | os.PathL
 def make_optimizers(exp: Experiment, net: TACO) -> tuple[torch.optim.Optimizer, torch.optim.Adam]:
     """Return the optimizer that `exp` names, for all weights but z's quantiles, and Adam for those.
 
-    "muon" (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) moves each kernel, flattened to a matrix with a
-    row per channel, by the orthogonal matrix nearest to its gradient's running mean. Its steps have the root mean square
-    of Adam's (Liu et al. 2025, arXiv:2502.16982), so a learning rate that suits Adam suits it. Biases, and the model of z,
-    which is one small network for each channel and no matrix, are moved by Adam with Nesterov's momentum.
+    `Muon` moves kernels as matrices. The model of z is one small network for each channel, and its kernels are no matrices,
+    so they are left to Adam.
     """
     weights = dict(net.named_parameters())
     aux = torch.optim.Adam([weights.pop("entropy_bottleneck.quantiles")], exp.aux_learning_rate, fused=True)
     if exp.optimizer == "adam":
         return torch.optim.Adam(weights.values(), exp.learning_rate, fused=True), aux
-    from timm.optim import Muon
-
     of_z = [weights.pop(name) for name in list(weights) if name.startswith("entropy_bottleneck.")]
-    groups = [{"params": list(weights.values())}, {"params": of_z, "use_fallback": True}]
-    return Muon(groups, exp.learning_rate, nesterov=True, adjust_lr_fn="match_rms_adamw"), aux
+    return Muon(weights.values(), of_z, exp.learning_rate), aux
 
 
 def learning_rate_factor(schedule: str, step: int, total: int) -> float:

@@ -5,10 +5,18 @@ from taco_nb.widgets.captions import caption_lab, caption_presets
 from taco_nb.widgets.compare import compare
 from taco_nb.widgets.diagram import encoder_diagram
 from taco_nb.widgets.explorer import explorer
-from taco_nb.widgets.figures import difference_plot, rate_distortion, rate_panels, training_curves
+from taco_nb.widgets.figures import (
+    difference_plot,
+    effect_plot,
+    listening_bars,
+    rate_distortion,
+    rate_panels,
+    training_curves,
+)
 from taco_nb.widgets.html_parts import sortable
 from taco_nb.widgets.monitor import training_monitor
 from taco_nb.widgets.pictures import side_by_side
+from taco_nb.widgets.shapes import pick_the_word, under_captions
 from taco_nb.widgets.upload import upload_box
 
 __all__ = [
@@ -17,8 +25,11 @@ __all__ = [
     "caption_presets",
     "compare",
     "difference_plot",
+    "effect_plot",
     "encoder_diagram",
     "explorer",
+    "listening_bars",
+    "pick_the_word",
     "rate_distortion",
     "rate_panels",
     "shaded_caption",
@@ -27,6 +38,7 @@ __all__ = [
     "spectrum",
     "training_curves",
     "training_monitor",
+    "under_captions",
     "upload_box",
     "where_the_text_looks",
 ]

@@ -287,24 +287,61 @@ def difference_plot(pairs: pd.DataFrame, title: str = "") -> Figure:
 
     `pairs` comes from `taco_nb.verdicts.paired`.
     """
+    known = pairs[pairs["metric"].isin(DIFFERENCES) & pairs["low"].notna()]
+    labels = known["ablation"] + "<br>" + known["dataset"] + known["lmbda"].map(", lambda {:g}".format)
+    return _interval_panels(known.assign(label=labels), DIFFERENCES, title)
+
+
+def effect_plot(found: pd.DataFrame, title: str = "") -> Figure:
+    """Draw what other captions change against the own one, with 95 % intervals, a panel per metric.
+
+    `found` comes from `taco_nb.control.effects`. Effects of too few pictures for an interval have none.
+    """
+    several = found["dataset"].nunique() > 1
+    labels = found["condition"] + ("<br>" + found["dataset"] if several else "")
+    known = found.assign(label=labels, difference=found["effect"])
+    return _interval_panels(known, dict(zip(found["metric"], found["unit"])), title)
+
+
+def _interval_panels(rows: pd.DataFrame, titles: Mapping[str, str], title: str) -> Figure:
+    """Draw a panel per metric, with a line per label: the difference as a point, from low to high as a bar."""
     from plotly.subplots import make_subplots
 
-    known = pairs[pairs["metric"].isin(DIFFERENCES) & pairs["low"].notna()]
-    metrics = [metric for metric in DIFFERENCES if (known["metric"] == metric).any()]
-    titles = [DIFFERENCES[metric] for metric in metrics]
-    figure = make_subplots(1, max(1, len(metrics)), shared_yaxes=True, subplot_titles=titles)
+    metrics = [metric for metric in titles if (rows["metric"] == metric).any()]
+    figure = make_subplots(
+        1, max(1, len(metrics)), shared_yaxes=True, subplot_titles=[titles[metric] for metric in metrics]
+    )
     for column, metric in enumerate(metrics, start=1):
-        rows = known[known["metric"] == metric]
+        of = rows[rows["metric"] == metric].iloc[::-1]  # the first line on top
         figure.add_scatter(
-            x=rows["difference"], y=rows["ablation"] + "<br>" + rows["dataset"] + rows["lmbda"].map(", lambda {:g}".format),
-            error_x={"array": rows["high"] - rows["difference"], "arrayminus": rows["difference"] - rows["low"]},
+            x=of["difference"], y=of["label"],
+            error_x={"array": of["high"] - of["difference"], "arrayminus": of["difference"] - of["low"]},
             mode="markers", marker={"color": _COLOURS[0], "size": 9}, showlegend=False, row=1, col=column,
         )  # fmt: skip
         figure.add_vline(0, line={"width": 1, "color": "#777"}, row=1, col=column)
-    lines = len(known[["ablation", "dataset", "lmbda"]].drop_duplicates())
     figure.update_layout(
-        **{**_LAYOUT, "height": 170 + 45 * lines, "margin": _MARGIN | {"l": 130, "t": 80}},
+        **{**_LAYOUT, "height": 170 + 45 * rows["label"].nunique(), "margin": _MARGIN | {"l": 130, "t": 80}},
         title={"text": title, "x": 0.5},
     )
     figure.update_xaxes(nticks=4, tickangle=0)
+    return figure
+
+
+def listening_bars(found: pd.DataFrame, title: str = "Listening") -> Figure:
+    """Draw the listening of each codec, in dB, with its 95 % interval over scenes: a bar for each kind of scene.
+
+    `found` comes from `taco_nb.control.heard`.
+    """
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for (kind, of), colour in zip(found.groupby("kind", sort=False), _COLOURS):
+        figure.add_bar(
+            x=of["codec"].str.removeprefix("shapes-"), y=of["listening"], name=f"{kind} scenes", marker_color=colour,
+            error_y={"array": of["high"] - of["listening"], "arrayminus": of["listening"] - of["low"]},
+        )  # fmt: skip
+    figure.update_layout(
+        **{**_LAYOUT, "height": 400}, title={"text": title, "x": 0.5}, barmode="group",
+        yaxis_title="dB of the named shape, own caption less another's",
+    )  # fmt: skip
     return figure
