@@ -28,7 +28,7 @@ demo: $(INSTALLED)
 	@echo "The others lie beside it. To play with the notebooks themselves: make lab, and there $(OUT)/01_baseline.ipynb."
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 bench: $(INSTALLED)
 	$(BIN)/taco-nb bench --out $(OUT)/bench

@@ -34,12 +34,12 @@ from taco_nb.evaluation.measure import measure
 from taco_nb.evaluation.records import write_csv
 from taco_nb.evaluation.run import BATCH_SIZE, check_sets
 from taco_nb.files import bundled
+from taco_nb.metrics.interval import interval, interval_of
 from taco_nb.metrics.networks import OF_SETS, find_networks, say_missing
 from taco_nb.processes import progress_bar
 from taco_nb.settings import check_count
 from taco_nb.text.conditioning import CONSTANT_CAPTION
 from taco_nb.text.tokens import clip_tokenizer
-from taco_nb.verdicts import interval, interval_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -310,14 +310,15 @@ def results_of_shapes(data_dir: str | os.PathLike | None = None) -> pd.DataFrame
 def over_seeds(results: pd.DataFrame) -> pd.DataFrame:
     """Return the mean listening of runs that differ in their seeds alone, and its spread: a row per name and kind of scene.
 
-    Columns: codec, kind, seeds (how many), listening (their mean), lowest and highest of the seeds, psnr_own and psnr_other.
+    Columns: codec, kind, seeds (how many), listening (their mean), low and high (the lowest and the highest of the seeds),
+    psnr_own and psnr_other.
     """
     plain = results.assign(codec=results["codec"].str.replace(r"-seed\d+$", "", regex=True))
     return plain.groupby(["codec", "kind"], sort=False, as_index=False).agg(
         seeds=("listening", "size"),
         listening=("listening", "mean"),
-        lowest=("listening", "min"),
-        highest=("listening", "max"),
+        low=("listening", "min"),
+        high=("listening", "max"),
         psnr_own=("psnr_own", "mean"),
         psnr_other=("psnr_other", "mean"),
     )

@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,7 +26,7 @@ import numpy as np
 from taco_nb.evaluation.protocol import starts_from_sibling
 from taco_nb.experiment import Experiment, baseline
 from taco_nb.files import bundled
-from taco_nb.metrics.networks import OF_SETS
+from taco_nb.metrics.interval import DRAWS, interval_of
 from taco_nb.report import ABLATION_FIELDS, DATASETS, MEASURES, PUBLISHED_AS, points
 
 if TYPE_CHECKING:
@@ -36,10 +35,6 @@ if TYPE_CHECKING:
 REPRODUCED, NOT_REPRODUCED, NOT_MEASURED = "reproduced", "not reproduced", "not yet measured"
 TOLERANCE = 0.05
 """By this share of a published figure, a measured one may differ."""
-FEWEST = 10
-"""From so many images on an interval is given. The bootstrap can only reshuffle the images that there are."""
-DRAWS = 2000
-"""How many bootstrap samples an interval rests on."""
 SAME_STEPS = 0.05
 """By this share two runs' numbers of steps may differ, and still be compared, since whole epochs differ in length."""
 COMPARED = tuple(name for name in MEASURES if not name.endswith("_s"))
@@ -73,34 +68,6 @@ CLAIMS = (
     Claim("keywords", "psnr", "psnr", {"coco": "lower", "kodak": "lower", "clic": "higher"}, limit=0.5),
     Claim("keywords", "fid", "fid", {"clic": "higher"}),
 )
-
-
-def interval(values: Sequence[float], draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean of `values`, one per image.
-
-    It lies between percentiles of the means of resampled values (Efron and Tibshirani 1993, ch. 13). Both ends are NaN for
-    fewer than two values, which say nothing about a spread.
-    """
-    from scipy.stats import bootstrap
-
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2 or not np.isfinite(values).all():
-        return math.nan, math.nan
-    if np.ptp(values) == 0:
-        return float(values[0]), float(values[0])
-    result = bootstrap(
-        (values,), np.mean, n_resamples=draws, batch=max(1, 4_000_000 // len(values)), method="percentile",
-        confidence_level=0.95, random_state=np.random.default_rng(seed),
-    )  # fmt: skip
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-
-def interval_of(
-    metric: str, values: Sequence[float], draws: int = DRAWS, seed: int = 0
-) -> tuple[float, float]:
-    """Return the `interval` of a metric's values; NaN twice for fewer than `FEWEST`, or figures of a whole data set."""
-    few = len(values) < FEWEST or metric in OF_SETS
-    return (math.nan, math.nan) if few else interval(values, draws, seed)
 
 
 def paired(runs: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:

@@ -23,6 +23,18 @@ if os.name == "posix":
 TINY = {"N": 8, "M": 16, "groups": (4, 12), "text_dim": 16, "heads": 2, "context_widths": (8, 8)}
 
 
+SLOWEST = (
+    "test_browser", "test_ablation", "test_notebooks", "test_report", "test_training", "test_training_processes",
+)  # fmt: skip
+"""The files that run notebooks or train begin first, so that no worker is left alone with them in the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the slowest files first; `make test` gives a worker one file after the other, in this order."""
+    rank = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(SLOWEST)))
+
+
 def pytest_collection_finish() -> None:
     """Let the garbage collector pass over what importing has made.
 

@@ -97,9 +97,9 @@ def test_a_recipe_is_followed_and_goes_on_where_it_was(root, tmp_path):
     weights = out / "trunk" / WEIGHTS
     before = weights.stat().st_mtime_ns
     folders = follow(root / "recipe.toml", out, root)
-    assert folders == {"demo-a": out / "demo-a", "demo-b": out / "demo-b"}
+    assert folders == {name: out / name for name in ("trunk", "demo-a", "demo-a-seed12", "demo-b")}
+    assert read_recipe(root / "recipe.toml")["bundled"] == ["demo-a", "demo-b"]
     assert weights.stat().st_mtime_ns == before, "a finished run is not repeated"
-    assert (out / "demo-a-seed12").is_dir()
 
 
 def test_what_cannot_be_followed_is_said(root, tmp_path):
@@ -113,10 +113,11 @@ def test_what_cannot_be_followed_is_said(root, tmp_path):
             read_recipe(root / "wrong.toml")
 
 
-def test_the_bundled_recipe_can_be_read_and_its_experiments_made():
+@pytest.mark.parametrize("shelf", ["checkpoints", "shapes"])
+def test_the_bundled_recipes_can_be_read_and_their_experiments_made(shelf):
     from taco_nb.experiment import Experiment
 
-    recipe = read_recipe(REPOSITORY / "data" / "checkpoints" / "recipe.toml")
+    recipe = read_recipe(REPOSITORY / "data" / shelf / "recipe.toml")
     for settings in recipe["runs"].values():
-        assert settings["train_data"] in recipe["pictures"]
+        assert settings["train_data"] in recipe.get("pictures", ["shapes"])
         Experiment().replace(**settings)

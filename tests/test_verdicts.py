@@ -12,6 +12,7 @@ import pytest
 
 from taco_nb.experiment import Experiment, baseline
 from taco_nb.files import REPOSITORY
+from taco_nb.metrics.interval import interval
 from taco_nb.report import DATASETS, MEASURES, collect
 from taco_nb.verdicts import (
     CLAIMS,
@@ -21,7 +22,6 @@ from taco_nb.verdicts import (
     TOLERANCE,
     Claim,
     holds,
-    interval,
     paired,
     verdicts,
 )

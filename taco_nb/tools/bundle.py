@@ -45,7 +45,10 @@ RECIPE = (
 SCENES = 192
 """The scenes on which codecs of the shapes are measured, half of each kind."""
 RESULTS = "results.csv"
-SHAPES_DO_NOT_SHOW = "what text is worth on photographs, or under TACO's loss: in this world the caption decides what is weighed"
+SHAPES_DO_NOT_SHOW = (
+    "what text is worth on photographs or under TACO's loss: in this world the caption decides what the loss "
+    "weighs"
+)
 NOT_TO_BE_CLAIMED = (
     "anything about text in image compression, TACO or the report: the text tower knows no meanings, the training set is "
     "tiny and the training short"

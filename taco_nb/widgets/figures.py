@@ -328,9 +328,10 @@ def _interval_panels(rows: pd.DataFrame, titles: Mapping[str, str], title: str) 
 
 
 def listening_bars(found: pd.DataFrame, title: str = "Listening") -> Figure:
-    """Draw the listening of each codec, in dB, with its 95 % interval over scenes: a bar for each kind of scene.
+    """Draw the listening of each codec, in dB, from low to high: a bar for each kind of scene.
 
-    `found` comes from `taco_nb.control.heard`.
+    `found` comes from `taco_nb.control.heard`, with intervals over the scenes, or from `over_seeds`, with the range of the
+    seeds.
     """
     import plotly.graph_objects as go
 
