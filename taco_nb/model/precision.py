@@ -128,7 +128,10 @@ def arithmetic(device: torch.device, precision: str) -> str:
         return f"{name} in bfloat16"
     backends = torch.backends
     if hasattr(backends, "fp32_precision"):  # from PyTorch 2.9 on, where the older names may raise
-        lowered = [backends.cudnn.conv.fp32_precision == "tf32", backends.cuda.matmul.fp32_precision == "tf32"]
+        lowered = [
+            backends.cudnn.conv.fp32_precision == "tf32",
+            backends.cuda.matmul.fp32_precision == "tf32",
+        ]
     else:
         lowered = [backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32]
     parts = [part for part, low in zip(("convolutions", "matrix products"), lowered) if low and has_tf32]

@@ -79,7 +79,7 @@ class TACO(SpaceChannelModel, LatentCoder):
         return {"x_hat": self.g_s(y_hat).float(), "likelihoods": likelihoods}
 
     def noise_shape(self, x: Tensor) -> tuple[int, int]:
-        """Return the shape of the noise for images x (B, 3, H, W): a row for each image, z's first, then y's by half group."""
+        """Return the shape of the noise for images x (B, 3, H, W): a row for each, of z's noise and y's by half group."""
         positions = x.shape[2] * x.shape[3]
         return len(x), self.config.N * positions // 64**2 + self.config.M * positions // 16**2
 

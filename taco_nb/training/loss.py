@@ -19,6 +19,7 @@ from taco_nb.errors import SettingError
 from taco_nb.metrics.joint_space import standardized
 from taco_nb.metrics.perception import Lpips, MiniDistance
 from taco_nb.text.clip import to_device
+from taco_nb.text.tokens import caption_ids
 
 LOGIT_SCALE = math.exp(2.6592)  # at which CLIP's training starts, and where TACO leaves it
 IMAGE_WEIGHT = 40.0
@@ -129,10 +130,10 @@ class JointLoss:
         none of them, each caption's vector follows from the state of its last token, and the tower need not run again.
         """
         ids = self.tokenizer(list(captions))
-        ends = ids.argmax(-1)  # the end of a text has the largest id
         projection = getattr(self.clip, "text_projection", None)
-        if hidden is not None and isinstance(projection, Tensor) and ends.max() < hidden.shape[1]:
-            ends = to_device(ends, hidden.device)
+        longest = min(max(len(caption_ids(caption)) for caption in captions) + 2, ids.shape[1])
+        if hidden is not None and isinstance(projection, Tensor) and longest <= hidden.shape[1]:
+            ends = to_device(ids.argmax(-1), hidden.device)  # the end of a text has the largest id
             text = hidden[torch.arange(len(ends), device=ends.device), ends] @ projection
         else:
             text = self.clip.encode_text(to_device(ids, self.clip.logit_scale.device))
