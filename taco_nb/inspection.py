@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,7 +66,8 @@ def look_at_attention(codec: Codec, image: Any, caption: str) -> list[Attention]
         if isinstance(layer, (Injector, Extractor))
     ]
     try:
-        codec.net.g_a(*_encoder_inputs(codec, image, caption))
+        with full_float32(codec.device.type):
+            codec.net.g_a(*_encoder_inputs(codec, image, caption))
     finally:
         for hook in hooks:
             hook.remove()
@@ -83,7 +85,8 @@ def text_contribution(codec: Codec, image: Any, caption: str) -> Tensor:
     hook = injector.cross_attn.register_forward_hook(lambda layer, inputs, output: added.append(output[0]))
     x, *text = _encoder_inputs(codec, image, caption)
     try:
-        codec.net.g_a(x, *text)
+        with full_float32(codec.device.type):
+            codec.net.g_a(x, *text)
     finally:
         hook.remove()
     return added[0].T.unflatten(1, (x.shape[2] // 4, x.shape[3] // 4)).float().cpu()
@@ -129,6 +132,17 @@ def count_flops(run: Callable[[], Any]) -> dict[str, int]:
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run()
     return {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
+
+
+def training_flops(exp: Experiment) -> int:
+    """Return the operations of a training step on one crop, as nanoGPT counts them: the network forward, and twice back.
+
+    The frozen networks of text and loss do not count. They are counted on shapes alone, which takes no memory.
+    """
+    with FakeTensorMode():
+        net = TACO(exp.model_config())
+        x = torch.empty(1, 3, exp.crop, exp.crop), torch.empty(1, exp.text_tokens, net.config.text_dim)
+        return 3 * count_flops(lambda: net(*x))["Global"]
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from torchvision.transforms import CenterCrop
 
 from taco_nb.data import CaptionedFolder, Coco, TrainPairs, datasets, training_pairs
 from taco_nb.data.captioned import NO_PICTURES, image_extensions
-from taco_nb.data.images import to_rgb, to_tensor
+from taco_nb.data.images import pixels, to_rgb
 from taco_nb.errors import DataError, SettingError
 from taco_nb.evaluation.protocol import PUBLISHED_CAPTIONS
 from taco_nb.files import BUNDLED, REPOSITORY, sha256
@@ -486,16 +486,16 @@ def test_every_caption_of_every_large_image_is_a_sample(tmp_path, annotated):
         "1.1",
     ]
     for x, caption in pairs:
-        whole = to_tensor(dataset[int(caption[0])].image)
+        whole = pixels(dataset[int(caption[0])].image)
         windows = whole.unfold(1, 25, 1).unfold(2, 25, 1)  # (3, rows, columns, 25, 25): every crop there is
-        assert x.shape == (3, 25, 25) and x.dtype == torch.float32
+        assert x.shape == (3, 25, 25) and x.dtype == torch.uint8
         assert (windows == x[:, None, None]).all(-1).all(-1).all(0).sum() == 1
 
 
 def test_an_image_of_just_the_crops_size_is_used_whole(tmp_path):
     coco_files(tmp_path, sizes=[(25, 25)])
     dataset = Coco(tmp_path, "train")
-    assert torch.equal(TrainPairs(dataset, crop=25)[0][0], to_tensor(dataset[0].image))
+    assert torch.equal(TrainPairs(dataset, crop=25)[0][0], pixels(dataset[0].image))
     with pytest.raises(DataError, match="No image of coco-train has both sides >= 26"):
         TrainPairs(dataset, crop=26)
 
@@ -597,7 +597,7 @@ def test_coco_training_is_every_caption_of_every_large_image(minicoco):
     assert len(pairs) == 5 * large and pairs.skipped == len(sizes) - large > 0
     x, caption = pairs[7]
     name = pairs.dataset.names[1]
-    whole = to_tensor(to_rgb(minicoco / "coco" / "train2014" / name))
+    whole = pixels(to_rgb(minicoco / "coco" / "train2014" / name))
     assert caption == pairs.dataset.captions(1)[2]
     corners = (whole[:, :-255, :-255] == x[:, :1, :1]).all(0).nonzero()
     assert any(torch.equal(whole[:, top : top + 256, left : left + 256], x) for top, left in corners.tolist())

@@ -75,7 +75,7 @@ def test_training_pairs_weigh_what_their_caption_names():
         shown = scene(HELD_OUT + 5000 * SCENES + i)
         named = [k for k, name in enumerate(shown.names) if name in caption]
         several += len(named) == 2
-        assert torch.equal(x, shown.image / 255)
+        assert torch.equal(x, shown.image)
         assert torch.equal(weight == 1, shown.masks[named].any(0, keepdim=True))
         assert torch.equal(weight != 1, weight == 1 / NAMED_WEIGHT)
     assert 2 < several < 20
@@ -90,7 +90,7 @@ def test_no_scene_of_training_is_one_of_those_held_out():
     for seed in (0, 1, 100):
         pairs = ShapesPairs(seed=seed)
         first = pairs[0][0]
-        assert all(not torch.equal(first, scene(held).image / 255) for held in range(20))
+        assert all(not torch.equal(first, scene(held).image) for held in range(20))
 
 
 def test_the_error_of_a_named_pixel_counts_twenty_times():

@@ -22,7 +22,7 @@ from taco_nb.data.captioned import (
     nfc,
     read_json,
 )
-from taco_nb.data.images import to_tensor
+from taco_nb.data.images import pixels
 from taco_nb.errors import DataError, SettingError
 from taco_nb.settings import check_count
 
@@ -57,8 +57,9 @@ class Coco(CaptionedImages):
 class TrainPairs(Dataset):
     """TACO's training set: every (image, caption) pair is a sample, cropped at random, neither resized nor flipped.
 
-    `pairs[i]` is (x, caption), with x float32 of shape (3, crop, crop) in [0, 1]. Images with a side shorter than `crop`
-    are left out, and `skipped` says how many. Where the crop lies depends on (seed, epoch, i) alone, so that neither the
+    `pairs[i]` is (x, caption), with x uint8 of shape (3, crop, crop): as floats the batches of eight workers would not fit
+    into the 64 MB of shared memory that Docker gives. Images with a side shorter than `crop` are left out, and `skipped`
+    says how many. Where the crop lies depends on (seed, epoch, i) alone, so that neither the
     number of workers nor a resume changes what is trained on.
 
     Raises `SettingError` for crop < 1 or seed < 0, and `DataError` if no image is large enough or one cannot be read.
@@ -99,7 +100,7 @@ class TrainPairs(Dataset):
         position = np.random.default_rng((self.seed, int(self._epoch), i))
         left = int(position.integers(image.width - self.crop, endpoint=True))
         top = int(position.integers(image.height - self.crop, endpoint=True))
-        return to_tensor(image.crop((left, top, left + self.crop, top + self.crop))), caption
+        return pixels(image.crop((left, top, left + self.crop, top + self.crop))), caption
 
 
 def _annotations(root: Path, split: str) -> list[Entry]:

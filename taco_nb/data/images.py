@@ -68,7 +68,12 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     """
     if image.mode != "RGB":
         raise DataError(f"The image has mode {image.mode}, not RGB: pass it through to_rgb first.")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+    return pixels(image).float() / 255
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    """Return an 8-bit RGB image as it is: uint8 of shape (3, H, W), a quarter of what `to_tensor` gives."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def to_image(x: torch.Tensor) -> Image.Image:

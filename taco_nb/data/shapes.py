@@ -92,7 +92,7 @@ def long_caption(shown: Scene, names: Sequence[str]) -> str:
 
 
 class ShapesPairs(Dataset):
-    """The training pairs of this world: (picture in [0, 1], caption, weight (1, 64, 64) of each pixel's squared error).
+    """The training pairs of this world: (picture of bytes, caption, weight (1, 64, 64) of each pixel's squared error).
 
     Pair i of an epoch depends on (seed, epoch, i) alone, and no scene of a seed below `HELD_OUT` is among them. `captions`
     are the "published" ones, which are short, or paragraphs, "context". `dataset` tells what captions can say. Raises
@@ -120,7 +120,7 @@ class ShapesPairs(Dataset):
         names = [shown.names[k] for k in chosen]
         caption = long_caption(shown, names) if self.long else short_caption(names, number)
         named = shown.masks[chosen].any(0, keepdim=True)
-        return shown.image / 255, caption, torch.where(named, 1.0, 1 / NAMED_WEIGHT)
+        return shown.image, caption, torch.where(named, 1.0, 1 / NAMED_WEIGHT)
 
 
 class Vocabulary:

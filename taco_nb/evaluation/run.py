@@ -43,6 +43,7 @@ from taco_nb.metrics.networks import (
     Network,
     find_networks,
     given_networks,
+    placed,
     say_missing,
     state_digest,
 )
@@ -407,6 +408,13 @@ def _evaluate_in_processes(
         "text_encoder", "text_tokens", "text_length", "text_pooling", "keywords", "mode", "name", "about", "data_dir",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
+        if options[
+            "networks"
+        ]:  # on their way they lie on the processor, and each process puts them on its own GPU
+            cpu = torch.device("cpu")
+            options["networks"] = {
+                name: placed(network, cpu) for name, network in options["networks"].items()
+            }
         weights = Path(scratch, "codec.safetensors")
         save_weights(weights, codec.net, {})
         arguments = {

@@ -135,7 +135,11 @@ def standardized(x: Tensor) -> Tensor:
     """Return pictures (B,3,H,W) in [0,1] less the mean of OpenAI's training pictures, over their standard deviation."""
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-    mean, std = (x.new_tensor(values)[:, None, None] for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    # A GPU fills in numbers by itself, while a tensor of them would be copied there, and waited for.
+    mean, std = (
+        torch.stack([x.new_full((1, 1), value) for value in values])
+        for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    )
     return (x - mean) / std
 
 

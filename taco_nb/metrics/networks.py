@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from copy import copy, deepcopy
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -91,12 +92,19 @@ def given_networks(networks: Mapping[str, Any]) -> tuple[dict[str, Network], dic
             f"No metric is called {unknown.pop()!r}; those with a network are {', '.join(METRICS)}."
         )
     found = {
-        name: Network(
-            f"given, SHA-256 {state_digest(network.model)}", lambda device, network=network: network
-        )
+        name: Network(f"given, SHA-256 {state_digest(network.model)}", partial(placed, network))
         for name, network in networks.items()
     }
     return found, {name: "no network was given for it" for name in METRICS if name not in found}
+
+
+def placed(network: Any, device: torch.device) -> Any:
+    """Return a network of a metric on `device`: itself where it is there already, else a copy."""
+    if network.device == device:
+        return network
+    moved = copy(network)
+    moved.model, moved.device = deepcopy(network.model).to(device), device
+    return moved
 
 
 @cache  # so that a notebook says it once, and not in every cell

@@ -201,6 +201,30 @@ class SpaceChannelModel(nn.Module):
         """Visit the ten half groups of y in coding order with these networks, as the function `walk` explains."""
         return walk(self, hyper, visit)
 
+    def likelihoods_of_z(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the likelihoods of z (B, N, h, w), rounded, or under noise in training, as CompressAI's bottleneck does.
+
+        `noise` (B, N, h, w) is to be used in place of new noise. CompressAI's own `forward` keeps the order of the axes in a
+        tensor, and a GPU's would have to be waited for thirteen times to read it.
+        """
+        model = self.entropy_bottleneck
+        B, N, h, w = z.shape
+        values = z if noise is None else z + noise
+        values = values.transpose(0, 1).reshape(N, 1, -1)
+        if noise is None:
+            values = model.quantize(values, "noise" if self.training else "dequantize", model._get_medians())
+        likelihoods = model.likelihood_lower_bound(model._likelihood(values)[0])
+        return likelihoods.reshape(N, B, h, w).transpose(0, 1).contiguous()
+
+    def likelihoods_of_y(
+        self, y: Tensor, scales: Tensor, means: Tensor, noise: Tensor | None = None
+    ) -> Tensor:
+        """Return the likelihoods of a half group of y under its Gaussians, all (B, c, h, w/2); `noise` is as for z."""
+        if noise is None:
+            return self.gaussian_conditional(y, scales, means)[1]
+        model = self.gaussian_conditional
+        return model.likelihood_lower_bound(model._likelihood(y + noise, scales, means))
+
     def medians(self) -> Tensor:
         """Return the numbers around which z is rounded, (1, N, 1, 1)."""
         return self.entropy_bottleneck.quantiles[:, 0, 1].reshape(1, -1, 1, 1)

@@ -83,29 +83,72 @@ def full_float32(device_type: str) -> Iterator[None]:
                 _put_back()
 
 
+@contextmanager
+def quick_training(device: torch.device) -> Iterator[None]:
+    """Let a GPU train as fast as it can inside: products of float32 in TF32, where it has that, and cuDNN's best algorithms.
+
+    TF32 keeps ten bits of each factor, as float16 does, and the range of float32. `arithmetic` says where it is used. cuDNN
+    tries its algorithms at the first step, and keeps the quickest for each shape.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if hasattr(torch.backends, "fp32_precision"):
+        switches = [(cudnn.conv, "fp32_precision", "tf32"), (matmul, "fp32_precision", "tf32")]
+    else:
+        switches = [(cudnn, "allow_tf32", True), (matmul, "allow_tf32", True)]
+    switches.append((cudnn, "benchmark", True))
+    before = [getattr(owner, name) for owner, name, _ in switches]
+    for owner, name, quick in switches:
+        setattr(owner, name, quick)
+    try:
+        yield
+    finally:
+        for (owner, name, _), value in zip(switches, before):
+            setattr(owner, name, value)
+
+
 def arithmetic(device: torch.device, precision: str) -> str:
     """Return a few words that say on what, and in which numbers, the transforms are computed.
 
     On a GPU "float32" is not the whole truth: from Ampere on, cuDNN computes convolutions of float32 tensors in TF32, which
-    keeps 10 bits of each factor, unless `torch.backends.cudnn` says otherwise. Raises `SettingError` for bfloat16 on a GPU
-    that only emulates it, and so is slower at it than at float32.
+    keeps 10 bits of each factor, unless `torch.backends.cudnn` says otherwise; and training allows it for matrix products
+    too. Raises `SettingError` for bfloat16 on a GPU that only emulates it, and so is slower at it than at float32.
     """
     if device.type != "cuda":
         return f"the CPU in {precision}"
     name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    has_tf32 = torch.version.cuda is not None and capability >= (8, 0)
     if precision == "bfloat16":
-        if torch.version.cuda is not None and capability < (8, 0):
+        if torch.version.cuda is not None and not has_tf32:  # the same generation brought both
             raise SettingError(
                 f'precision="bfloat16", but {name} has no arithmetic for it and would emulate it slowly. Use "float32".'
             )
         return f"{name} in bfloat16"
-    if torch.version.cuda is not None and capability >= (8, 0) and _convolutions_in_tf32():
-        return f"{name} in float32, its convolutions in TF32"
-    return f"{name} in float32"
+    backends = torch.backends
+    if hasattr(backends, "fp32_precision"):  # from PyTorch 2.9 on, where the older names may raise
+        lowered = [
+            backends.cudnn.conv.fp32_precision == "tf32",
+            backends.cuda.matmul.fp32_precision == "tf32",
+        ]
+    else:
+        lowered = [backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32]
+    parts = [part for part, low in zip(("convolutions", "matrix products"), lowered) if low and has_tf32]
+    return f"{name} in float32" + (f", its {' and '.join(parts)} in TF32" if parts else "")
 
 
-def _convolutions_in_tf32() -> bool:
-    cudnn = torch.backends.cudnn
-    if hasattr(torch.backends, "fp32_precision"):  # from PyTorch 2.9 on, where the older name may raise
-        return cudnn.conv.fp32_precision == "tf32"
-    return cudnn.allow_tf32
+PEAKS = {
+    "A100": (156, 312), "H100 PCIe": (378, 756), "H100": (495, 989), "H200": (495, 989), "L40S": (183, 362),
+    "RTX 3090": (36, 71), "RTX 4090": (83, 165),
+}  # fmt: skip
+"""The 10^12 operations a second that some GPUs promise in their data sheets, without sparsity: in TF32, and in bfloat16."""
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Return how many operations a second the GPU promises in this precision; None if we do not know."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    found = [peaks for part, peaks in PEAKS.items() if part in name]
+    return 1e12 * found[0][precision == "bfloat16"] if found else None

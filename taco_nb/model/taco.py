@@ -57,31 +57,50 @@ class TACO(SpaceChannelModel, LatentCoder):
         net.load_state_dict(state)
         return net
 
-    def forward(self, x: Tensor, text: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Any]:
+    def forward(
+        self,
+        x: Tensor,
+        text: Tensor | None = None,
+        mask: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Any]:
         """Reconstruct x and estimate its bits; differentiable.
 
         Returns {"x_hat": (B, 3, H, W), unclamped, "likelihoods": {"y": (B, M, h, w), "z": (B, N, h/4, w/4)}}. In
         training mode the likelihoods are those of y and z with uniform noise (Balle et al. 2018), while y_hat is rounded
-        with a straight-through gradient; in evaluation mode both are those of the rounded values.
+        with a straight-through gradient; in evaluation mode both are those of the rounded values. `noise`, of the shape that
+        `noise_shape` gives, is to be used in place of new noise.
         """
         self.check_float32()
         y = self.g_a(x, self._text(x, text), mask).float()
         # probabilities need more than bfloat16's eight bits
         with torch.autocast(x.device.type, enabled=False):
-            y_hat, likelihoods = self._estimate(y)
+            y_hat, likelihoods = self._estimate(y, noise)
         return {"x_hat": self.g_s(y_hat).float(), "likelihoods": likelihoods}
 
-    def _estimate(self, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def noise_shape(self, x: Tensor) -> tuple[int, int]:
+        """Return the shape of the noise for images x (B, 3, H, W): a row for each, of z's noise and y's by half group."""
+        positions = x.shape[2] * x.shape[3]
+        return len(x), self.config.N * positions // 64**2 + self.config.M * positions // 16**2
+
+    def _estimate(self, y: Tensor, noise: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return y_hat and the likelihoods of y and z, without coding them."""
         z = self.h_a(y)
-        _, z_likelihoods = self.entropy_bottleneck(z)
+        of_z = of_y = None
+        if noise is not None:
+            of_z, of_y = noise.split([z[0].numel(), y[0].numel()], 1)
+            of_z, of_y = of_z.reshape(z.shape), of_y.reshape(y.shape)
+        z_likelihoods = self.likelihoods_of_z(z, of_z)
         z_hat = ste_round(z - self.medians()) + self.medians()
         halves = {anchor: squeeze(y, anchor) for anchor in (True, False)}
         likelihoods: dict[bool, list[Tensor]] = {True: [], False: []}
 
         def estimate(step: Step, scales: Tensor, means: Tensor) -> Tensor:
             values = halves[step.anchor][:, step.channels]
-            likelihoods[step.anchor].append(self.gaussian_conditional(values, scales, means)[1])
+            drawn = None
+            if of_y is not None:  # a group's anchors have the first half of its noise
+                drawn = of_y[:, step.channels].reshape(len(y), 2, *values.shape[1:])[:, 1 - step.anchor]
+            likelihoods[step.anchor].append(self.likelihoods_of_y(values, scales, means, drawn))
             return ste_round(values - means) + means
 
         y_hat = self.walk(self.h_s(z_hat), estimate)

@@ -26,8 +26,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from taco_nb.errors import CheckpointError, SettingError
+from taco_nb.model.precision import full_float32
 from taco_nb.pretrained import MINI, OpenClip
-from taco_nb.text.tokens import CLIP_LENGTH, caption_list, clip_tokenizer, token_spans
+from taco_nb.text.tokens import CLIP_LENGTH, caption_ids, caption_list, clip_tokenizer, token_spans
 
 UNTRAINED_SEED = 100
 UNSEEN_SEED = 2026
@@ -83,7 +84,7 @@ class TextTower:
         ids = torch.full((len(captions), self.length), tokenizer.eot_token_id)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for row, caption in enumerate(captions):
-            sequence = [tokenizer.sot_token_id, *tokenizer.encode(caption)[: self.length - 2]]
+            sequence = [tokenizer.sot_token_id, *caption_ids(caption)[: self.length - 2]]
             ids[row, : len(sequence)] = torch.tensor(sequence)
             mask[row, : len(sequence) + 1] = True  # end-of-text, with which the row is filled, is one more
         return ids, mask
@@ -95,7 +96,7 @@ class TextTower:
         the rest. Raises `SettingError` if the caption is not a string.
         """
         (caption,) = caption_list([caption])
-        words = token_spans(caption, clip_tokenizer().encode(caption)[: self.length - 2])
+        words = token_spans(caption, caption_ids(caption)[: self.length - 2])
         spans = [(0, 0), *words, (len(caption), len(caption))]
         return spans + [None] * (self.length - len(spans))
 
@@ -112,9 +113,9 @@ class TextTower:
 
         ids (B, T) int64 and mask (B, T) bool are as `tokenize` gives them, for any T up to the tower's own limit.
         """
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        # Training runs under bfloat16 autocast; the conditioning must not depend on who asks for it.
-        with torch.autocast(self.device.type, enabled=False):
+        ids, mask = to_device(ids, self.device), to_device(mask, self.device)
+        # Training runs under bfloat16 autocast, and in TF32; the conditioning must not depend on who asks for it.
+        with full_float32(self.device.type):
             x = self.module.token_embedding(ids) + self.module.positional_embedding[: ids.shape[1]]
             return self.module.ln_final(self.module.transformer(x, attn_mask=self._attention_mask(mask)))
 
@@ -127,6 +128,15 @@ class TextTower:
         visible = mask[:, None, :] & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
         additive = torch.zeros(visible.shape, device=mask.device).masked_fill(~visible, float("-inf"))
         return additive.repeat_interleave(self.module.transformer.resblocks[0].attn.num_heads, dim=0)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the processor's on `device`. A GPU goes on with its work meanwhile: nobody waits for the copy."""
+    if device.type == "cuda":
+        tensor = (
+            tensor.pin_memory()
+        )  # from other memory the copy would be made at once, after all work before it
+    return tensor.to(device, non_blocking=True)
 
 
 def text_tower(name: str, length: int = 38, device: str | torch.device = "cpu") -> TextTower:
@@ -174,8 +184,21 @@ def clip_model(
             f"{name!r} has no image half, and a loss in an untrained space would mean nothing. Choose a CLIP model, such "
             "as 'ViT-B-32-quickgelu/openai', or leave that loss out (k_J=0)."
         )
-    tokenizer = partial(clip_tokenizer(), context_length=config["context_length"])
-    return both_halves(name, usable_device(device)), tokenizer
+    return both_halves(name, usable_device(device)), partial(clip_ids, length=config["context_length"])
+
+
+def clip_ids(captions: str | Iterable[str], length: int = CLIP_LENGTH) -> Tensor:
+    """Return captions as CLIP's `encode_text` takes them: ids (B, length) int64, zero after the end of the text.
+
+    They are those of open_clip's tokenizer, which would cut captions that are cut already anew.
+    """
+    captions = caption_list(captions)
+    tokenizer = clip_tokenizer()
+    ids = torch.zeros(len(captions), length, dtype=torch.int64)
+    for row, caption in zip(ids, captions):
+        sequence = [tokenizer.sot_token_id, *caption_ids(caption)[: length - 2], tokenizer.eot_token_id]
+        row[: len(sequence)] = torch.tensor(sequence)
+    return ids
 
 
 @lru_cache(maxsize=4)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from taco_nb.errors import SettingError
 from taco_nb.settings import TextLength, TextPooling
-from taco_nb.text.clip import TextTower
+from taco_nb.text.clip import TextTower, to_device
 from taco_nb.text.keywords import KeywordWeights, pool
 from taco_nb.text.long import tower_windows
 
@@ -57,5 +57,5 @@ class Conditioning:
         hidden = self.tower(captions)
         if self.pooling == "none":
             return hidden, None
-        weights = self.keywords.token_weights(captions, self.tower).to(hidden.device)
+        weights = to_device(self.keywords.token_weights(captions, self.tower), hidden.device)
         return pool(hidden, weights, self.pooling), None

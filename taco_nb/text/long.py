@@ -26,8 +26,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from taco_nb.errors import SettingError
-from taco_nb.text.clip import TextTower
-from taco_nb.text.tokens import CLIP_LENGTH, byte_length, caption_list, clean_text, clip_tokenizer, token_ends
+from taco_nb.text.clip import TextTower, to_device
+from taco_nb.text.tokens import (
+    CLIP_LENGTH,
+    byte_length,
+    caption_ids,
+    caption_list,
+    clean_text,
+    clip_tokenizer,
+    token_ends,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,11 +61,13 @@ def tower_windows(tower: TextTower, captions: str | Iterable[str]) -> tuple[Tens
         batch = windows[first : first + BATCH]
         ids = pad_sequence(batch, batch_first=True, padding_value=eot)
         mask = _length_mask([len(window) for window in batch])
-        states.append(tower.hidden_states(ids, mask)[mask.to(tower.device)])
+        hidden = tower.hidden_states(ids, mask)
+        # By their known lengths: a mask's count is known to a GPU only, which would have to be waited for.
+        states += [row[: len(window)] for row, window in zip(hidden, batch)]
     # All states in one row, window after window, are cut up again into those of each caption.
     tokens = [sum(len(window) + 2 for window in windows) for windows in by_caption]
     hidden = pad_sequence(torch.cat(states).split(tokens), batch_first=True)
-    return hidden, _length_mask(tokens).to(tower.device)
+    return hidden, to_device(_length_mask(tokens), tower.device)
 
 
 def split_windows(text: str, limit: int = CLIP_LENGTH) -> list[list[int]]:
@@ -69,7 +79,7 @@ def split_windows(text: str, limit: int = CLIP_LENGTH) -> list[list[int]]:
     tokens, which are not in the lists. Raises `SettingError` if it is not a whole number of 3 or more.
     """
     _check_positions("limit", limit, least=3)
-    ids, clean = clip_tokenizer().encode(text), clean_text(text)
+    ids, clean = caption_ids(text), clean_text(text)
     token_at = {end: token for token, end in enumerate(token_ends(ids))}
     # Places to cut at, as numbers of tokens, from the best kind to the worst: ends of sentences, of what stands between
     # white space, and of the tokenizer's own words. An end inside a token, such as in "end.$5", is no place.

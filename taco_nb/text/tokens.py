@@ -31,6 +31,24 @@ def clip_tokenizer() -> SimpleTokenizer:
     return SimpleTokenizer()
 
 
+class TokenizedCaption(str):
+    """This is a caption that knows its tokens: a data loader's worker has cut it, and nobody need cut it again."""
+
+    ids: list[int]
+
+
+def tokenized(caption: str) -> TokenizedCaption:
+    """Return the caption together with its tokens."""
+    known = TokenizedCaption(caption)
+    known.ids = clip_tokenizer().encode(caption)
+    return known
+
+
+def caption_ids(caption: str) -> list[int]:
+    """Return CLIP's tokens of a caption, without those of start and end."""
+    return caption.ids if isinstance(caption, TokenizedCaption) else clip_tokenizer().encode(caption)
+
+
 def caption_list(captions: str | Iterable[str]) -> list[str]:
     """Return captions as a list of at least one string; a single string counts as one caption.
 

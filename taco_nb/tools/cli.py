@@ -136,11 +136,19 @@ def export_command(notebooks: tuple[str, ...]) -> None:
 )
 @click.option("--out", type=Path, default=Path("out/bench"), show_default=True, help="Folder for the tables.")
 @click.option("--large", is_flag=True, help="Measure memory on a 6000x4000 image too.")
-def bench_command(device: str, repeats: int, out: Path, large: bool) -> None:
+@click.option("--gpu-check", is_flag=True, help="Check in eight minutes all that only a GPU can show.")
+@click.pass_context
+def bench_command(context, device: str, repeats: int, out: Path, large: bool, gpu_check: bool) -> None:
     """Measure speed and memory beside CompressAI's ELIC.
 
-    ELIC is the same codec without the text. All networks have the paper's size and random weights.
+    ELIC is the same codec without the text. All networks have the paper's size and random weights. With --gpu-check, files,
+    training, resuming and notebooks are checked on a GPU instead, and gpu_check.md says what was found; the exit status is
+    1 if anything failed.
     """
+    if gpu_check:
+        from taco_nb.tools.gpu_check import gpu_check as check
+
+        context.exit(0 if check(device, out) else 1)
     from taco_nb.tools.bench import bench
 
     bench(device, repeats, out, large)

@@ -58,6 +58,13 @@ between two steps, and the same command goes on with it. The exit status is 0 in
     metavar="N",
     help="Compute a batch in N pieces, to need less memory.",
 )
+@click.option(
+    "--compile",
+    type=click.Choice(["auto", "off", "default", "reduce-overhead"]),
+    default="auto",
+    show_default=True,
+    help="How PyTorch compiles the networks; auto: as it is quickest on a GPU, and not at all on a CPU.",
+)
 @click.option("--status", is_flag=True, help="Train nothing; say how far the run has come.")
 @click.pass_context
 def train_command_line(

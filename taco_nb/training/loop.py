@@ -28,19 +28,20 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from taco_nb import checkpoint
 from taco_nb.codec import Codec, load
 from taco_nb.data import TrainPairs, datasets, training_pairs
 from taco_nb.data.images import to_tensor
-from taco_nb.errors import CheckpointError, SettingError
+from taco_nb.errors import CheckpointError, SettingError, check_known
 from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, sha256
+from taco_nb.inspection import training_flops
 from taco_nb.metrics.networks import METRICS
 from taco_nb.model import TACO
-from taco_nb.model.precision import arithmetic
+from taco_nb.model.precision import arithmetic, peak_flops, quick_training
 from taco_nb.processes import (
     Group,
     check_device,
@@ -54,6 +55,7 @@ from taco_nb.processes import (
 from taco_nb.settings import check_count
 from taco_nb.text import Conditioning, KeywordWeights, text_tower
 from taco_nb.text.chat_keywords import chat_keywords
+from taco_nb.text.tokens import tokenized
 from taco_nb.training.loss import JointLoss, TacoLoss
 from taco_nb.training.muon import Muon
 
@@ -71,6 +73,7 @@ PICTURES = 20
 """How often in a run TensorBoard gets a picture."""
 PICTURE_SIDE = 256
 """The side of that picture, or the training crops' where they are smaller, so that it costs no more than a few steps."""
+COMPILE = ("auto", "off", "default", "reduce-overhead")
 EXPERIMENT, STATE, LOG = "experiment.json", "state.pt", "log.csv"
 
 
@@ -116,10 +119,12 @@ class Resources:
     save_minutes: float = 5.0
     num_workers: int | None = None
     accumulation: int = 1
+    compile: str = "auto"
 
     def __post_init__(self) -> None:
         check_count(self.num_workers or 0, "num_workers", least=0)
         check_count(self.accumulation, "accumulation")
+        check_known([self.compile], COMPILE, "compile cannot be")
 
 
 OnLog = Callable[[Run, "list[dict[str, float]]", Callable[[], Codec]], None]
@@ -137,6 +142,7 @@ def fit(
     num_processes: int = 1,
     num_workers: int | None = None,
     accumulation: int = 1,
+    compile: str = "auto",
     on_log: OnLog | None = None,
 ) -> Run:
     """Train as `exp` says, into the folder `out_dir`; resume what was begun there; return at once what is finished.
@@ -148,7 +154,9 @@ def fit(
     The rest changes how a result is computed, and not what it is. `num_processes` share each batch, each on a GPU of its
     own where there are GPUs; in a process that a launcher such as accelerate's has started it is ignored. `num_workers`
     load the images of each process (None: none on a CPU, up to 8 on a GPU). `accumulation` says into how many pieces a
-    process cuts its share of a batch, to need less memory.
+    process cuts its share of a batch, to need less memory. `compile` is "off", or a mode of `torch.compile`: "default", or
+    "reduce-overhead", which also records a GPU's work to replay it at once ("auto": that on a GPU where Triton is there,
+    else "off").
 
     `on_log` is called with each row of the log (see `taco_nb.widgets.training_monitor`), and once in the end where the
     run was finished already or was trained by several processes.
@@ -158,7 +166,7 @@ def fit(
     `ProcessError` where one of several processes dies; and the errors of whatever `exp` needs and lacks.
     """
     started, folder = time.monotonic(), Path(out_dir)
-    resources = Resources(data_dir, device, max_hours, save_minutes, num_workers, accumulation)
+    resources = Resources(data_dir, device, max_hours, save_minutes, num_workers, accumulation, compile)
     check_count(num_processes, "num_processes")
     launched = launched_processes()
     run = finished_run(folder, exp)
@@ -171,7 +179,8 @@ def fit(
         accelerator = make_accelerator(device, exp.precision)
         gpus = [accelerator.device] if accelerator.device.type == "cuda" else []
         # The caller's random numbers stay as they are. Without the names of GPUs, those of all would be fetched.
-        with stop_requests() as requests, torch.random.fork_rng(gpus):
+        quick = quick_training(accelerator.device)
+        with stop_requests() as requests, torch.random.fork_rng(gpus), quick:
             trainer = Trainer(exp, folder, resources, accelerator)
             with trainer.group.alone_in(folder, "training"):
                 # Another process may have finished the run, and then left the folder.
@@ -222,6 +231,7 @@ class Trainer:
             num_workers=workers,
             persistent_workers=workers > 0,
             worker_init_fn=ignore_stop_signals,
+            collate_fn=collate,
             pin_memory=on_gpu,
         )
 
@@ -241,6 +251,15 @@ class Trainer:
             )
         self.conditioning = Conditioning(tower, *exp.text_settings.values(), self.keywords)
         self.loss = make_loss(exp, self.device)
+        self.compiled = compile_mode(resources.compile, self.device, self.group.size)
+        self.forward, self.means = self.net, self.loss.means
+        self.embed = self.loss.joint.embed if exp.k_J else None
+        if self.compiled != "off":
+            # Shapes are those of a whole batch, or of an epoch's last; only windows of text have more lengths.
+            how = {"mode": self.compiled, "dynamic": None if exp.text_length == "windows" else False}
+            self.forward, self.means = (torch.compile(part, **how) for part in (self.forward, self.means))
+            self.embed = self.embed and torch.compile(self.embed, **how)
+            self.arithmetic += f", compiled ({self.compiled})"
         self.data_digest = training_digest(exp, self.pairs, resources.data_dir)
         self.step, self.rows, self.sums, self.seconds = 0, [], Counter(), 0.0
 
@@ -253,6 +272,9 @@ class Trainer:
         log_every, picture_every = max(1, min(LOG_STEPS, self.total // 40)), max(1, self.total // PICTURES)
         is_main, what, stopped = self.group.is_main, f"training {self.folder.name}", None
         saved = before = time.monotonic()
+        peak = is_main and peak_flops(self.device, self.exp.precision)
+        share = training_flops(self.exp) / peak if peak else None
+        counted = self.step, self.seconds
         with ExitStack() as stack:
             bar = progress_bar(
                 total=self.total, initial=self.step, desc=what, unit="step", disable=not is_main
@@ -267,7 +289,13 @@ class Trainer:
                 last = self.step == self.total
                 if self.step % log_every == 0 or last:
                     row = self._log_row()  # by all processes, so that all see a run that diverges
-                    bar.set_postfix({name: f"{row[name]:.4g}" for name in ("loss", "bpp", "mse")})
+                    images = sum(map(self.batches.size, range(counted[0], self.step)))
+                    rate, counted = images / (self.seconds - counted[1]), (self.step, self.seconds)
+                    shown = {name: f"{row[name]:.4g}" for name in ("loss", "bpp", "mse")}
+                    shown |= {"images/s": f"{rate:.1f}"}
+                    # The share of the GPUs' promised operations that the network's own are, as nanoGPT has it.
+                    shown |= {"MFU": f"{rate * share / self.group.size:.0%}"} if share else {}
+                    bar.set_postfix(shown)
                     if is_main:
                         for name in row.keys() - {"step", "seconds"}:
                             board.add_scalar(f"training/{name}", row[name], self.step)
@@ -320,6 +348,8 @@ class Trainer:
         rate = self.exp.learning_rate * learning_rate_factor(self.exp.schedule, self.step, self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self.compiled == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()  # what the last step has left may be overwritten
         pieces, sums = self._pieces(x, captions, weight), 0.0
         joint = {"joint": self._joint(pieces)} if self.exp.k_J else {}
         for piece in pieces:
@@ -327,7 +357,7 @@ class Trainer:
             with nullcontext() if piece is pieces[-1] else self.accelerator.no_sync(self.net):
                 out = piece.out or self._reconstruct(piece)
                 with self.timed("losses"), self.accelerator.autocast():
-                    means = self.loss.means(out, piece.x, piece.weight)
+                    means = self.means(out, piece.x, piece.weight)
                     objective = piece.share * self.loss.total(means)
                     if self.exp.k_J:
                         objective = objective + self.exp.k_J * (out["seen"] * piece.slope).sum()
@@ -355,7 +385,9 @@ class Trainer:
         """Cut this process's share of the next batch into pieces, each with all that frozen networks say of it."""
         size = self.batches.size(self.step)
         own = split_evenly(size, self.group.size)[self.group.rank]
-        x = x.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        x = x.to(self.device, non_blocking=True)
+        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        x = x.contiguous(memory_format=torch.channels_last)
         pieces = []
         for part in split_evenly(len(captions), min(self.resources.accumulation, len(captions))):
             said = captions[part.start : part.stop]
@@ -363,7 +395,9 @@ class Trainer:
                 x[part.start : part.stop],
                 share=len(part) / size if own else 0.0,
                 noise_seeds=[mixed_seed(self.exp.seed, self.step, own.start + i) for i in part],
-                weight=None if weight is None else weight[part.start : part.stop].to(self.device),
+                weight=None
+                if weight is None
+                else weight[part.start : part.stop].to(self.device, non_blocking=True),
             )
             with self.timed("text"):
                 piece.text, piece.mask = self.conditioning(said)
@@ -373,17 +407,18 @@ class Trainer:
                     piece.caption_embeddings = self.loss.joint.embed_text(said, piece.text if plain else None)
             if self.exp.k_J:
                 with self.timed("losses"), self.accelerator.autocast(), torch.no_grad():
-                    piece.embeddings = self.loss.joint.embed(piece.x)
+                    piece.embeddings = self.embed(piece.x)
             pieces.append(piece)
         return pieces
 
     def _reconstruct(self, piece: _Piece) -> dict[str, Any]:
         """Return what the network makes of a piece and, where J is in the loss, how CLIP sees it, as "seen" (n, d)."""
-        with self.timed("model"), image_noise(self.bare_net, piece.noise_seeds):
-            out = self.net(piece.x, piece.text, piece.mask)
+        with self.timed("model"):
+            noise = image_noise(self.bare_net, piece.x, piece.noise_seeds)
+            out = self.forward(piece.x, piece.text, piece.mask, noise)
         if self.exp.k_J:
             with self.timed("losses"), self.accelerator.autocast():
-                out["seen"] = self.loss.joint.embed(out["x_hat"])
+                out["seen"] = self.embed(out["x_hat"])
         return out
 
     def _joint(self, pieces: list[_Piece]) -> Tensor:
@@ -441,25 +476,31 @@ class Trainer:
 
     def _log_row(self) -> dict[str, float]:
         """Add a row to the log: the means since the last one."""
-        self._check_finite()
+        sums = self._finite_sums()
         count = self.sums.pop("steps")
-        means = {name: float(total) / count for name, total in self.sums.items()}
+        means = {name: total / count for name, total in sums.items()}
         self.sums.clear()
         epoch = self.step / len(self.batches)
         row = {"step": self.step, "epoch": epoch, **means, "lr": self.learning_rate, "seconds": self.seconds}
         self.rows.append(row)
         return row
 
-    def _check_finite(self) -> None:
-        """Keep a run that has diverged out of the log, and from being saved over the state it had before."""
-        sums = {name: float(total) for name, total in self.sums.items()}
-        finite = all(map(math.isfinite, sums.values()))
-        if not finite or not all(weight.isfinite().all() for weight in self.net.parameters()):
+    def _finite_sums(self) -> dict[str, float]:
+        """Return the sums of the terms since the last row of the log, which a GPU has to be waited for once to tell.
+
+        A run that has diverged is kept out of the log, and from being saved over the state it had before.
+        """
+        tensors = {name: total for name, total in self.sums.items() if name != "steps"}
+        largest = torch._foreach_norm(list(self.net.parameters()), math.inf)
+        *sums, weight = torch.stack([*tensors.values(), torch.stack(largest).max()]).tolist()
+        sums = dict(zip(tensors, sums))
+        if not all(map(math.isfinite, (*sums.values(), weight))):
             raise SettingError(
                 f"The loss or the weights are no finite numbers any more at step {self.step} (sums since the last row "
                 f"of the log: {sums}). Lower learning_rate and give another out_dir. What was saved before is kept in "
                 f"{self.folder}."
             )
+        return sums
 
     def _open_tensorboard(self) -> SummaryWriter:
         """Open the run's event files, for `tensorboard --logdir runs`, and the picture that they are to show.
@@ -484,7 +525,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Write all that is needed to go on, and the log."""
-        self._check_finite()
+        self._finite_sums()
         state = {
             "net": self.bare_net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -509,7 +550,8 @@ class Trainer:
         path, data = self.folder / STATE, self.data_digest
         if path.is_file():
             with _named_where_damaged(path):
-                state = torch.load(path, map_location=self.device, weights_only=True)
+                # Optimizers keep counts of steps on the processor, and put all else where the weights are.
+                state = torch.load(path, map_location="cpu", weights_only=True)
                 self.bare_net.load_state_dict(state["net"])
                 self.optimizer.load_state_dict(state["optimizer"])
                 self.aux_optimizer.load_state_dict(state["aux_optimizer"])
@@ -596,6 +638,12 @@ class Batches(Sampler):
             yield batch[own.start : own.stop].tolist()
 
 
+def collate(samples: Sequence[tuple]) -> list:
+    """Put samples together to a batch. Captions are cut into tokens here, in a worker, for all who read them later."""
+    x, captions, *rest = default_collate(samples)
+    return [x, [tokenized(caption) for caption in captions], *rest]
+
+
 def split_evenly(size: int, parts: int) -> list[range]:
     """Cut the positions 0 to `size` into so many ranges, in order and nearly equal; some are empty if parts > size."""
     return [range(size * i // parts, size * (i + 1) // parts) for i in range(parts)]
@@ -606,38 +654,18 @@ def mixed_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-@contextmanager
-def image_noise(net: TACO, seeds: Sequence[int]) -> Iterator[None]:
-    """Within the block, `net` in training mode draws the noise of image i of its batch from `seeds[i]` alone.
+def image_noise(net: TACO, x: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Return the noise of `net` in training for images x: that of image i, a row, is drawn from `seeds[i]` alone.
 
-    In training, uniform noise stands for rounding, which has no slope (Balle et al. 2017, arXiv:1611.01704). CompressAI
-    draws it for a batch as a whole, so that what an image gets would depend on those beside it, and the result of a step
-    on how its batch is divided among processes. Only noise is replaced here; rounding stays CompressAI's.
+    In training, uniform noise in [-1/2, 1/2) stands for rounding, which has no slope (Balle et al. 2017, arXiv:1611.01704).
+    CompressAI draws it for a batch as a whole, so that what an image gets would depend on those beside it, and the result of
+    a step on how its batch is divided among processes.
     """
-    device = net.medians().device
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    gaussian, bottleneck = net.gaussian_conditional, net.entropy_bottleneck
-
-    def uniform(shape: Sequence[int], dim: int) -> Tensor:
-        """Noise in [-1/2, 1/2), of the same shape for each image, stacked along `dim`."""
-        return torch.stack([torch.rand(shape, generator=g, device=device) for g in generators], dim) - 0.5
-
-    def quantize_y(y: Tensor, mode: str, means: Tensor | None = None) -> Tensor:
-        if mode != "noise":
-            return type(gaussian).quantize(gaussian, y, mode, means)
-        return y + uniform(y.shape[1:], 0)
-
-    def quantize_z(z: Tensor, mode: str, means: Tensor | None = None) -> Tensor:
-        if mode != "noise":
-            return type(bottleneck).quantize(bottleneck, z, mode, means)
-        channels, _, values = z.shape  # the bottleneck flattens a batch to (channels, 1, images * positions)
-        return z + uniform((channels, values // len(generators)), 1).reshape(z.shape)
-
-    gaussian.quantize, bottleneck.quantize = quantize_y, quantize_z
-    try:
-        yield
-    finally:
-        del gaussian.quantize, bottleneck.quantize
+    images, numbers = net.noise_shape(x)
+    noise = torch.empty(images, numbers, device=x.device)
+    for row, seed in zip(noise, seeds):
+        row.uniform_(generator=torch.Generator(x.device).manual_seed(seed))
+    return noise - 0.5
 
 
 def initial_net(exp: Experiment, data_dir: str | os.PathLike | None = None, say: bool = True) -> TACO:
@@ -714,7 +742,40 @@ def make_loss(exp: Experiment, device: torch.device) -> TacoLoss:
         from taco_nb.text import clip_model
 
         joint = JointLoss(*clip_model(exp.text_encoder, device=str(device)))
+    if exp.precision == "bfloat16":
+        if perceptual:
+            perceptual.model = with_half_kernels(perceptual.model)
+        if joint:
+            joint.visual = with_half_kernels(joint.visual)
     return TacoLoss(exp.lmbda, exp.k_P, exp.k_J, perceptual, joint)
+
+
+def with_half_kernels(network: nn.Module) -> nn.Module:
+    """Return a copy of a frozen network that keeps its kernels in bfloat16.
+
+    Under autocast they are rounded to it at each use. What autocast has rounded it keeps for weights that learn, and only
+    for those.
+    """
+    network = copy.deepcopy(network)
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear, nn.MultiheadAttention)):
+            for weight in layer.parameters(recurse=False):
+                weight.data = weight.data.bfloat16()
+    return network
+
+
+def compile_mode(setting: str, device: torch.device, processes: int) -> str:
+    """Return how to compile: "off", or a mode of `torch.compile`.
+
+    Recorded work cannot exchange gradients between processes, so that "auto" records none where there are several.
+    """
+    if setting != "auto":
+        return setting
+    from torch.utils._triton import has_triton
+
+    if device.type != "cuda" or not has_triton():
+        return "off"
+    return "reduce-overhead" if processes == 1 else "default"
 
 
 def make_accelerator(device: str, precision: str) -> Accelerator:

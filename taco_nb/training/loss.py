@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from taco_nb.errors import SettingError
 from taco_nb.metrics.joint_space import standardized
 from taco_nb.metrics.perception import Lpips, MiniDistance
+from taco_nb.text.clip import to_device
+from taco_nb.text.tokens import caption_ids
 
 LOGIT_SCALE = math.exp(2.6592)  # at which CLIP's training starts, and where TACO leaves it
 IMAGE_WEIGHT = 40.0
@@ -103,6 +105,7 @@ class JointLoss:
                 "another text_encoder, such as 'ViT-B-32-quickgelu/openai', or k_J=0."
             )
         self.clip = clip.eval().requires_grad_(False)
+        self.visual = self.clip.visual
         self.tokenizer = tokenizer
 
     def __call__(self, x_hat: Tensor, x: Tensor, captions: Sequence[str]) -> Tensor:
@@ -121,7 +124,7 @@ class JointLoss:
 
     def embed(self, x: Tensor) -> Tensor:
         """Return unit vectors (B, d) for images (B, 3, H, W)."""
-        return F.normalize(self.clip.encode_image(clip_input(x)).float(), dim=-1)
+        return F.normalize(self.visual(clip_input(x)).float(), dim=-1)
 
     @torch.no_grad()
     def embed_text(self, captions: Sequence[str], hidden: Tensor | None = None) -> Tensor:
@@ -131,13 +134,13 @@ class JointLoss:
         none of them, each caption's vector follows from the state of its last token, and the tower need not run again.
         """
         ids = self.tokenizer(list(captions))
-        ends = ids.argmax(-1)  # the end of a text has the largest id
         projection = getattr(self.clip, "text_projection", None)
-        if hidden is not None and isinstance(projection, Tensor) and ends.max() < hidden.shape[1]:
-            ends = ends.to(hidden.device)
+        longest = min(max(len(caption_ids(caption)) for caption in captions) + 2, ids.shape[1])
+        if hidden is not None and isinstance(projection, Tensor) and longest <= hidden.shape[1]:
+            ends = to_device(ids.argmax(-1), hidden.device)  # the end of a text has the largest id
             text = hidden[torch.arange(len(ends), device=ends.device), ends] @ projection
         else:
-            text = self.clip.encode_text(ids.to(self.clip.logit_scale.device))
+            text = self.clip.encode_text(to_device(ids, self.clip.logit_scale.device))
         return F.normalize(text.float(), dim=-1)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from taco_nb.experiment import Experiment
+from taco_nb.model.precision import quick_training
 from taco_nb.training.loop import Resources, Trainer, make_accelerator
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def step_times(
     resources = Resources(data_dir, device, num_workers=num_workers, accumulation=accumulation)
     accelerator = make_accelerator(device, exp.precision)
     gpus = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(gpus):
+    with torch.random.fork_rng(gpus), quick_training(accelerator.device):
         watch = _Stopwatch(accelerator.device)
         trainer = Trainer(exp, Path(os.devnull), resources, accelerator, timed=watch)
         warm_up = min(WARM_UP_STEPS, trainer.total - 1)
