@@ -75,7 +75,15 @@ def audit(material: Material) -> pd.DataFrame:
         needs = claim.get("needs", "") if verdict == NOT_MEASURED else ""
         about = {key: claim[key] for key in ("id", "section", "kind", "says", "test", "cell")}
         rows.append(
-            {**about, "verdict": verdict, "evidence": evidence, "needs": needs, "code": code, "line": line, "source": "".join(lines)}
+            {
+                **about,
+                "verdict": verdict,
+                "evidence": evidence,
+                "needs": needs,
+                "code": code,
+                "line": line,
+                "source": "".join(lines),
+            }
         )
     return pd.DataFrame(rows)
 
@@ -84,7 +92,9 @@ def counts(table: pd.DataFrame) -> pd.DataFrame:
     """Return how many claims of each kind have which verdict, with their sum in the last row."""
     import pandas as pd
 
-    counted = pd.crosstab(table["kind"], table["verdict"]).reindex(index=KINDS, columns=VERDICTS, fill_value=0)
+    counted = pd.crosstab(table["kind"], table["verdict"]).reindex(
+        index=KINDS, columns=VERDICTS, fill_value=0
+    )
     counted.loc["all"] = counted.sum()
     return counted.rename_axis(columns=None).reset_index()
 
@@ -103,11 +113,12 @@ def summary(table: pd.DataFrame, data_dir: str | os.PathLike | None = None) -> s
     """Return the one-page summary of the ML Reproducibility Challenge, in Markdown, with the numbers of an audit.
 
     Its text is data/reference/summary.md. There {all} is the number of claims, {count_reproduced} and so on are counts of a
-    kind and a verdict, and [id] is the evidence on the claim of this id.
+    kind and a verdict, and {evidence[id]} is the evidence on the claim of this id.
     """
     by_kind = counts(table).set_index("kind")
     short = dict(zip(VERDICTS, ("reproduced", "refuted", "open")))
     numbers = {f"{kind}_{short[v]}": by_kind.loc[kind, v] for kind in (*KINDS, "all") for v in VERDICTS}
-    evidence = {claim: said[:1].lower() + said[1:].removesuffix(".") for claim, said in zip(table["id"], table["evidence"])}
+    numbers |= {f"{kind}_all": by_kind.loc[kind].sum() for kind in KINDS}
+    evidence = dict(zip(table["id"], table["evidence"]))
     text = bundled("reference/summary.md", data_dir).read_text(encoding="utf-8")
     return text.format(all=len(table), evidence=evidence, **numbers)

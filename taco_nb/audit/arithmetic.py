@@ -152,8 +152,15 @@ def _unlowered(epochs: int, baseline: int) -> str:
 
 def _changes(material: Material, metric: str) -> dict[str, float]:
     """Return by how much, as a share, a figure changes with keywords on each data set that has both figures."""
-    pairs = {name: (material.stated["baseline"].get(name, {}), material.stated["keywords"].get(name, {})) for name in DATASETS}
-    return {name: new[metric] / old[metric] - 1 for name, (old, new) in pairs.items() if metric in old and metric in new}
+    pairs = {
+        name: (material.stated["baseline"].get(name, {}), material.stated["keywords"].get(name, {}))
+        for name in DATASETS
+    }
+    return {
+        name: new[metric] / old[metric] - 1
+        for name, (old, new) in pairs.items()
+        if metric in old and metric in new
+    }
 
 
 def _listed(material: Material, metric: str, changes: dict[str, float]) -> str:

@@ -131,5 +131,7 @@ _fitted: dict[float, KeywordWeights] = {}
 
 def _weights(material: Material, weight: float) -> KeywordWeights:
     if weight not in _fitted:
-        _fitted[weight] = KeywordWeights.fit([*material.captions, *material.paragraphs], "tfidf+rules", weight)
+        _fitted[weight] = KeywordWeights.fit(
+            [*material.captions, *material.paragraphs], "tfidf+rules", weight
+        )
     return _fitted[weight]

@@ -15,7 +15,11 @@ def judged_by_runs(
     """
     table = material.verdicts
     number = table["published"].map(lambda published: not isinstance(published, str))
-    table = table[(table["of"] == ablation) & (number == (figures or ablation == "baseline")) & (table["what"] != "time")]
+    table = table[
+        (table["of"] == ablation)
+        & (number == (figures or ablation == "baseline"))
+        & (table["what"] != "time")
+    ]
     if metric is not None:
         table = table[table["what"].str.split(",").str[0] == metric]
     judged = table[table["verdict"] != NOT_MEASURED]
