@@ -1,4 +1,4 @@
-"""Results remake themselves: measured, kept, filled in between markers, and called out of date when what they rest on changes."""
+"""Results remake themselves: they are measured, kept, filled in, and called out of date when what they rest on changes."""
 
 from __future__ import annotations
 
