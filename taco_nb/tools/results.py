@@ -308,7 +308,8 @@ def _csv(table: pd.DataFrame) -> str:
 
 def _keep(name: str) -> None:
     """Measure a result, and write its tables and where they came from."""
-    inputs, tables, about = inputs_of(RESULTS[name]), RESULTS[name].measure(), provenance()
+    inputs, about = inputs_of(RESULTS[name]), provenance()  # of before, in case something changes meanwhile
+    tables = RESULTS[name].measure()
     for table, frame in tables.items():
         with atomic_write(FOLDER / f"{table}.csv", "w") as file:
             file.write(_csv(frame))
