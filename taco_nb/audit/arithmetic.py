@@ -100,13 +100,13 @@ def change_is_more_than_similar(material: Material, metric: str) -> Finding:
     )
 
 
-def all_sets_have_a_figure(material: Material, metric: str) -> Finding:
-    """Count the data sets for which the report's text states a figure with keywords and without."""
+def figure_rises_on_all_sets(material: Material, metric: str) -> Finding:
+    """See whether a figure rises with keywords on all data sets, as far as the report's text states it."""
     changes = _changes(material, metric)
-    return found(
-        len(changes) == len(DATASETS) and all(change > 0 for change in changes.values()),
-        f"Its text has figures for {len(changes)} of {len(DATASETS)} data sets ({', '.join(changes)}).",
-    )
+    known = f"Its text has figures for {len(changes)} of {len(DATASETS)} data sets. {_listed(material, metric, changes)}"
+    if len(changes) < len(DATASETS) and all(change > 0 for change in changes.values()):
+        return Finding(NOT_MEASURED, known)
+    return found(all(change > 0 for change in changes.values()), known)
 
 
 def cmmd_is_unbiased(material: Material) -> Finding:

@@ -21,6 +21,9 @@ import io
 import json
 import math
 import re
+import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,11 +31,11 @@ from typing import Any, NamedTuple
 import click
 import pandas as pd
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 from taco_nb import checkpoint
 from taco_nb.codec import load
-from taco_nb.data import datasets
+from taco_nb.data import Sample, datasets
 from taco_nb.data.images import to_tensor
 from taco_nb.errors import DataError, check_known
 from taco_nb.evaluation.peers import match_bpp
@@ -44,9 +47,11 @@ from taco_nb.model import TACO, ModelConfig
 from taco_nb.provenance import code_digest, provenance
 from taco_nb.tools.bench import REFERENCE, speed
 from taco_nb.tools.bundle import standing
+from taco_nb.widgets.compare import compare
 from taco_nb.widgets.pictures import side_by_side
 
 FOLDER = BUNDLED / "results"
+PICTURES = REPOSITORY / "notebooks/pictures"
 _CODEC = (
     "model", "text", "codec.py", "data/images.py", "data/colour.py", "data/captioned.py", "metrics/distortion.py",
     "evaluation/measure.py", "evaluation/peers.py",
@@ -114,28 +119,64 @@ def _measure_speed() -> Tables:
 
 def _measure_reconstruction() -> Tables:
     """Make notebooks/pictures/reconstruction.png: the cat's face by a bundled codec, JPEG and WebP, at no more bytes."""
+    cat, files = _cat("JPEG", "WebP")
+    shown, rows = {f'original\n"{cat.captions[0]}"': cat.image}, []
+    for name, (picture, data) in files.items():
+        decibels = psnr(to_tensor(cat.image), to_tensor(picture))
+        shown[f"{name}\n{len(data)} bytes, {decibels:.1f} dB"] = picture
+        rows.append({"codec": name, "bytes": len(data), "psnr": decibels})
+    file = io.BytesIO()
+    side_by_side(shown, columns=2).save(file, "PNG", optimize=True)
+    with atomic_write(PICTURES / "reconstruction.png") as picture:
+        picture.write(file.getvalue())
+    return {"reconstruction": pd.DataFrame(rows)}
+
+
+def _measure_compare() -> Tables:
+    """Make notebooks/pictures/compare.png: the widget `compare`, as a browser shows it, with JPEG's cat on the right."""
+    cat, files = _cat("JPEG")
+    page = f'<meta charset="utf-8"><body style="margin:0;background:white">{compare(cat.image, files)._repr_html_()}'
+    # the second of the pictures on the left and the third on the right, as a reader would choose them
+    page += """<script type="module">
+        document.querySelectorAll("select").forEach((select, i) => {
+            select.selectedIndex = i + 1;
+            select.dispatchEvent(new Event("change", {bubbles: true}));
+        });
+    </script>"""
+    browser = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
+    )
+    if browser is None:
+        raise DataError(
+            "There is no Chromium on PATH to take the picture with. Install one: apt-get install chromium"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        html, png = Path(folder, "page.html"), Path(folder, "page.png")
+        html.write_text(page, encoding="utf-8")
+        how = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=760,640"]
+        how += ["--virtual-time-budget=5000", f"--screenshot={png}", html.as_uri()]
+        done = subprocess.run([browser, *how], capture_output=True, text=True, timeout=120)
+        if not png.is_file():
+            raise DataError(f"{browser} has taken no picture: {done.stderr.strip()[-200:]}")
+        shot = Image.open(png).convert("RGB")
+    ink = ImageChops.difference(shot, Image.new("RGB", shot.size, "white")).getbbox()
+    file = io.BytesIO()
+    shot.crop((0, 0, shot.width, ink[3] + 2)).save(file, "PNG", optimize=True)
+    with atomic_write(PICTURES / "compare.png") as picture:
+        picture.write(file.getvalue())
+    rows = [{"codec": name, "bytes": len(data)} for name, (_, data) in files.items()]
+    return {"compare": pd.DataFrame(rows)}
+
+
+def _cat(*peers: str) -> tuple[Sample, dict[str, tuple[Image.Image, bytes]]]:
+    """Return the bundled cat, and what a bundled codec and others make of it at no more bytes: {name: (picture, file)}."""
     pictures = datasets("sample")[0]
     cat = pictures[pictures.names.index("chelsea.png")]
     codec = load(_middle_baseline())
     data = codec.encode(cat.image, cat.captions[0])
-    shown = {f'original\n"{cat.captions[0]}"': cat.image}
-    rows = []
-
-    def show(name: str, picture: Image.Image, size: int) -> None:
-        decibels = psnr(to_tensor(cat.image), to_tensor(picture))
-        shown[f"{name}\n{size} bytes, {decibels:.1f} dB"] = picture
-        rows.append({"codec": name, "bytes": size, "psnr": decibels})
-
-    show(f"{codec.name} codec", codec.decode(data), len(data))
-    for peer in ("JPEG", "WebP"):
-        match = match_bpp(cat.image, peer, len(data))
-        show(f"{peer}, quality {match.quality}", match.image, len(match.data))
-    sheet = side_by_side(shown, crop=(100, 20, 325, 170), zoom=2, columns=2)
-    file = io.BytesIO()
-    sheet.save(file, "PNG", optimize=True)
-    with atomic_write(REPOSITORY / "notebooks/pictures/reconstruction.png") as picture:
-        picture.write(file.getvalue())
-    return {"reconstruction": pd.DataFrame(rows)}
+    matches = [match_bpp(cat.image, peer, len(data)) for peer in peers]
+    others = {f"{match.format}, quality {match.quality}": (match.image, match.data) for match in matches}
+    return cat, {codec.name: (codec.decode(data), data), **others}
 
 
 def _middle_baseline() -> str:
@@ -158,7 +199,7 @@ def _in_words(exp: Experiment) -> str:
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(str, line)).lstrip()} |" for line in lines)
 
 
 def _kodak_table(tables: Tables) -> str:
@@ -234,6 +275,13 @@ def _speed_table(tables: Tables) -> str:
     return _markdown(["", *(task.replace("step", "step, one 256x256 crop") for task in tasks)], rows)
 
 
+def _compare_figure(tables: Tables) -> str:
+    return (
+        "![The demo codec's cat and JPEG's under one handle, with bytes, PSNR and MS-SSIM below]"
+        "(notebooks/pictures/compare.png)"
+    )
+
+
 def _reconstruction_figure(tables: Tables) -> str:
     size = tables["reconstruction"]["bytes"].max()
     return (
@@ -254,6 +302,12 @@ RESULTS = {
         {"reconstruction": ("README.md", _reconstruction_figure)},
         ("checkpoints/*.safetensors", "sample/images/chelsea.png"),
         (*_CODEC, "widgets/pictures.py"),
+    ),
+    "compare": Result(
+        _measure_compare,
+        {"compare": ("README.md", _compare_figure)},
+        ("checkpoints/*.safetensors", "sample/images/chelsea.png"),
+        (*_CODEC, "widgets/compare.py"),
     ),
     "speed": Result(
         _measure_speed,
@@ -356,12 +410,18 @@ def _pages() -> dict[Path, str]:
 def fill(names: Sequence[str] = ()) -> None:
     """Measure the results of these names, or all that are out of date, and fill everything in.
 
-    Raises `SettingError` for a name that is not known.
+    Raises `SettingError` for a name that is not known, and `DataError` for one that cannot be measured here; without names
+    that is said, and the others are measured.
     """
     check_known(names, list(RESULTS), "There is no result")
     for name in names or [name for name in RESULTS if not (FOLDER / f"{name}.json").is_file() or stale(name)]:
         click.echo(f"Measuring {name}.")
-        _keep(name)
+        try:
+            _keep(name)
+        except DataError as error:
+            if name in names:
+                raise
+            click.echo(f"Not measured: {error}")
     for path, text in _pages().items():
         if path.read_text(encoding="utf-8") != text:
             with atomic_write(path, "w") as file:
