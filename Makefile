@@ -12,7 +12,7 @@ CONSTRAINTS := $(if $(filter 1,$(TESTED)),--constraint constraints.txt)
 # Threads that wait for each other by spinning make a busy machine crawl.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test bench lab clean
+.PHONY: demo test bench results lab clean
 
 demo: $(INSTALLED)
 	@mkdir -p $(OUT)
@@ -32,6 +32,10 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/taco-nb bench --out $(OUT)/bench
+
+# CHECK=1 measures only what takes seconds, and fails if a page is stale; ONLY=codecs measures that one.
+results: $(INSTALLED)
+	$(BIN)/taco-nb results $(if $(CHECK),--check,$(ONLY))
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab

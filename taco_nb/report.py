@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from taco_nb.errors import DataError, SettingError
 from taco_nb.evaluation.protocol import FOLDER, IMAGES
 from taco_nb.evaluation.records import ABOUT, TABLE, as_table, mean_by, read_about
 from taco_nb.experiment import ABLATIONS, Experiment
-from taco_nb.files import bundled, short_path
+from taco_nb.files import atomic_write, bundled, fitting_name, short_path
 from taco_nb.metrics.rate import BD_POINTS, bd_rate
 
 if TYPE_CHECKING:
@@ -214,6 +215,28 @@ def published_curves(
         }
         for name, curve in json.loads(text)["codecs"].items()
     }
+
+
+def write_curves(folder: str | os.PathLike, runs: pd.DataFrame) -> list[str]:
+    """Write the rate-distortion curves of runs as CompressAI's results, a JSON file for each data set and label.
+
+    `python -m compressai.utils.plot -f FOLDER/*.json` draws them, beside those that CompressAI publishes. Returns the files'
+    names, with the folder's before them.
+    """
+    names = []
+    for (dataset, label), curve in points(runs).groupby(["dataset", "label"], sort=False):
+        curve = curve.sort_values("bpp")
+        results = {
+            theirs: curve[ours].tolist()
+            for ours, theirs in (("bpp", "bpp"), ("psnr", "psnr-rgb"), ("ms_ssim", "ms-ssim-rgb"))
+            if curve[ours].notna().all()
+        }
+        name = fitting_name(re.sub(r"[^\w.-]+", "-", f"{dataset}-{label}") + ".json")
+        about = f"{dataset}, means over {curve['images'].iloc[0]:.0f} images, from real files"
+        with atomic_write(Path(folder, name), "w") as file:
+            json.dump({"name": label, "description": about, "results": results}, file, indent=1)
+        names.append(f"{Path(folder).name}/{name}")
+    return names
 
 
 def _duration(seconds: float) -> str:

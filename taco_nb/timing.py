@@ -133,11 +133,12 @@ def _inference(module: nn.Module, x: Tensor, text: Tensor) -> Callable[[], Any]:
     return torch.inference_mode()(lambda: module(x, text))
 
 
-def _encoder_run(config: ModelConfig, device: str | None, side: int) -> Callable[[], Any]:
+def encoder_run(config: ModelConfig, device: str | None, side: int) -> Callable[[], Any]:
+    """Return a run of the encoder on a picture of `side` x `side` pixels and a text; with None as device on fake tensors."""
     return _inference(_on(device, TACO(config).g_a), *_image_and_text(config, device, side))
 
 
-def _attention_alone(config: ModelConfig, device: str | None, side: int) -> Callable[[], Any]:
+def attention_run(config: ModelConfig, device: str | None, side: int) -> Callable[[], Any]:
     """Return a run of the adapter's three attentions, on queries, keys and values shaped as in the encoder."""
     layers = [_on(device, layer.eval()) for layer in make_attentions(config)]
     quarter, eighth, tokens = (side // 4) ** 2, (side // 8) ** 2, config.text_tokens
@@ -236,7 +237,7 @@ def length_sweep(
     rows = []
     for side, count in tqdm([(s, t) for s in sides for t in tokens], desc="lengths", unit="size"):
         configs = _configs(exp, side, text_tokens=count)
-        for part, make in (("attention", _attention_alone), ("encoder", _encoder_run)):
+        for part, make in (("attention", attention_run), ("encoder", encoder_run)):
             runs = {name: make(config, device, side) for name, config in configs.items()}
             # Fake tensors have shapes and no data, so counting on them takes no memory. On real ones it would: the only
             # kernel that can be counted writes down the whole matrix, 34 GB at the longest lengths of notebook 05.

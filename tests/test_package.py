@@ -109,7 +109,7 @@ def test_every_import_is_a_dependency(folder):
 ORDER = (
     "lazy", "errors", "settings", "files", "command", "processes", "provenance", "pretrained", "model", "data", "text",
     "metrics", "experiment", "checkpoint", "codec", "inspection", "training", "evaluation", "control", "timing",
-    "report", "verdicts", "notebook", "ablation", "widgets", "tools", "taco_nb",
+    "report", "verdicts", "audit", "notebook", "ablation", "widgets", "tools", "taco_nb",
 )  # fmt: skip
 """The modules and subpackages of `taco_nb`. Each may import from those before it, and none from those behind it."""
 ONLY = {"model": {"errors", "settings"}}

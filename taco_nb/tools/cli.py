@@ -154,6 +154,27 @@ def bench_command(context, device: str, repeats: int, out: Path, large: bool, gp
     bench(device, repeats, out, large)
 
 
+@main.command("results", cls=Command)
+@click.argument("names", nargs=-1)
+@click.option("--check", is_flag=True, help="Measure only what takes seconds, and fail if a page is stale.")
+@click.pass_context
+def results_command(context: click.Context, names: tuple[str, ...], check: bool) -> None:
+    """Measure the tables and figures of the READMEs, and fill them in.
+
+    Without NAMES, everything that is out of date is measured. With --check, the exit status is 1 if a page shows something
+    else than what is kept in data/results, or does not say of a table that its weights, data or code have changed since.
+    """
+    from taco_nb.tools import results as tool
+
+    if not check:
+        tool.fill(names)
+        return
+    wrong = tool.check()
+    for sentence in wrong:
+        click.echo(sentence, err=True)
+    context.exit(1 if wrong else 0)
+
+
 @main.command("bundle", cls=Command)
 @click.argument("runs", nargs=-1, metavar="[NAME=RUN]...")
 @click.option("--data", help="In words: what the runs were trained on, and under which terms.")

@@ -38,6 +38,8 @@ _TEMPLATE = """{%- extends 'index.html.j2' -%}
 <div class="jp-RenderedHTMLCommon jp-OutputArea-output">{{ output.data['text/latex'] | markdown2html }}</div>
 {%- endblock -%}
 """
+_LINK = re.compile(r"""(<a [^>]*\bhref=["'][\w./-]+)\.ipynb(?=["'#])""")
+"""A link to another notebook, which leads to its page here. An address with a scheme has a colon, and is left alone."""
 _FETCHING = ("src", "data", "poster", "background", "href", "xlink:href")
 """The attributes that name what a page fetches. A link's `href` is only followed on a click, and may lead anywhere."""
 _CANDIDATE = re.compile(r"[\s,]*(\S*[^\s,])(?:,|[^,]*)")
@@ -71,6 +73,7 @@ def export_html(notebook_path: str | os.PathLike, html_path: str | os.PathLike |
     notebook.metadata.pop("widgets", None)
     try:
         page, _ = _exporter().from_notebook_node(notebook, resources)
+        page = _LINK.sub(r"\1.html", page)
         _refuse_fetching(bs4.BeautifulSoup(page, "html.parser"))
     except DataError as error:
         raise DataError(f"{source}: {error}") from None

@@ -2,6 +2,7 @@
 
 from taco_nb.widgets.attention import attention_maps, shaded_caption, spectrum, where_the_text_looks
 from taco_nb.widgets.captions import caption_lab, caption_presets
+from taco_nb.widgets.claims import claims_page
 from taco_nb.widgets.compare import compare
 from taco_nb.widgets.diagram import encoder_diagram
 from taco_nb.widgets.explorer import explorer
@@ -23,6 +24,7 @@ __all__ = [
     "attention_maps",
     "caption_lab",
     "caption_presets",
+    "claims_page",
     "compare",
     "difference_plot",
     "effect_plot",

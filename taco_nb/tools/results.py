@@ -1,0 +1,456 @@
+"""`taco-nb results` measures the tables and figures of the READMEs, keeps them as CSV, and fills them in between markers.
+
+    taco-nb results              # measure what is out of date, and fill in everything
+    taco-nb results kodak        # measure this one; others that are out of date are filled in with a line that says so
+    taco-nb results --check      # measure only what takes seconds; fail where a page does not show what is kept
+
+In a page, what is filled in stands between two comments, of which the first has its name:
+
+    <!-- results: kodak -->
+    ...
+    <!-- end of results -->
+
+`data/results/kodak.csv` holds what was measured. `data/results/kodak.json` holds the command, the commit, the machine, and
+checksums of the weights, the data and the code that it depends on. When one of these is another, the result is out of date.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import pandas as pd
+import torch
+from PIL import Image, ImageChops
+
+from taco_nb import checkpoint
+from taco_nb.codec import load
+from taco_nb.data import Sample, datasets
+from taco_nb.data.images import to_tensor
+from taco_nb.errors import DataError, check_known
+from taco_nb.evaluation.peers import match_bpp
+from taco_nb.experiment import Experiment
+from taco_nb.files import BUNDLED, REPOSITORY, atomic_write, human_size, sha256
+from taco_nb.metrics.distortion import psnr
+from taco_nb.metrics.rate import BD_POINTS
+from taco_nb.model import TACO, ModelConfig
+from taco_nb.provenance import code_digest, provenance
+from taco_nb.tools.bench import REFERENCE, speed
+from taco_nb.tools.bundle import standing
+from taco_nb.widgets.compare import compare
+from taco_nb.widgets.pictures import side_by_side
+
+FOLDER = BUNDLED / "results"
+PICTURES = REPOSITORY / "notebooks/pictures"
+_CODEC = (
+    "model", "text", "codec.py", "data/images.py", "data/colour.py", "data/captioned.py", "metrics/distortion.py",
+    "evaluation/measure.py", "evaluation/peers.py",
+)  # fmt: skip
+"""The code on which the files of codecs, ours and others', and their distortion depend."""
+_IN_WORDS = {
+    "attention=linformer": "Linformer attention",
+    "captions=context": "context captions, {text_tokens} tokens",
+    "captions=constant": "one constant caption",
+    "text_pooling=keywords": "keyword-weighted captions",
+    "text_pooling=keywords-tokens": "keyword-weighted tokens",
+}
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+Tables = dict[str, pd.DataFrame]
+
+
+class Result(NamedTuple):
+    """Something that pages show: how it is measured, of what it is made, and how each part of it is written."""
+
+    measure: Callable[[], Tables]
+    """Return tables by name. It may also make a figure in the repository."""
+    blocks: dict[str, tuple[str, Callable[[Tables], str]]]
+    """{name of a marker: (page, what to write there)}."""
+    data: tuple[str, ...]
+    """Files below `data/` that it depends on, as patterns."""
+    code: tuple[str, ...]
+    """Modules of the package that it depends on, and folders of them."""
+    quick: bool = False
+    """True if measuring takes seconds, so that a check measures it anew."""
+
+
+# Measuring ------------------------------------------------------------------------------------------------------------
+
+
+def _measure_kodak() -> Tables:
+    known = checkpoint.bundled_codecs()
+    table, gaps = standing([load(name) for name in known], datasets("kodak"))
+    described = pd.DataFrame(
+        {"codec": name, "what": _in_words(exp), "lambda": exp.lmbda, "changes": len(exp.ablations)}
+        for name, exp in known.items()
+    )
+    table = described.merge(table.drop(columns="dataset")).sort_values(["changes", "lambda", "codec"])
+    return {"kodak": table.drop(columns="changes"), "kodak-bd": gaps.drop(columns="dataset")}
+
+
+def _measure_codecs() -> Tables:
+    rows = []
+    for name, exp in checkpoint.bundled_codecs().items():
+        path = BUNDLED / "checkpoints" / f"{name}.safetensors"
+        card, about = checkpoint.card_of(path), checkpoint.read_weights(path)[1]
+        with torch.device("meta"):  # shapes alone
+            parameters = sum(weight.numel() for weight in TACO(ModelConfig(**about["config"])).parameters())
+        row = {"file": path.name, "what": _in_words(exp), "lambda": exp.lmbda, "steps": card["steps"]}
+        row |= {"hours": card["hours"], "parameters": parameters, "bytes": path.stat().st_size}
+        rows.append({**row, "changes": len(exp.ablations)})
+    table = pd.DataFrame(rows).sort_values(["changes", "lambda", "file"])
+    return {"codecs": table.drop(columns="changes")}
+
+
+def _measure_speed() -> Tables:
+    table = speed("cuda" if torch.cuda.is_available() else "cpu", repeats=9, training_repeats=3)
+    return {"speed": table[["task", "codec", "median_ms", "speedup"]]}
+
+
+def _measure_reconstruction() -> Tables:
+    """Make notebooks/pictures/reconstruction.png: the cat's face by a bundled codec, JPEG and WebP, at no more bytes."""
+    cat, files = _cat("JPEG", "WebP")
+    shown, rows = {f'original\n"{cat.captions[0]}"': cat.image}, []
+    for name, (picture, data) in files.items():
+        decibels = psnr(to_tensor(cat.image), to_tensor(picture))
+        shown[f"{name}\n{len(data)} bytes, {decibels:.1f} dB"] = picture
+        rows.append({"codec": name, "bytes": len(data), "psnr": decibels})
+    file = io.BytesIO()
+    side_by_side(shown, columns=2).save(file, "PNG", optimize=True)
+    with atomic_write(PICTURES / "reconstruction.png") as picture:
+        picture.write(file.getvalue())
+    return {"reconstruction": pd.DataFrame(rows)}
+
+
+def _measure_compare() -> Tables:
+    """Make notebooks/pictures/compare.png: the widget `compare`, as a browser shows it, with JPEG's cat on the right."""
+    cat, files = _cat("JPEG")
+    page = f'<meta charset="utf-8"><body style="margin:0;background:white">{compare(cat.image, files)._repr_html_()}'
+    # the second of the pictures on the left and the third on the right, as a reader would choose them
+    page += """<script type="module">
+        document.querySelectorAll("select").forEach((select, i) => {
+            select.selectedIndex = i + 1;
+            select.dispatchEvent(new Event("change", {bubbles: true}));
+        });
+    </script>"""
+    browser = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
+    )
+    if browser is None:
+        raise DataError(
+            "There is no Chromium on PATH to take the picture with. Install one: apt-get install chromium"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        html, png = Path(folder, "page.html"), Path(folder, "page.png")
+        html.write_text(page, encoding="utf-8")
+        how = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=760,640"]
+        how += ["--virtual-time-budget=5000", f"--screenshot={png}", html.as_uri()]
+        done = subprocess.run([browser, *how], capture_output=True, text=True, timeout=120)
+        if not png.is_file():
+            raise DataError(f"{browser} has taken no picture: {done.stderr.strip()[-200:]}")
+        shot = Image.open(png).convert("RGB")
+    ink = ImageChops.difference(shot, Image.new("RGB", shot.size, "white")).getbbox()
+    file = io.BytesIO()
+    shot.crop((0, 0, shot.width, ink[3] + 2)).save(file, "PNG", optimize=True)
+    with atomic_write(PICTURES / "compare.png") as picture:
+        picture.write(file.getvalue())
+    rows = [{"codec": name, "bytes": len(data)} for name, (_, data) in files.items()]
+    return {"compare": pd.DataFrame(rows)}
+
+
+def _cat(*peers: str) -> tuple[Sample, dict[str, tuple[Image.Image, bytes]]]:
+    """Return the bundled cat, and what a bundled codec and others make of it at no more bytes: {name: (picture, file)}."""
+    pictures = datasets("sample")[0]
+    cat = pictures[pictures.names.index("chelsea.png")]
+    codec = load(_middle_baseline())
+    data = codec.encode(cat.image, cat.captions[0])
+    matches = [match_bpp(cat.image, peer, len(data)) for peer in peers]
+    others = {f"{match.format}, quality {match.quality}": (match.image, match.data) for match in matches}
+    return cat, {codec.name: (codec.decode(data), data), **others}
+
+
+def _middle_baseline() -> str:
+    """Return the name of the bundled baseline whose lambda is in the middle."""
+    baselines = {name: exp.lmbda for name, exp in checkpoint.bundled_codecs().items() if not exp.ablations}
+    return sorted(baselines, key=baselines.get)[len(baselines) // 2]
+
+
+def _in_words(exp: Experiment) -> str:
+    """Return what a bundled codec's training changed, as a reader of a table wants to know it."""
+    changes = [f"{name}={value}" for name, value in exp.ablations.items()]
+    if len(changes) == 3:
+        return "all three changes"
+    known = [_IN_WORDS.get(change, change).format(text_tokens=exp.text_tokens) for change in changes]
+    return " and ".join(known) or "baseline"
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line)).lstrip()} |" for line in lines)
+
+
+def _kodak_table(tables: Tables) -> str:
+    table = tables["kodak"]
+    peers = [column.removesuffix(", %") for column in table.columns if column.endswith(", %")]
+    head = [
+        "codec",
+        "what",
+        "lambda",
+        "bits per pixel",
+        "PSNR in dB",
+        "MS-SSIM",
+        *(f"than {peer}" for peer in peers),
+    ]
+    rows = [
+        [
+            f"`{row['codec']}`", row["what"], f"{row['lambda']:g}", f"{row['bpp']:.3f}", f"{row['psnr']:.2f}",
+            f"{row['ms_ssim']:.4f}", *(_than(row[f"{peer}, %"]) for peer in peers),
+        ]
+        for row in table.to_dict("records")
+    ]  # fmt: skip
+    return _markdown(head, rows)
+
+
+def _than(percent: float) -> str:
+    if math.isnan(percent):
+        return "–"
+    return f"{abs(percent):.0f} % {'less' if percent < 0 else 'more'}"
+
+
+def _bd_sentence(tables: Tables) -> str:
+    gaps = tables["kodak-bd"].to_dict("records")
+    points = gaps[0]["points"]
+    count = _NUMBERS[points] if points < len(_NUMBERS) else points
+    if math.isnan(gaps[0]["BD-rate (PSNR), %"]):
+        return f"There is no BD-rate: it takes a curve, and there {'is' if points == 1 else 'are'} {count} of its points."
+    said = [
+        f"{abs(gap['BD-rate (PSNR), %']):.1f} % {'below' if gap['BD-rate (PSNR), %'] < 0 else 'above'} {gap['peer']}"
+        for gap in gaps
+    ]
+    few = (
+        f" It rests on {count} points, fewer than the {_NUMBERS[BD_POINTS]} that Bjøntegaard's measure wants."
+    )
+    listed = f"{', '.join(said[:-1])} and {said[-1]}" if len(said) > 1 else said[0]
+    return f"The BD-rate (PSNR) of the {count} baselines is {listed}.{few if points < BD_POINTS else ''}"
+
+
+def _codecs_table(tables: Tables) -> str:
+    head = ["file", "what", "lambda", "steps", "hours", "parameters", "size"]
+    rows = [
+        [
+            f"`{row['file']}`", row["what"], f"{row['lambda']:g}", f"{row['steps']:,}", f"{row['hours']:.1f}",
+            f"{row['parameters'] / 1e6:.2f} M", human_size(row["bytes"]),
+        ]
+        for row in tables["codecs"].to_dict("records")
+    ]  # fmt: skip
+    return _markdown(head, rows)
+
+
+def _speed_table(tables: Tables) -> str:
+    table = tables["speed"].set_index(["task", "codec"])
+    tasks = list(dict.fromkeys(tables["speed"]["task"]))
+    rows = []
+    for codec in dict.fromkeys(tables["speed"]["codec"]):
+        named = codec if codec == REFERENCE else f'mode="{codec}"'
+        cells = []
+        for task in tasks:
+            time = f"{table.loc[(task, codec), 'median_ms'] / 1e3:.2f} s"
+            faster = table.loc[(task, codec), "speedup"]
+            cells.append(time if codec == REFERENCE else f"{time}, {faster:.1f} times as fast")
+        rows.append([f"`{named}`", *cells])
+    # on a GPU `speed` takes eight crops
+    return _markdown(["", *(task.replace("step", "step, one 256x256 crop") for task in tasks)], rows)
+
+
+def _compare_figure(tables: Tables) -> str:
+    return (
+        "![The demo codec's cat and JPEG's under one handle, with bytes, PSNR and MS-SSIM below]"
+        "(notebooks/pictures/compare.png)"
+    )
+
+
+def _reconstruction_figure(tables: Tables) -> str:
+    size = tables["reconstruction"]["bytes"].max()
+    return (
+        "![A cat's face four times: the photograph, and what the demo codec, JPEG and WebP make of it in "
+        f"{size / 1e3:.1f} kB](notebooks/pictures/reconstruction.png)"
+    )
+
+
+RESULTS = {
+    "kodak": Result(
+        _measure_kodak,
+        {"kodak": ("README.md", _kodak_table), "kodak-bd": ("README.md", _bd_sentence)},
+        ("checkpoints/*.safetensors", "kodak/*"),
+        (*_CODEC, "metrics/rate.py", "tools/bundle.py"),
+    ),
+    "reconstruction": Result(
+        _measure_reconstruction,
+        {"reconstruction": ("README.md", _reconstruction_figure)},
+        ("checkpoints/*.safetensors", "sample/images/chelsea.png"),
+        (*_CODEC, "widgets/pictures.py"),
+    ),
+    "compare": Result(
+        _measure_compare,
+        {"compare": ("README.md", _compare_figure)},
+        ("checkpoints/*.safetensors", "sample/images/chelsea.png"),
+        (*_CODEC, "widgets/compare.py"),
+    ),
+    "speed": Result(
+        _measure_speed,
+        {"speed": ("README.md", _speed_table)},
+        ("sample/images/coffee.png",),
+        ("model", "text", "codec.py", "timing.py", "tools/bench.py"),
+    ),
+    "codecs": Result(
+        _measure_codecs,
+        {"codecs": ("data/checkpoints/README.md", _codecs_table)},
+        ("checkpoints/*.safetensors", "checkpoints/*.json"),
+        ("model", "checkpoint.py", "experiment.py"),
+        quick=True,
+    ),
+}
+
+
+# What is kept, and whether it is out of date --------------------------------------------------------------------------
+
+
+def inputs_of(result: Result) -> dict[str, str]:
+    """Return a checksum of the files below data/ that a result depends on, and one of the code."""
+    files = sorted(path for pattern in result.data for path in BUNDLED.glob(pattern))
+    listed = [[path.relative_to(BUNDLED).as_posix(), sha256(path)] for path in files]
+    data = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    return {"weights and data": data, "code": code_digest(*result.code)}
+
+
+def stale(name: str) -> str:
+    """Return why a kept result is out of date, such as "the code changed since"; "" if it is not."""
+    kept, now = _kept(name)["inputs"], inputs_of(RESULTS[name])
+    if not kept:
+        return "it is not recorded which weights, data and code it rests on"
+    changed = [f"the {what}" for what, digest in now.items() if kept.get(what) != digest]
+    return f"{' and '.join(changed)} changed since" if changed else ""
+
+
+def _kept(name: str) -> dict[str, Any]:
+    path = FOLDER / f"{name}.json"
+    if not path.is_file():
+        raise DataError(f"{path} is missing. Measure it: taco-nb results {name}")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _tables(name: str) -> Tables:
+    return {table: pd.read_csv(FOLDER / f"{table}.csv") for table in _kept(name)["tables"]}
+
+
+def _csv(table: pd.DataFrame) -> str:
+    return table.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
+def _keep(name: str) -> None:
+    """Measure a result, and write its tables and where they came from."""
+    inputs, about = inputs_of(RESULTS[name]), provenance()  # of before, in case something changes meanwhile
+    tables = RESULTS[name].measure()
+    for table, frame in tables.items():
+        with atomic_write(FOLDER / f"{table}.csv", "w") as file:
+            file.write(_csv(frame))
+    kept = {"command": f"taco-nb results {name}", "tables": list(tables), "inputs": inputs, **about}
+    with atomic_write(FOLDER / f"{name}.json", "w") as file:
+        file.write(json.dumps(kept, indent=1) + "\n")
+
+
+def _whence(name: str) -> str:
+    """Return the line below a table: command, commit and machine, and whether it is out of date."""
+    kept = _kept(name)
+    hardware, commit = kept["hardware"], kept["commit"] or "unknown"
+    commit = commit[:7] + ("+changes" if commit.endswith("+changes") else "")
+    gpus = "".join(f", {gpu}" for gpu in hardware["gpus"])
+    line = f"`{kept['command']}`, commit {commit}, {hardware['cpu']}, {hardware['cores']} cores{gpus}."
+    changed = stale(name)
+    return f"*{line}" + (f" Out of date: {changed}.*" if changed else "*")
+
+
+def _pages() -> dict[Path, str]:
+    """Return the pages with everything filled in, as they should be. Raises `DataError` for a page without a marker."""
+    texts: dict[Path, str] = {}
+    for name, result in RESULTS.items():
+        tables, whence = _tables(name), _whence(name)
+        for number, (marker, (page, write)) in enumerate(result.blocks.items(), 1):
+            path = REPOSITORY / page
+            if path not in texts:
+                if not path.is_file():
+                    raise DataError(
+                        f"{path} is missing. Results are filled in in a checkout of the repository."
+                    )
+                texts[path] = path.read_text(encoding="utf-8")
+            block = re.compile(rf"(<!-- results: {marker} -->\n).*?(\n<!-- end of results -->)", re.DOTALL)
+            if len(block.findall(texts[path])) != 1:
+                raise DataError(
+                    f"{path} must have the marker '<!-- results: {marker} -->' once, and '<!-- end of results -->' after it."
+                )
+            last = number == len(result.blocks)  # what belongs together says once where it came from
+            content = write(tables) + (f"\n\n{whence}" if last else "")
+            texts[path] = block.sub(lambda found, text=content: found[1] + text + found[2], texts[path])
+    return texts
+
+
+def fill(names: Sequence[str] = ()) -> None:
+    """Measure the results of these names, or all that are out of date, and fill everything in.
+
+    Raises `SettingError` for a name that is not known, and `DataError` for one that cannot be measured here; without names
+    that is said, and the others are measured.
+    """
+    check_known(names, list(RESULTS), "There is no result")
+    for name in names or [name for name in RESULTS if not (FOLDER / f"{name}.json").is_file() or stale(name)]:
+        click.echo(f"Measuring {name}.")
+        try:
+            _keep(name)
+        except DataError as error:
+            if name in names:
+                raise
+            click.echo(f"Not measured: {error}")
+    for path, text in _pages().items():
+        if path.read_text(encoding="utf-8") != text:
+            with atomic_write(path, "w") as file:
+                file.write(text)
+            click.echo(f"Filled in: {path.relative_to(REPOSITORY)}")
+    for name in RESULTS:
+        if changed := stale(name):
+            click.echo(f"{name} is out of date ({changed}), and its page says so.")
+
+
+def check() -> list[str]:
+    """Return what is wrong, a sentence each: a quick result that comes out otherwise, and a page that shows something else.
+
+    A result that is out of date is right if its page says so.
+    """
+    wrong = []
+    for name, result in RESULTS.items():
+        if result.quick and _differs(result.measure(), _tables(name)):
+            wrong.append(f"{name} comes out otherwise than what is kept. Run: taco-nb results {name}")
+    for path, text in _pages().items():
+        if path.read_text(encoding="utf-8") != text:
+            wrong.append(
+                f"{path.relative_to(REPOSITORY)} does not show what is kept, or not that it is out of date. Run: taco-nb "
+                "results, which measures anew; or taco-nb results codecs, which takes seconds and marks the others."
+            )
+    return wrong
+
+
+def _differs(measured: Mapping[str, pd.DataFrame], kept: Mapping[str, pd.DataFrame]) -> bool:
+    return {name: _csv(table) for name, table in measured.items()} != {
+        name: _csv(table) for name, table in kept.items()
+    }
