@@ -10,7 +10,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-BUNDLED = ("checkpoints", "joint_space", "kodak", "reference", "sample", "shapes")
+BUNDLED = ("checkpoints", "joint_space", "kodak", "reference", "results", "sample", "shapes")
 
 
 class BuildWithData(build_py):

@@ -13,7 +13,7 @@ import pytest
 
 from taco_nb.files import BUNDLED, REPOSITORY
 
-DATA = ("sample", "kodak", "reference", "checkpoints", "joint_space", "shapes")
+DATA = ("sample", "kodak", "reference", "checkpoints", "joint_space", "results", "shapes")
 BUILD = "import setuptools.build_meta as hooks; print(hooks.build_wheel('out'))"  # as pip calls it
 USE = """
 import sys

@@ -35,6 +35,7 @@ from PIL import Image, ImageChops
 
 from taco_nb import checkpoint
 from taco_nb.codec import load
+from taco_nb.control import control, effects
 from taco_nb.data import Sample, datasets
 from taco_nb.data.images import to_tensor
 from taco_nb.errors import DataError, check_known
@@ -110,6 +111,15 @@ def _measure_codecs() -> Tables:
         rows.append({**row, "changes": len(exp.ablations)})
     table = pd.DataFrame(rows).sort_values(["changes", "lambda", "file"])
     return {"codecs": table.drop(columns="changes")}
+
+
+def _measure_control() -> Tables:
+    tables = []
+    for name, exp in checkpoint.bundled_codecs().items():
+        sets = datasets("kodak-256", captions=exp.dataset_captions)
+        tables.append(effects(control(load(name), sets)).assign(changes=len(exp.ablations), lmbda=exp.lmbda))
+    table = pd.concat(tables).sort_values(["changes", "lmbda"], kind="stable")
+    return {"control": table.drop(columns=["changes", "lmbda"])}
 
 
 def _measure_speed() -> Tables:
@@ -247,6 +257,19 @@ def _bd_sentence(tables: Tables) -> str:
     return f"The BD-rate (PSNR) of the {count} baselines is {listed}.{few if points < BD_POINTS else ''}"
 
 
+def _control_table(tables: Tables) -> str:
+    shown = [(name, metric) for name in ("another's", "NA", "empty") for metric in ("bytes", "psnr")]
+    units = {"bytes": "bits, %", "psnr": "PSNR, dB"}
+    rows = []
+    for codec, of in tables["control"].groupby("codec", sort=False):
+        cells = of.set_index(["condition", "metric"])
+        rows.append([f"`{codec}`"])
+        for key in shown:
+            low, effect, high = (cells.loc[key, name] for name in ("low", "effect", "high"))
+            rows[-1].append(f"{effect:+.3f} ({low:+.3f} to {high:+.3f})")
+    return _markdown(["codec", *(f"{name}: {units[metric]}" for name, metric in shown)], rows)
+
+
 def _codecs_table(tables: Tables) -> str:
     head = ["file", "what", "lambda", "steps", "hours", "parameters", "size"]
     rows = [
@@ -296,6 +319,12 @@ RESULTS = {
         {"kodak": ("README.md", _kodak_table), "kodak-bd": ("README.md", _bd_sentence)},
         ("checkpoints/*.safetensors", "kodak/*"),
         (*_CODEC, "metrics/rate.py", "tools/bundle.py"),
+    ),
+    "control": Result(
+        _measure_control,
+        {"control": ("data/checkpoints/README.md", _control_table)},
+        ("checkpoints/*.safetensors", "kodak/*"),
+        (*_CODEC, "control.py", "metrics/interval.py"),
     ),
     "reconstruction": Result(
         _measure_reconstruction,
