@@ -164,8 +164,7 @@ def test_an_unbiased_estimator_would_be_called_so(monkeypatch):
         return float(1000 * (within - 2 * kernel(x, y).mean()))
 
     monkeypatch.setattr(arithmetic, "cmmd", unbiased)
-    means = arithmetic.cmmd_is_unbiased(stated()).evidence.split("mean is ")[1].split(" vectors")[0]
-    assert all(abs(float(part.split()[0])) < 0.02 for part in means.split(", "))
+    assert arithmetic.cmmd_is_unbiased(stated()).verdict == REPRODUCED
 
 
 @pytest.mark.parametrize("power, verdict", [(1, NOT_REPRODUCED), (2, REPRODUCED)])

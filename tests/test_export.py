@@ -31,6 +31,8 @@ CELLS = [
     r"Latex(r'$\frac{1}{2}$')",
 ]  # fmt: skip
 
+PAGE_LINK = '<a class="x" href="04_keywords.ipynb#cell-id=b">there</a>'
+
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
@@ -43,6 +45,19 @@ def exported(tmp_path_factory):
     nbformat.write(notebook, folder / "all.ipynb")
     page = export_html(folder / "all.ipynb").read_text(encoding="utf-8")
     return bs4.BeautifulSoup(page, "html.parser"), page, notebook
+
+
+def test_a_link_to_another_notebook_leads_to_its_page(tmp_path):
+    text = "[one](05_timing.ipynb#cell-id=a) [two](https://example.org/x.ipynb) `<a href='b.ipynb'>`"
+    cells = [
+        new_markdown_cell(text),
+        new_code_cell("", outputs=[new_output("display_data", {"text/html": PAGE_LINK})]),
+    ]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "a.ipynb")
+    soup = bs4.BeautifulSoup(export_html(tmp_path / "a.ipynb").read_text(encoding="utf-8"), "html.parser")
+    links = [a["href"] for a in soup("a")]
+    assert links == ["05_timing.html#cell-id=a", "https://example.org/x.ipynb", "04_keywords.html#cell-id=b"]
+    assert "b.ipynb" in soup.select_one("code").get_text()
 
 
 def test_nothing_is_fetched(exported):

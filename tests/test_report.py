@@ -19,6 +19,7 @@ import torch
 from conftest import make_net
 
 from taco_nb import Codec, baseline, datasets, evaluate, fit, load
+from taco_nb.audit import read_claims
 from taco_nb.data import CaptionedImages
 from taco_nb.data.captioned import Entry
 from taco_nb.evaluation import means, protocol, read_evaluation
@@ -490,7 +491,7 @@ def test_panels_show_what_there_is_and_name_what_there_is_not():
 
 @pytest.fixture(scope="module", params=["with runs", "with none"])
 def page(request, home, tmp_path_factory):
-    """Notebook 06, run by papermill somewhere else, and its exported page."""
+    """Notebook 06, run by papermill somewhere else, its exported page, and the folder of the runs."""
     folder = tmp_path_factory.mktemp("report")
     runs = home if request.param == "with runs" else folder / "nothing"
     command = [
@@ -504,11 +505,11 @@ def page(request, home, tmp_path_factory):
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     soup = bs4.BeautifulSoup(export_html(folder / "06.ipynb").read_text(encoding="utf-8"), "html.parser")
-    return request.param, nbformat.read(folder / "06.ipynb", 4), soup
+    return request.param, nbformat.read(folder / "06.ipynb", 4), soup, runs
 
 
 def test_the_report_opens_with_runs_and_without(page, home):
-    which, notebook, soup = page
+    which, notebook, soup, runs = page
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.get("name") == "stderr"]
     printed = "".join(output.get("text", "") for output in outputs)
@@ -522,6 +523,12 @@ def test_the_report_opens_with_runs_and_without(page, home):
     else:
         assert "No runs in" in printed and "papermill notebooks/01_baseline.ipynb" in printed
         assert "Notebooks 02 to 04 train both" in printed
+    claims = [row["id"].removeprefix("claim-") for row in soup.select("tr[id^=claim-]")]
+    assert sorted(claims) == sorted(claim["id"] for claim in read_claims())
+    kept = json.loads((runs / "claims.json").read_text(encoding="utf-8"))["claims"]
+    assert {claim["verdict"] for claim in kept if claim["kind"] == "quality"} == {NOT_MEASURED}
+    assert (runs / "curves").is_dir() == (which == "with runs")
+    assert soup.select('a[href="04_keywords.html#cell-id=3d688c73"]')
     headings = [heading.get_text() for heading in soup.select("h2")]
     assert headings[-3:] == ["Reproducibility card", "What this shows, and what it does not", "Exercises"]
 

@@ -88,18 +88,18 @@ def attention_width_is_fixed(material: Material) -> Finding:
     )
 
 
-@torch.inference_mode()
 def one_key_lets_attention_choose(material: Material) -> Finding:
     """Give the first Injector's attention one key, as the sum over tokens does, and as many as there are tokens."""
     attention, tokens = make_attentions(material.paper_config)[0].eval(), material.paper_config.text_tokens
     generator = torch.Generator().manual_seed(material.seed)
     queries = torch.randn(1, 1024, material.paper_config.N, generator=generator)
     spread, weights = {}, {}
-    for keys in (1, tokens):
-        text = torch.randn(1, keys, material.paper_config.N, generator=generator)
-        weights[keys] = attention.weights(queries, text, (1, keys))
-        answer = attention(queries, text, (1, keys))[0]
-        spread[keys] = float(answer.std(0).norm() / answer.mean(0).norm())
+    with torch.inference_mode():
+        for keys in (1, tokens):
+            text = torch.randn(1, keys, material.paper_config.N, generator=generator)
+            weights[keys] = attention.weights(queries, text, (1, keys))
+            answer = attention(queries, text, (1, keys))[0]
+            spread[keys] = float(answer.std(0).norm() / answer.mean(0).norm())
     chooses = not torch.all(weights[1] == 1) or spread[1] > 1e-4
     return found(
         chooses,
