@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import time
 import warnings
@@ -769,7 +770,8 @@ def compile_mode(setting: str, device: torch.device, processes: int) -> str:
         return setting
     from torch.utils._triton import has_triton
 
-    if device.type != "cuda" or not has_triton():
+    compiler = os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))  # Triton asks for one
+    if device.type != "cuda" or not has_triton() or not compiler:
         return "off"
     return "reduce-overhead" if processes == 1 else "default"
 
