@@ -40,16 +40,19 @@ def _switches() -> list[tuple[Any, str, Any, Any]]:
     ]
 
 
+def _value_of(owner: Any, name: str, parent: Any) -> Any:
+    """Return a setting as it is to be put back: as inherited where it is, lest a later change of the parent be missed."""
+    value = getattr(owner, name)
+    return "none" if parent is not None and value == getattr(parent, name) else value
+
+
 def _set_strict() -> None:
     if not hasattr(torch.backends, "fp32_precision"):
         # also reaches oneDNN's matrix products; setting it changes cuda.matmul.allow_tf32, so it is put back last
         _before.append((None, "", torch.get_float32_matmul_precision()))
         torch.set_float32_matmul_precision("highest")
     for owner, name, strict, parent in _switches():
-        value = getattr(owner, name)
-        if parent is not None and value == getattr(parent, name):
-            value = "none"  # inherited: put back as inherited, lest a later change of the parent be missed
-        _before.append((owner, name, value))
+        _before.append((owner, name, _value_of(owner, name, parent)))
         setattr(owner, name, strict)
 
 
@@ -95,17 +98,17 @@ def quick_training(device: torch.device) -> Iterator[None]:
         return
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     if hasattr(torch.backends, "fp32_precision"):
-        switches = [(cudnn.conv, "fp32_precision", "tf32"), (matmul, "fp32_precision", "tf32")]
+        switches = [(cudnn.conv, "fp32_precision", "tf32", cudnn), (matmul, "fp32_precision", "tf32", None)]
     else:
-        switches = [(cudnn, "allow_tf32", True), (matmul, "allow_tf32", True)]
-    switches.append((cudnn, "benchmark", True))
-    before = [getattr(owner, name) for owner, name, _ in switches]
-    for owner, name, quick in switches:
+        switches = [(cudnn, "allow_tf32", True, None), (matmul, "allow_tf32", True, None)]
+    switches.append((cudnn, "benchmark", True, None))
+    before = [_value_of(owner, name, parent) for owner, name, _, parent in switches]
+    for owner, name, quick, _ in switches:
         setattr(owner, name, quick)
     try:
         yield
     finally:
-        for (owner, name, _), value in zip(switches, before):
+        for (owner, name, *_), value in zip(switches, before):
             setattr(owner, name, value)
 
 

@@ -12,6 +12,7 @@ from taco_nb.settings import TextLength, TextPooling
 from taco_nb.text.clip import TextTower, to_device
 from taco_nb.text.keywords import KeywordWeights, pool
 from taco_nb.text.long import tower_windows
+from taco_nb.text.tokens import tokenized
 
 CONSTANT_CAPTION = "A photograph."
 """What a codec of the negative control reads in place of every caption."""
@@ -51,7 +52,8 @@ class Conditioning:
         self.tower, self.length, self.pooling, self.keywords = tower, length, pooling, keywords
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        captions = [CONSTANT_CAPTION] * len(captions) if self.length == "constant" else list(captions)
+        constant = self.length == "constant"
+        captions = [tokenized(CONSTANT_CAPTION)] * len(captions) if constant else list(captions)
         if self.length == "windows":
             return tower_windows(self.tower, captions)
         hidden = self.tower(captions)
