@@ -17,8 +17,9 @@ from conftest import make_codec, make_lpips
 from PIL import Image
 from test_compare import Page, pixels
 
-from taco_nb import baseline, datasets, fit
+from taco_nb import baseline, datasets, fit, load
 from taco_nb.data.images import to_tensor
+from taco_nb.data.shapes import PLACES, scene, short_caption
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.evaluation import evaluate, evaluate_peers
 from taco_nb.evaluation.peers import encode_peer
@@ -26,7 +27,14 @@ from taco_nb.inspection import look_at_attention
 from taco_nb.metrics.distortion import psnr
 from taco_nb.metrics.networks import perceptual_distance
 from taco_nb.training import Run
-from taco_nb.widgets import caption_lab, caption_presets, explorer, training_monitor, upload_box
+from taco_nb.widgets import (
+    caption_lab,
+    caption_presets,
+    explorer,
+    pick_the_word,
+    training_monitor,
+    upload_box,
+)
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -44,6 +52,25 @@ def sample():
 @pytest.fixture(scope="module")
 def image(sample):
     return sample[0].image.crop((100, 60, 292, 252))
+
+
+# --- The shapes -------------------------------------------------------------------------------------------------------
+
+
+def test_the_word_that_is_picked_is_what_the_codec_reads():
+    picker = pick_the_word(load("shapes-softmax"), seed=3)
+    seen = [picker.picture.value]
+    assert picker.text.value == short_caption([scene(3, False).names[0]])
+    picker.shape.value = PLACES[2]
+    assert picker.text.value == short_caption([scene(3, False).names[2]])
+    picker.crossed.value = True
+    assert picker.text.value == short_caption([scene(3, True).names[2]])
+    picker.seed.value = 4
+    picker.text.value = "look at everything"
+    for shown in (picker.picture.value, picker._repr_mimebundle_()["text/html"]):
+        assert shown.startswith("<img")
+        seen.append(shown)
+    assert len(set(seen)) == 3
 
 
 # --- Caption lab ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from taco_nb.inspection import bit_map
 from taco_nb.widgets.html_parts import picture_tag
 from taco_nb.widgets.pictures import heat, side_by_side
 
-ZOOM = 3
+ZOOM = 4
 """A scene is shown so many times larger, without smoothing."""
 LARGEST_ERROR = 48
 """The error in steps of 8 bits that is shown in the brightest colour."""
