@@ -20,9 +20,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +27,7 @@ from typing import Any, NamedTuple
 import click
 import pandas as pd
 import torch
-from PIL import Image, ImageChops
+from PIL import Image
 
 from taco_nb import checkpoint
 from taco_nb.codec import load
@@ -48,7 +45,6 @@ from taco_nb.model import TACO, ModelConfig
 from taco_nb.provenance import code_digest, provenance
 from taco_nb.tools.bench import REFERENCE, speed
 from taco_nb.tools.bundle import SCENES, standing
-from taco_nb.widgets.compare import compare
 from taco_nb.widgets.pictures import side_by_side
 from taco_nb.widgets.shapes import under_captions
 
@@ -146,39 +142,6 @@ def _measure_reconstruction() -> Tables:
         rows.append({"codec": name, "bytes": len(data), "psnr": decibels})
     _write_picture("reconstruction.png", side_by_side(shown, columns=2))
     return {"reconstruction": pd.DataFrame(rows)}
-
-
-def _measure_compare() -> Tables:
-    """Make notebooks/pictures/compare.png: the widget `compare`, as a browser shows it, with JPEG's cat on the right."""
-    cat, files = _cat("JPEG")
-    page = f'<meta charset="utf-8"><body style="margin:0;background:white">{compare(cat.image, files)._repr_html_()}'
-    # the second of the pictures on the left and the third on the right, as a reader would choose them
-    page += """<script type="module">
-        document.querySelectorAll("select").forEach((select, i) => {
-            select.selectedIndex = i + 1;
-            select.dispatchEvent(new Event("change", {bubbles: true}));
-        });
-    </script>"""
-    browser = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
-    )
-    if browser is None:
-        raise DataError(
-            "There is no Chromium on PATH to take the picture with. Install one: apt-get install chromium"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        html, png = Path(folder, "page.html"), Path(folder, "page.png")
-        html.write_text(page, encoding="utf-8")
-        how = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=760,640"]
-        how += ["--virtual-time-budget=5000", f"--screenshot={png}", html.as_uri()]
-        done = subprocess.run([browser, *how], capture_output=True, text=True, timeout=120)
-        if not png.is_file():
-            raise DataError(f"{browser} has taken no picture: {done.stderr.strip()[-200:]}")
-        shot = Image.open(png).convert("RGB")
-    ink = ImageChops.difference(shot, Image.new("RGB", shot.size, "white")).getbbox()
-    _write_picture("compare.png", shot.crop((0, 0, shot.width, ink[3] + 2)))
-    rows = [{"codec": name, "bytes": len(data)} for name, (_, data) in files.items()]
-    return {"compare": pd.DataFrame(rows)}
 
 
 def _write_picture(name: str, picture: Image.Image) -> None:
@@ -306,13 +269,6 @@ def _speed_table(tables: Tables) -> str:
     return _markdown(["", *(task.replace("step", "step, one 256x256 crop") for task in tasks)], rows)
 
 
-def _compare_figure(tables: Tables) -> str:
-    return (
-        "![The demo codec's cat and JPEG's under one handle, with bytes, PSNR and MS-SSIM below]"
-        "(notebooks/pictures/compare.png)"
-    )
-
-
 def _shapes_figure(tables: Tables) -> str:
     free, crossed = (
         f"{of['listening']:.1f} dB ({of['low']:.1f} to {of['high']:.1f})"
@@ -360,12 +316,6 @@ RESULTS = {
         {"reconstruction": ("README.md", _reconstruction_figure)},
         ("checkpoints/*.safetensors", "sample/images/chelsea.png"),
         (*_CODEC, "widgets/pictures.py"),
-    ),
-    "compare": Result(
-        _measure_compare,
-        {"compare": ("README.md", _compare_figure)},
-        ("checkpoints/*.safetensors", "sample/images/chelsea.png"),
-        (*_CODEC, "widgets/compare.py"),
     ),
     "speed": Result(
         _measure_speed,
