@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
+import nbformat
 import pandas as pd
 import pytest
 import torch
+from browser import opens_without_a_network
 
 from taco_nb import control as controls
 from taco_nb import datasets, load
@@ -24,8 +28,10 @@ from taco_nb.control import (
 )
 from taco_nb.data.shapes import scene
 from taco_nb.errors import SettingError
+from taco_nb.files import REPOSITORY
 from taco_nb.model.adapter import Injector
 from taco_nb.text.tokens import clip_tokenizer
+from taco_nb.tools.export import export_html
 
 
 def deaf(name: str = "demo") -> Codec:
@@ -169,3 +175,27 @@ def test_whole_pictures_go_alone_and_crops_by_the_batch():
 def test_control_refuses_what_is_no_list_of_sets():
     with pytest.raises(SettingError, match="a list"):
         control(load("demo"), datasets("kodak-256")[0])
+
+
+# --- The notebook -----------------------------------------------------------------------------------------------------
+
+
+def test_notebook_07_runs_and_its_page_opens_without_a_network(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(REPOSITORY / "notebooks" / "07_control.ipynb"),
+        "out.ipynb",
+    ]
+    for name, value in (("profile", "sample"), ("eval_limit", "2"), ("out_dir", "here")):
+        command += ["-p", name, value]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    notebook = nbformat.read(tmp_path / "out.ipynb", 4)
+    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    printed = "".join(output.get("text", "") for output in shown)
+    assert "demo on kodak-256: reading the caption of another picture" in printed
+    assert (tmp_path / "here" / "control-demo" / "control.csv").is_file()
+    seen = opens_without_a_network(export_html(tmp_path / "out.ipynb"))
+    assert seen["figures"] >= 3 and seen["pictures"] >= 2
