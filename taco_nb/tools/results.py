@@ -288,7 +288,7 @@ def _reconstruction_figure(tables: Tables) -> str:
     size = tables["reconstruction"]["bytes"].max()
     return (
         "![A cat's face four times: the photograph, and what the demo codec, JPEG and WebP make of it in "
-        f"{size / 1e3:.1f} kB](notebooks/pictures/reconstruction.png)"
+        f"{size / 1e3:.1f} kB](../../notebooks/pictures/reconstruction.png)"
     )
 
 
@@ -313,7 +313,7 @@ RESULTS = {
     ),
     "reconstruction": Result(
         _measure_reconstruction,
-        {"reconstruction": ("README.md", _reconstruction_figure)},
+        {"reconstruction": ("data/checkpoints/README.md", _reconstruction_figure)},
         ("checkpoints/*.safetensors", "sample/images/chelsea.png"),
         (*_CODEC, "widgets/pictures.py"),
     ),
