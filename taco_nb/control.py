@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -53,6 +53,8 @@ CONDITIONS = {
     "nonsense": "words drawn at random, as many tokens as the own caption has",
 }
 TABLE = "control.csv"
+KINDS = ("free", "crossed")
+"""The two kinds of scenes."""
 EFFECTS = {
     "bytes": "bits, %", "psnr": "PSNR, dB", "ms_ssim": "MS-SSIM", "lpips": "LPIPS", "mini_distance": "mini_distance",
     "clip_score": "CLIP score", "mini_score": "mini_score",
@@ -224,7 +226,7 @@ def _whole_words() -> list[str]:
 def listening(codec: Codec, scenes: int = 96, first: int = 0) -> pd.DataFrame:
     """Return how well a codec hears which shape of a scene is named: a row per scene.
 
-    Columns: kind ("free", "crossed"), seed, named, other (the shape that the other caption names), psnr_own, psnr_other
+    Columns: codec, kind ("free", "crossed"), seed, named, other (the shape that the other caption names), psnr_own, psnr_other
     and psnr_empty (of the named shape's pixels, under the caption that names it, the one that names the other, and none),
     listening = psnr_own - psnr_other, bytes_own, bytes_other and bytes_empty. The scenes have the seeds from `first` on,
     half of each kind, and none was trained on. A codec that was trained on paragraphs is given paragraphs.
@@ -234,45 +236,48 @@ def listening(codec: Codec, scenes: int = 96, first: int = 0) -> pd.DataFrame:
     import pandas as pd
 
     check_count(scenes, "The number of scenes", least=2)
-    exp = codec.about.get("experiment", {})
-    long = exp.get("captions") == "context"
-    shown = [
-        (seed, kind, scene(seed, kind == "crossed"))
-        for seed in range(first, first + scenes // 2)
-        for kind in KINDS
-    ]
+    long = codec.about.get("experiment", {}).get("captions") == "context"
+    turns = [_turn(first + i // 2, KINDS[i % 2], i // 2) for i in range(scenes)]
     rows = []
-    with progress_bar(total=len(shown), desc=f"listening of {codec.name}", unit="scene") as bar:
-        for start in range(0, len(shown), BATCH_SIZE):
-            part = shown[start : start + BATCH_SIZE]
-            chosen = [(start + i) // 2 % 4 for i in range(len(part))]
-            # All three others in turn: twelve scenes of a kind have every pair of shapes once.
-            others = [(k + 1 + (start + i) // 8 % 3) % 4 for i, k in enumerate(chosen)]
-            names = {"own": chosen, "other": others}
-            captions = {
-                which: [(_caption(s, k, seed, long)) for (seed, _, s), k in zip(part, ks)]
-                for which, ks in names.items()
+    with progress_bar(total=scenes, desc=f"listening of {codec.name}", unit="scene") as bar:
+        for start in range(0, scenes, BATCH_SIZE):
+            part = turns[start : start + BATCH_SIZE]
+            images = [to_image(turn.shown.image / 255) for turn in part]
+            read = {
+                "own": [turn.caption(turn.named, long) for turn in part],
+                "other": [turn.caption(turn.other, long) for turn in part],
+                "empty": [""] * len(part),
             }
-            captions["empty"] = [""] * len(part)
-            images = [to_image(s.image / 255) for _, _, s in part]
-            of_part = [
-                {"kind": kind, "seed": seed, "named": s.names[k], "other": s.names[j]}
-                for (seed, kind, s), k, j in zip(part, chosen, others)
-            ]
-            for which, read in captions.items():
-                files = codec.encode_batch(images, read)
-                for row, data, x_hat, (_, _, s), k in zip(
-                    of_part, files, codec.decode_batch(files), part, chosen
-                ):
-                    row[f"psnr_{which}"] = shape_psnr(s, k, x_hat)
-                    row[f"bytes_{which}"] = len(data)
-            rows += of_part
+            files = {which: codec.encode_batch(images, captions) for which, captions in read.items()}
+            decoded = {which: codec.decode_batch(of) for which, of in files.items()}
+            for i, (seed, kind, shown, named, other) in enumerate(part):
+                row = {"codec": codec.name, "kind": kind, "seed": seed}
+                row |= {"named": shown.names[named], "other": shown.names[other]}
+                row |= {f"psnr_{which}": shape_psnr(shown, named, decoded[which][i]) for which in read}
+                row |= {"listening": row["psnr_own"] - row["psnr_other"]}
+                rows.append(row | {f"bytes_{which}": len(files[which][i]) for which in read})
             bar.update(len(part))
-    table = pd.DataFrame(rows)
-    return table.assign(codec=codec.name, listening=table["psnr_own"] - table["psnr_other"])
+    return pd.DataFrame(rows)
 
 
-KINDS = ("free", "crossed")
+class _Turn(NamedTuple):
+    """A scene, the number of the shape that is named, and that of another one, which the other caption names."""
+
+    seed: int
+    kind: str
+    shown: Scene
+    named: int
+    other: int
+
+    def caption(self, k: int, long: bool) -> str:
+        names = [self.shown.names[k]]
+        return long_caption(self.shown, names) if long else short_caption(names, self.seed)
+
+
+def _turn(seed: int, kind: str, number: int) -> _Turn:
+    """Return a scene with the two shapes whose turn it is: each pair, in either order, has its turn in every twelve."""
+    named = number % 4
+    return _Turn(seed, kind, scene(seed, kind == "crossed"), named, (named + 1 + number // 4 % 3) % 4)
 
 
 def shape_psnr(shown: Scene, k: int, x_hat: torch.Tensor) -> float:
@@ -322,7 +327,3 @@ def over_seeds(results: pd.DataFrame) -> pd.DataFrame:
         psnr_own=("psnr_own", "mean"),
         psnr_other=("psnr_other", "mean"),
     )
-
-
-def _caption(shown: Scene, k: int, seed: int, long: bool) -> str:
-    return long_caption(shown, [shown.names[k]]) if long else short_caption([shown.names[k]], seed)
