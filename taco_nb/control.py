@@ -226,7 +226,7 @@ def _whole_words() -> list[str]:
 def listening(codec: Codec, scenes: int = 96, first: int = 0) -> pd.DataFrame:
     """Return how well a codec hears which shape of a scene is named: a row per scene.
 
-    Columns: codec, kind ("free", "crossed"), seed, named, other (the shape that the other caption names), psnr_own, psnr_other
+    Columns: codec, kind ("free", "crossed"), seed, named, other (the shape that the other caption names), psnr_own, and so on
     and psnr_empty (of the named shape's pixels, under the caption that names it, the one that names the other, and none),
     listening = psnr_own - psnr_other, bytes_own, bytes_other and bytes_empty. The scenes have the seeds from `first` on,
     half of each kind, and none was trained on. A codec that was trained on paragraphs is given paragraphs.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from PIL import Image
 
 from taco_nb.checkpoint import WEIGHTS
 from taco_nb.data import training_pairs
-from taco_nb.errors import CheckpointError, DataError, SettingError
+from taco_nb.errors import CheckpointError, DataError, SettingError, StoppedError
 from taco_nb.files import REPOSITORY
 from taco_nb.tools.recipe import follow, gather, read_recipe
+from taco_nb.training import loop
 
 RECIPE = """
 about = "four grey squares"
@@ -100,6 +102,21 @@ def test_a_recipe_is_followed_and_goes_on_where_it_was(root, tmp_path):
     assert folders == {name: out / name for name in ("trunk", "demo-a", "demo-a-seed12", "demo-b")}
     assert read_recipe(root / "recipe.toml")["bundled"] == ["demo-a", "demo-b"]
     assert weights.stat().st_mtime_ns == before, "a finished run is not repeated"
+
+
+def test_a_stop_ends_the_whole_recipe_and_not_one_run(root, tmp_path, monkeypatch):
+    step = loop.Trainer.train_step
+
+    def asked_to_stop(trainer, *batch):
+        step(trainer, *batch)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.Trainer, "train_step", asked_to_stop)
+        with pytest.raises(StoppedError, match="trunk was asked to stop. The same command goes on"):
+            follow(root / "recipe.toml", root / "runs", root)
+    assert [path.name for path in (root / "runs").iterdir() if path.name != "pictures"] == ["trunk"]
+    assert follow(root / "recipe.toml", root / "runs", root, only=["trunk"])
 
 
 def test_what_cannot_be_followed_is_said(root, tmp_path):

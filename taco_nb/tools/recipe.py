@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from taco_nb.data import CONTEXT
 from taco_nb.data.captioned import image_files
-from taco_nb.errors import DataError, SettingError, check_known
+from taco_nb.errors import DataError, SettingError, StoppedError, check_known
 from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, data_root
 from taco_nb.training import fit
@@ -72,7 +72,7 @@ def follow(
     """Train what the recipe says below the folder `out`, and return the folders of the runs.
 
     `only` names the runs to train, if not all. Raises `SettingError` for a recipe that cannot be followed, and `DataError`
-    for pictures that are missing; `fit` raises the rest.
+    for pictures that are missing; `StoppedError` when a signal asked a run to stop; `fit` raises the rest.
     """
     out, recipe = Path(out).absolute(), read_recipe(path)
     check_known(only, [*recipe["runs"]], f"{path} has no run")
@@ -85,7 +85,8 @@ def follow(
             if not folder.is_dir():
                 gather(parts, folder, data_root(data_dir))
             settings["train_data"] = str(folder)
-        fit(Experiment().replace(**settings), out / name, data_dir=data_dir)
+        if not fit(Experiment().replace(**settings), out / name, data_dir=data_dir).finished:
+            raise StoppedError(f"{name} was asked to stop. The same command goes on with it.")
     return {name: out / name for name in wanted}
 
 
