@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from statistics import mean
 
 import open_clip
@@ -126,12 +127,6 @@ def _effect(material: Material, caption: str) -> tuple[tuple[float, float], floa
     return (float(plain[matters].sum()), float(weighted[matters].sum())), float(angle)
 
 
-_fitted: dict[float, KeywordWeights] = {}
-
-
+@lru_cache(maxsize=1)
 def _weights(material: Material, weight: float) -> KeywordWeights:
-    if weight not in _fitted:
-        _fitted[weight] = KeywordWeights.fit(
-            [*material.captions, *material.paragraphs], "tfidf+rules", weight
-        )
-    return _fitted[weight]
+    return KeywordWeights.fit([*material.captions, *material.paragraphs], "tfidf+rules", weight)

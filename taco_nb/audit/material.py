@@ -28,6 +28,7 @@ from taco_nb.verdicts import NOT_REPRODUCED, REPRODUCED, verdicts
 if TYPE_CHECKING:
     import pandas as pd
 
+MOST = 1000
 JOINT_SPACE = "mini/flickr8k"
 """The bundled CLIP, in whose space captions and pictures are compared."""
 
@@ -104,9 +105,12 @@ class Material:
 
     @cached_property
     def captions(self) -> list[str]:
-        """All captions of the evaluation sets on this machine, and the sample's, which were written for this project."""
+        """The captions of the evaluation sets on this machine, of at most `MOST` pictures each, and of the sample.
+
+        Those of the sample were written for this project.
+        """
         sets = self.here("kodak", "clic", "coco", "sample", "sample-train")
-        return [caption for of in sets for i in range(len(of)) for caption in of.captions(i)]
+        return [caption for of in sets for i in range(min(MOST, len(of))) for caption in of.captions(i)]
 
     @cached_property
     def paragraphs(self) -> list[str]:

@@ -104,7 +104,7 @@ def one_key_lets_attention_choose(material: Material) -> Finding:
     return found(
         chooses,
         f"After the sum there is one key, whose weight is {float(weights[1].min()):g} for each of {len(queries[0])} "
-        f"different queries. The answers differ over positions by {spread[1]:.1e} of their mean, where with {tokens} keys "
+        f"different queries. The answers differ over positions by {spread[1]:.2g} of their mean, where with {tokens} keys "
         f"they differ by {spread[tokens]:.2g}: every position gets the same text, and attention chooses nothing.",
     )
 

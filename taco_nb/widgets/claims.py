@@ -40,7 +40,7 @@ def claims_page(table: pd.DataFrame, notebook: str) -> HTML:
         claims = table[table["kind"] == kind].to_dict("records")
         body = "".join(_row(claim, notebook) for claim in claims)
         parts.append(
-            f'<h4>{HEADINGS[kind]}</h4><table class="tc-claims"><colgroup><col style="width:32%"><col style="width:14%">'
+            f'<h4>{HEADINGS[kind]}</h4><table class="tc-claims"><colgroup><col style="width:31%"><col style="width:17%">'
             f"<col></colgroup><thead><tr><th>the report says</th><th>verdict</th><th>evidence</th></tr></thead>"
             f"<tbody>{body}</tbody></table>"
         )
