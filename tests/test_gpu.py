@@ -206,15 +206,22 @@ def test_a_resumed_optimizer_counts_on_the_processor(trainer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "precision, parts", [("float32", "network loss CLIP CLIP"), ("bfloat16", "network loss")]
+    "precision, run, parts",
+    [
+        ("float32", lambda module, inputs: module, "network loss CLIP CLIP"),
+        ("bfloat16", aot_eager, "network loss"),
+    ],
+    ids=["traced forward", "traced forward and backward"],
 )
-def test_networks_compile_to_one_graph_each_and_train_alike(trainer, tmp_path, monkeypatch, precision, parts):
-    """By the backend that runs what is traced as it is; Inductor takes a minute to generate code for a processor."""
+def test_networks_compile_to_one_graph_each_and_train_alike(
+    trainer, tmp_path, monkeypatch, precision, run, parts
+):
+    """What is traced runs as it is: Inductor would take a minute to generate code for a processor."""
     graphs = []
 
     def backend(module, inputs):
         graphs.append(module)
-        return aot_eager(module, inputs)
+        return run(module, inputs)
 
     compile, how = torch.compile, {"backend": backend, "fullgraph": True}
     monkeypatch.setattr(torch, "compile", lambda part, mode, dynamic: compile(part, dynamic=dynamic, **how))

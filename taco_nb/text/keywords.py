@@ -123,7 +123,8 @@ class KeywordWeights:
         return self.keyword_weight if any(word.start < end and start < word.end for word in keywords) else 1.0
 
     def _words(self, captions: Sequence[str]) -> list[list[Word]]:
-        new = [caption for caption in dict.fromkeys(captions) if caption not in self._known]
+        # spaCy takes plain text only, and no caption that knows its tokens.
+        new = [str(caption) for caption in dict.fromkeys(captions) if caption not in self._known]
         if new:
             for caption, *ranges in zip(new, *(source(new) for source in self.sources)):
                 self._known[caption] = bytes(_named_by(match, ranges) for match in WORD.finditer(caption))
