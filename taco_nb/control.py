@@ -290,8 +290,8 @@ def shape_psnr(shown: Scene, k: int, x_hat: torch.Tensor) -> float:
 def heard(tables: pd.DataFrame) -> pd.DataFrame:
     """Return the mean listening of each codec and kind of scene, with its 95 % interval over the scenes, from `listening`.
 
-    Columns: codec, kind, listening, low, high, psnr_own, psnr_other, psnr_empty, "bits, %" (of the files under the other
-    caption, against the own), scenes.
+    Columns: codec, kind, listening, low, high, psnr_own, psnr_other, psnr_empty, bytes (of the files under the own caption),
+    "bits, %" (of those under the other caption, against the own), scenes.
     """
     import pandas as pd
 
@@ -300,7 +300,11 @@ def heard(tables: pd.DataFrame) -> pd.DataFrame:
         low, high = interval(of["listening"])
         row = {"codec": codec, "kind": kind, "listening": of["listening"].mean(), "low": low, "high": high}
         row |= {name: of[name].mean() for name in ("psnr_own", "psnr_other", "psnr_empty")}
-        row |= {"bits, %": 100 * (of["bytes_other"].sum() / of["bytes_own"].sum() - 1), "scenes": len(of)}
+        row |= {
+            "bytes": of["bytes_own"].mean(),
+            "bits, %": 100 * (of["bytes_other"].sum() / of["bytes_own"].sum() - 1),
+            "scenes": len(of),
+        }
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -316,7 +320,7 @@ def over_seeds(results: pd.DataFrame) -> pd.DataFrame:
     """Return the mean listening of runs that differ in their seeds alone, and its spread: a row per name and kind of scene.
 
     Columns: codec, kind, seeds (how many), listening (their mean), low and high (the lowest and the highest of the seeds),
-    psnr_own and psnr_other.
+    psnr_own, psnr_other and bytes.
     """
     plain = results.assign(codec=results["codec"].str.replace(r"-seed\d+$", "", regex=True))
     return plain.groupby(["codec", "kind"], sort=False, as_index=False).agg(
@@ -326,4 +330,5 @@ def over_seeds(results: pd.DataFrame) -> pd.DataFrame:
         high=("listening", "max"),
         psnr_own=("psnr_own", "mean"),
         psnr_other=("psnr_other", "mean"),
+        bytes=("bytes", "mean"),
     )
