@@ -17,10 +17,11 @@ from taco_nb.data.images import to_tensor
 from taco_nb.errors import DataError
 from taco_nb.experiment import Experiment
 from taco_nb.metrics.distortion import psnr
+from taco_nb.metrics.interval import interval
 from taco_nb.text.clip import text_tower
 from taco_nb.text.long import surviving
 from taco_nb.text.tokens import clip_tokenizer
-from taco_nb.verdicts import NOT_MEASURED, TOLERANCE, interval
+from taco_nb.verdicts import NOT_MEASURED, TOLERANCE
 
 ORIGINAL = 38
 """Positions that the original network reads of a caption."""

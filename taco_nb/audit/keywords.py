@@ -11,10 +11,11 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from taco_nb.audit.material import JOINT_SPACE, Finding, Material, found
 from taco_nb.data import datasets
+from taco_nb.metrics.interval import interval
 from taco_nb.text.clip import text_tower
 from taco_nb.text.keyword_sources import Entities, TfIdf, installed_pipelines
 from taco_nb.text.keywords import KeywordWeights, pool
-from taco_nb.verdicts import NOT_MEASURED, interval
+from taco_nb.verdicts import NOT_MEASURED
 
 NAMES = ("Eiffel Tower", "Golden Retriever")
 """The report's own examples of what named entity recognition finds."""
