@@ -73,6 +73,12 @@ def test_runs_inherit_settings_and_have_a_name_per_seed(root):
     assert a["schedule"] == b["schedule"] == "cosine" and (a | {"captions": "context"}) == b
 
 
+def test_a_run_is_also_like_what_its_model_is_like(root):
+    (root / "recipe.toml").write_text(RECIPE + '\n[runs.demo-c]\nlike = "demo-b"\nlmbda = 0.5\n')
+    runs = read_recipe(root / "recipe.toml")["runs"]
+    assert runs["demo-c"] == runs["demo-b"] | {"lmbda": 0.5} and runs["demo-c"]["init"] == "trunk"
+
+
 def test_pictures_are_gathered_with_their_captions_and_without_those_that_stay_out(root):
     (root / "others.txt").write_text("160.png\n")
     part = {
@@ -124,7 +130,8 @@ def test_what_cannot_be_followed_is_said(root, tmp_path):
         follow(root / "recipe.toml", root / "runs", root, only=["trunc"])
     with pytest.raises(CheckpointError):
         follow(root / "recipe.toml", root / "runs", root, only=["demo-a"])
-    for text in ("about = 1", "no toml", RECIPE.replace("[settings]", "[setings]")):
+    circle = RECIPE.replace("[runs.demo-a]", '[runs.demo-a]\nlike = "demo-b"')
+    for text in (circle, "about = 1", "no toml", RECIPE.replace("[settings]", "[setings]")):
         (root / "wrong.toml").write_text(text)
         with pytest.raises(SettingError, match="is no recipe"):
             read_recipe(root / "wrong.toml")

@@ -44,7 +44,7 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
         common, stated, _ = recipe["settings"], recipe["runs"], recipe["about"]
         runs: dict[str, dict[str, Any]] = {}
         for name, own in stated.items():
-            settings = common | stated.get(own.get("like"), {}) | own
+            settings = common | _inherited(stated, own)
             first, *others = settings.pop("seeds", [settings.get("seed", Experiment.seed)])
             settings.pop("like", None)
             runs[name] = settings | {"seed": first}
@@ -59,8 +59,14 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
         KeyError,
         TypeError,
         AttributeError,
+        RecursionError,  # runs that are like each other
     ) as error:
         raise SettingError(f"{path} is no recipe ({type(error).__name__}: {error}).") from None
+
+
+def _inherited(stated: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's settings together with those of the run that it is like, of the one that this is like, and so on."""
+    return (_inherited(stated, stated[own["like"]]) if "like" in own else {}) | own
 
 
 def follow(
