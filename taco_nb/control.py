@@ -31,7 +31,7 @@ from taco_nb.data.images import to_image
 from taco_nb.data.shapes import Scene, long_caption, scene, short_caption
 from taco_nb.errors import SettingError
 from taco_nb.evaluation.measure import measure
-from taco_nb.evaluation.records import write_csv
+from taco_nb.evaluation.records import TEXT, write_csv
 from taco_nb.evaluation.run import BATCH_SIZE, check_sets
 from taco_nb.files import bundled
 from taco_nb.metrics.interval import interval, interval_of
@@ -103,7 +103,7 @@ def control(
                     bar.update(len(batch))
         table = pd.DataFrame(tables)
         if out_dir is not None:
-            write_csv(Path(folder, TABLE), table)
+            write_csv(Path(folder, TABLE), table, (*TEXT, "condition", "captions"))
     return table
 
 

@@ -156,7 +156,7 @@ def write_evaluation(folder: Path, about: Mapping[str, Any], rows: Sequence[Mapp
     write_csv(folder / TABLE, as_table(json.loads(f"[{lines}]")))  # as readers of the JSON will have them
 
 
-def write_csv(path: Path, table: pd.DataFrame) -> None:
+def write_csv(path: Path, table: pd.DataFrame, text_columns: Sequence[str] = TEXT) -> None:
     """Write a table for people, unless it is there already, and check that it holds the same rows when it is read.
 
     All text in it is quoted: before 3.11.9, Python's writer leaves a bare carriage return unquoted, where readers begin a
@@ -173,9 +173,9 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
     again = pd.read_csv(
         path,
         float_precision="round_trip",
-        dtype=dict.fromkeys(TEXT, str),
+        dtype=dict.fromkeys(text_columns, str),
         keep_default_na=False,  # "" and "nan" are captions
-        na_values=dict.fromkeys(table.columns.difference(TEXT), ""),
+        na_values=dict.fromkeys(table.columns.difference(text_columns), ""),
     )
     if not again.equals(table):
         raise DataError(f"{path}, read back, does not hold the rows that were written to it.")

@@ -27,7 +27,6 @@ from taco_nb.data import CaptionedImages, datasets
 from taco_nb.errors import SettingError
 from taco_nb.evaluation import QUALITIES, evaluate, evaluate_peers, means
 from taco_nb.evaluation.peers import available_peers
-from taco_nb.evaluation.records import write_csv
 from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.metrics.rate import bd_rate, few_points, rate_at
 from taco_nb.model import TACO, ModelConfig
@@ -92,7 +91,8 @@ def bundle(
             with atomic_write(Path(shelf, f"{name}.json"), "w") as file:
                 json.dump(cards[name], file, indent=1)
     if kept is not None:
-        write_csv(Path(shelf, RESULTS), _with_settings(table, cards))
+        with atomic_write(Path(shelf, RESULTS), "w") as file:
+            _with_settings(table, cards).to_csv(file, index=False)
     return cards
 
 
