@@ -361,7 +361,8 @@ def _kept(name: str) -> dict[str, Any]:
 
 
 def _tables(name: str) -> Tables:
-    return {table: pd.read_csv(FOLDER / f"{table}.csv") for table in _kept(name)["tables"]}
+    how = {"keep_default_na": False, "na_values": [""]}  # "NA" is a caption
+    return {table: pd.read_csv(FOLDER / f"{table}.csv", **how) for table in _kept(name)["tables"]}
 
 
 def _csv(table: pd.DataFrame) -> str:

@@ -295,10 +295,11 @@ def difference_plot(pairs: pd.DataFrame, title: str = "") -> Figure:
 def effect_plot(found: pd.DataFrame, title: str = "") -> Figure:
     """Draw what other captions change against the own one, with 95 % intervals, a panel per metric.
 
-    `found` comes from `taco_nb.control.effects`. Effects of too few pictures for an interval have none.
+    `found` comes from `taco_nb.control.effects`. A line says what differs: condition, codec or data set. Effects of too few
+    pictures for an interval have none.
     """
-    several = found["dataset"].nunique() > 1
-    labels = found["condition"] + ("<br>" + found["dataset"] if several else "")
+    differ = [name for name in ("codec", "condition", "dataset") if found[name].nunique() > 1]
+    labels = found[differ or ["condition"]].agg("<br>".join, axis=1)
     known = found.assign(label=labels, difference=found["effect"])
     return _interval_panels(known, dict(zip(found["metric"], found["unit"])), title)
 
