@@ -118,7 +118,7 @@ def test_the_sentence_follows_the_figures():
     sentence = said(effects(pd.DataFrame([*rows, *_others(rows)])))
     assert (
         "changes bits by +0.05 % (" in sentence
-        and "PSNR by -1 dB (" in sentence
+        and "PSNR by -1.1 dB (" in sentence
         and "another picture" in sentence
     )
     for row in rows:
