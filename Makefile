@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY := PASSIVE
 
 demo: $(INSTALLED)
 	@mkdir -p $(OUT)
-	@echo "Running the notebooks on the bundled pictures: about five minutes on two cores."
+	@echo "Running the notebooks on the bundled pictures: about ten minutes on two cores."
 	@for notebook in notebooks/*.ipynb; do \
 		echo; echo "== $$notebook"; \
 		$(BIN)/papermill $$notebook $(OUT)/$$(basename $$notebook) -p profile sample -p out_dir $(OUT)/runs || exit 1; \
