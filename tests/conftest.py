@@ -74,13 +74,18 @@ def precision_put_back() -> Iterator[None]:
     import torch
 
     backends = torch.backends
-    start = backends.mkldnn.matmul.fp32_precision, backends.cuda.matmul.fp32_precision
+    owners = [
+        backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul,
+        backends.mkldnn, backends.mkldnn.conv, backends.mkldnn.rnn, backends.mkldnn.matmul,
+    ]  # fmt: skip
+    start = [owner.fp32_precision for owner in owners]
     try:
         yield
     finally:
         backends.fp32_precision = "none"
         torch.set_float32_matmul_precision("highest")
-        backends.mkldnn.matmul.fp32_precision, backends.cuda.matmul.fp32_precision = start
+        for owner, value in zip(owners, start):
+            owner.fp32_precision = value
 
 
 def environment_of(**variables: str) -> dict[str, str]:
