@@ -17,23 +17,26 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from taco_nb.checkpoint import trained_as
 from taco_nb.codec import Codec
 from taco_nb.data import CaptionedImages
 from taco_nb.data.images import to_image
 from taco_nb.data.shapes import Scene, long_caption, scene, short_caption
 from taco_nb.errors import SettingError
 from taco_nb.evaluation.measure import measure
-from taco_nb.evaluation.records import TEXT, write_csv
+from taco_nb.evaluation.records import TEXT, batch_ranges, write_csv
 from taco_nb.evaluation.run import BATCH_SIZE, check_sets
 from taco_nb.files import bundled
+from taco_nb.metrics.distortion import distortion
 from taco_nb.metrics.interval import interval, interval_of
 from taco_nb.metrics.networks import OF_SETS, find_networks, say_missing
 from taco_nb.processes import progress_bar
@@ -95,11 +98,12 @@ def control(
             for condition in CONDITIONS:
                 read = captions_under(condition, own, seed)
                 about = {"codec": codec.name, "dataset": dataset.name, "condition": condition}
+                digest = _digest(read)
                 for batch in _batches(dataset):
                     samples = [dataset[i] for i in batch]
                     files = Path(folder, condition, dataset.name)
                     rows, _ = measure(codec, samples, files, networks, read=[read[i] for i in batch])
-                    tables += [{**about, **row, "captions": _digest(read)} for row in rows]
+                    tables += [{**about, **row, "captions": digest} for row in rows]
                     bar.update(len(batch))
         table = pd.DataFrame(tables)
         if out_dir is not None:
@@ -197,10 +201,9 @@ def said(found: pd.DataFrame, condition: str = "another's") -> str:
     return "\n".join(sentences)
 
 
-def _batches(dataset: CaptionedImages) -> Iterator[range]:
-    """Yield the pictures that go through the networks together: crops of one size by the batch, whole pictures alone."""
-    step = BATCH_SIZE if dataset.crop else 1
-    yield from (range(i, min(i + step, len(dataset))) for i in range(0, len(dataset), step))
+def _batches(dataset: CaptionedImages) -> list[range]:
+    """Return the pictures that go through the networks together: crops of one size by the batch, whole pictures alone."""
+    return batch_ranges(len(dataset), BATCH_SIZE if dataset.crop else 1)
 
 
 def _digest(captions: Sequence[str]) -> str:
@@ -214,6 +217,7 @@ def _nonsense(caption: str, rng: Random) -> str:
     return " ".join(vocabulary[int(rng.random() * len(vocabulary))] for _ in range(count))
 
 
+@cache  # since it looks through the whole vocabulary
 def _whole_words() -> list[str]:
     """Return the words that are one token of CLIP's, of five letters or more, so that each is one token again."""
     words = (token.removesuffix("</w>") for token in clip_tokenizer().encoder if token.endswith("</w>"))
@@ -236,12 +240,13 @@ def listening(codec: Codec, scenes: int = 96, first: int = 0) -> pd.DataFrame:
     import pandas as pd
 
     check_count(scenes, "The number of scenes", least=2)
-    long = codec.about.get("experiment", {}).get("captions") == "context"
+    exp = trained_as(codec.about)
+    long = exp is not None and exp.captions == "context"
     turns = [_turn(first + i // 2, KINDS[i % 2], i // 2) for i in range(scenes)]
     rows = []
     with progress_bar(total=scenes, desc=f"listening of {codec.name}", unit="scene") as bar:
-        for start in range(0, scenes, BATCH_SIZE):
-            part = turns[start : start + BATCH_SIZE]
+        for batch in batch_ranges(scenes, BATCH_SIZE):
+            part = turns[batch.start : batch.stop]
             images = [to_image(turn.shown.image / 255) for turn in part]
             read = {
                 "own": [turn.caption(turn.named, long) for turn in part],
@@ -282,9 +287,9 @@ def _turn(seed: int, kind: str, number: int) -> _Turn:
 
 def shape_psnr(shown: Scene, k: int, x_hat: torch.Tensor) -> float:
     """Return the PSNR in dB over the pixels of a scene's shape k, of a reconstruction (3, 64, 64) clamped to 8 bits."""
-    decoded = x_hat.clamp(0, 1).mul(255).round().cpu()
-    error = (decoded - shown.image)[:, shown.masks[k]].square().mean()
-    return 10 * math.log10(255**2 / max(float(error), 0.065))  # at most 60 dB, as everywhere
+    # The shape's pixels in a row are a picture of their own.
+    x, x_hat = (picture[:, shown.masks[k]][:, None] for picture in (shown.image / 255, x_hat.cpu()))
+    return distortion(x, x_hat)["psnr"]
 
 
 def heard(tables: pd.DataFrame) -> pd.DataFrame:

@@ -6,11 +6,12 @@ import errno
 import hashlib
 import io
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from taco_nb.errors import DataError, StorageError
 
@@ -63,6 +64,15 @@ def bundled(name: str, data_dir: str | os.PathLike | None = None) -> Path:
     """
     own, here = data_root(data_dir) / name, BUNDLED / name
     return here if here.exists() and not own.exists() else own
+
+
+def read_toml(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the content of a TOML file. Raises `OSError`, and `ValueError` for one that is malformed."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(Path(path).read_text(encoding="utf-8"))
 
 
 # Writing --------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -18,17 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from taco_nb.audit.material import Finding, Material
 from taco_nb.errors import DataError
-from taco_nb.files import REPOSITORY, atomic_write, bundled
+from taco_nb.files import REPOSITORY, atomic_write, bundled, read_toml
 from taco_nb.provenance import provenance
 from taco_nb.verdicts import NOT_MEASURED, NOT_REPRODUCED, REPRODUCED
 
 if TYPE_CHECKING:
     import pandas as pd
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["Finding", "Material", "audit", "counts", "read_claims", "summary", "test_of", "write_audit"]
 
@@ -39,7 +33,7 @@ VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_MEASURED)
 def read_claims(data_dir: str | os.PathLike | None = None) -> list[dict[str, Any]]:
     """Return the claims of claims.toml, in the report's order. Raises `DataError` for an entry that is not whole."""
     path = bundled("reference/claims.toml", data_dir)
-    claims = tomllib.loads(path.read_text(encoding="utf-8"))["claim"]
+    claims = read_toml(path)["claim"]
     for claim in claims:
         missing = {"id", "section", "kind", "says", "test", "cell"} - claim.keys()
         if missing or claim["kind"] not in KINDS:

@@ -26,7 +26,7 @@ from taco_nb.verdicts import NOT_MEASURED, TOLERANCE
 ORIGINAL = 38
 """Positions that the original network reads of a caption."""
 AROUND = 0.25
-"""By this share of a number, another may differ and still be "around" it."""
+"""A number is "around" another if it differs from it by no more than this share."""
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 REASONING = re.compile(
     r"\b(suggest|imply|implies|indicat|probabl|likely|perhaps|presumabl|may be|might|seem|appears? to|hint|evok|convey"

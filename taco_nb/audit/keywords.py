@@ -114,6 +114,7 @@ def _spacy_model() -> str | None:
     return next((name for name in installed_pipelines() if name.startswith("en_core_web_sm")), None)
 
 
+@lru_cache(maxsize=64)  # two claims ask it of Kodak's captions
 def _effect(material: Material, caption: str) -> tuple[tuple[float, float], float]:
     """Return the keywords' share of a caption's sum without and with their weight, and the angle between both sums."""
     tower = text_tower(JOINT_SPACE, length=77)

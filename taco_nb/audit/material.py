@@ -16,11 +16,13 @@ from taco_nb.checkpoint import bundled_codecs
 from taco_nb.codec import Codec, load
 from taco_nb.data import datasets
 from taco_nb.data.captioned import CaptionedImages
+from taco_nb.data.images import pixels
 from taco_nb.errors import DataError
 from taco_nb.experiment import Experiment
 from taco_nb.files import bundled
 from taco_nb.metrics.joint_space import CmmdEmbedding
 from taco_nb.model import TACO, ModelConfig
+from taco_nb.pretrained import MINI
 from taco_nb.text.clip import clip_model
 from taco_nb.text.long import surviving
 from taco_nb.verdicts import NOT_REPRODUCED, REPRODUCED, verdicts
@@ -29,12 +31,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST = 1000
-JOINT_SPACE = "mini/flickr8k"
+JOINT_SPACE = MINI.name
 """The bundled CLIP, in whose space captions and pictures are compared."""
 
 
 class Finding(NamedTuple):
-    """What became of a claim, and on what evidence."""
+    """This is what became of a claim, and the evidence for it."""
 
     verdict: str
     evidence: str
@@ -67,7 +69,7 @@ class Material:
 
     @cached_property
     def verdicts(self) -> pd.DataFrame:
-        """What the runs say of the published figures."""
+        """The verdicts of the runs on the published figures."""
         return verdicts(self.runs, data_dir=self.data_dir, seed=self.seed)
 
     # The network ------------------------------------------------------------------------------------------------------
@@ -135,11 +137,8 @@ class Material:
 
     def picture_vectors(self, dataset: CaptionedImages) -> Tensor:
         """Return a unit vector (n, d) in the joint space for each picture of a data set."""
-        import numpy as np
-
         embed = CmmdEmbedding(clip_model(JOINT_SPACE)[0])
-        pictures = (torch.from_numpy(np.array(dataset[i].image)) for i in range(len(dataset)))
-        return torch.cat([embed(picture.permute(2, 0, 1)[None]) for picture in pictures])
+        return torch.cat([embed(pixels(dataset[i].image)[None]) for i in range(len(dataset))])
 
     @torch.inference_mode()
     def text_vectors(self, texts: Sequence[str]) -> Tensor:

@@ -59,8 +59,8 @@ class TrainPairs(Dataset):
 
     `pairs[i]` is (x, caption), with x uint8 of shape (3, crop, crop): as floats the batches of eight workers would not fit
     into the 64 MB of shared memory that Docker gives. Images with a side shorter than `crop` are left out, and `skipped`
-    says how many. Where the crop lies depends on (seed, epoch, i) alone, so that neither the
-    number of workers nor a resume changes what is trained on.
+    says how many. Where the crop lies depends on (seed, epoch, i) alone, so that neither the number of workers nor a resume
+    changes what is trained on.
 
     Raises `SettingError` for crop < 1 or seed < 0, and `DataError` if no image is large enough or one cannot be read.
     """

@@ -26,7 +26,7 @@ from taco_nb.errors import SettingError
 
 SIDE = 64
 NAMED_WEIGHT = 20
-"""How much more a pixel of a named shape counts in the loss than any other."""
+"""A pixel of a named shape counts so many times as much in the loss as any other."""
 COLOURS = {
     "red": (200, 56, 52), "green": (56, 160, 72), "blue": (52, 88, 200),
     "yellow": (208, 188, 60), "purple": (148, 68, 172), "orange": (224, 136, 44),

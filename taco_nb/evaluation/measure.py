@@ -61,16 +61,12 @@ def measure(
     """
     lpips = networks.get("lpips")
     x = torch.stack([to_tensor(sample.image) for sample in samples]).to(codec.device)
-    chosen = (
-        _choose(codec, samples, x, folder, caption, lpips)
-        if read is None
-        else _code(codec, samples, read, folder)
-    )
-    own = (
-        [coded.caption for coded in chosen]
-        if read is None
-        else [_plain(sample, caption) for sample in samples]
-    )
+    if read is None:
+        chosen = _choose(codec, samples, x, folder, caption, lpips)
+        own = [coded.caption for coded in chosen]
+    else:
+        chosen = _code(codec, samples, read, folder)
+        own = [_plain(sample, caption) for sample in samples]
     x_hat = torch.stack([coded.x_hat for coded in chosen])
     # what metrics that are fed 8-bit pictures see, which is what a user gets
     pictures, decoded = (values.clamp(0, 1).mul(255).round().byte() for values in (x, x_hat))

@@ -38,6 +38,11 @@ TEXT = ("codec", "dataset", "name", "caption")
 """The columns of a table that are no numbers."""
 
 
+def batch_ranges(count: int, size: int) -> list[range]:
+    """Cut the numbers from 0 to `count` - 1 into ranges of `size`, of which the last may be shorter."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
 # The records of one data set ------------------------------------------------------------------------------------------
 
 
@@ -56,8 +61,7 @@ class Records:
     @property
     def batches(self) -> list[range]:
         """The images that are measured together, in order. This follows from the settings alone, so the figures do."""
-        count, step = len(self.dataset), self.settings["batch_size"]
-        return [range(start, min(start + step, count)) for start in range(0, count, step)]
+        return batch_ranges(len(self.dataset), self.settings["batch_size"])
 
     def read(self, batch: range) -> list[dict[str, Any]] | None:
         """Return the records of a batch; None if one is missing or damaged, or was measured under anything else."""

@@ -408,13 +408,10 @@ def _evaluate_in_processes(
         "text_encoder", "text_tokens", "text_length", "text_pooling", "keywords", "mode", "name", "about", "data_dir",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
-        if options[
-            "networks"
-        ]:  # on their way they lie on the processor, and each process puts them on its own GPU
+        if networks := options["networks"]:
+            # On their way they lie on the processor, and each process puts them on its own GPU.
             cpu = torch.device("cpu")
-            options["networks"] = {
-                name: placed(network, cpu) for name, network in options["networks"].items()
-            }
+            options["networks"] = {name: placed(network, cpu) for name, network in networks.items()}
         weights = Path(scratch, "codec.safetensors")
         save_weights(weights, codec.net, {})
         arguments = {

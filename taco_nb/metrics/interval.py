@@ -1,4 +1,4 @@
-"""How sure is a mean over images? Its bootstrap interval says what another choice of images would have given."""
+"""The bootstrap interval of a mean over images says how sure it is: what another choice of images would have given."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from taco_nb.metrics.networks import OF_SETS
 
 FEWEST = 10
-"""From so many images on an interval is given. The bootstrap can only reshuffle the images that there are."""
+"""An interval is given from so many images on. The bootstrap can only reshuffle the images that there are."""
 DRAWS = 2000
-"""How many bootstrap samples an interval rests on."""
+"""An interval rests on so many bootstrap samples."""
 
 
 def interval(values: Sequence[float], draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:

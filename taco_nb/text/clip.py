@@ -133,9 +133,8 @@ class TextTower:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a tensor of the processor's on `device`. A GPU goes on with its work meanwhile: nobody waits for the copy."""
     if device.type == "cuda":
-        tensor = (
-            tensor.pin_memory()
-        )  # from other memory the copy would be made at once, after all work before it
+        # From memory that is not pinned the copy would be made at once, after all work before it.
+        tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,8 @@ from taco_nb.data import CONTEXT
 from taco_nb.data.captioned import image_files
 from taco_nb.errors import DataError, SettingError, StoppedError, check_known
 from taco_nb.experiment import Experiment
-from taco_nb.files import atomic_write, data_root
+from taco_nb.files import atomic_write, data_root, read_toml
 from taco_nb.training import fit
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 CAPTIONS = "captions.json"
 
@@ -40,7 +34,7 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
     is a run per seed, and the first of them has the plain name. Raises `SettingError` for a file that is no recipe.
     """
     try:
-        recipe = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        recipe = read_toml(path)
         common, stated, _ = recipe["settings"], recipe["runs"], recipe["about"]
         runs: dict[str, dict[str, Any]] = {}
         for name, own in stated.items():
@@ -54,8 +48,7 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
         return recipe | {"runs": runs}
     except (
         OSError,
-        UnicodeDecodeError,
-        tomllib.TOMLDecodeError,
+        ValueError,  # malformed TOML, or a list of seeds without one
         KeyError,
         TypeError,
         AttributeError,

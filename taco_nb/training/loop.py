@@ -331,7 +331,7 @@ class Trainer:
         self._restore()
 
     def batches_to_come(self) -> Iterator[tuple[Tensor, list[str]] | tuple[Tensor, list[str], Tensor]]:
-        """Yield this process's share of every batch from the present step on: images (n, 3, H, W) and n captions.
+        """Yield this process's share of every batch from the present step on: images (n, 3, H, W) of bytes and n captions.
 
         Of the shapes, the weights (n, 1, H, W) of their pixels come with them.
         """
@@ -386,9 +386,9 @@ class Trainer:
         """Cut this process's share of the next batch into pieces, each with all that frozen networks say of it."""
         size = self.batches.size(self.step)
         own = split_evenly(size, self.group.size)[self.group.rank]
-        x = x.to(self.device, non_blocking=True)
-        x = x.float() / 255 if x.dtype == torch.uint8 else x
+        x = x.to(self.device, non_blocking=True).float() / 255
         x = x.contiguous(memory_format=torch.channels_last)
+        weight = None if weight is None else weight.to(self.device, non_blocking=True)
         pieces = []
         for part in split_evenly(len(captions), min(self.resources.accumulation, len(captions))):
             said = captions[part.start : part.stop]
@@ -396,9 +396,7 @@ class Trainer:
                 x[part.start : part.stop],
                 share=len(part) / size if own else 0.0,
                 noise_seeds=[mixed_seed(self.exp.seed, self.step, own.start + i) for i in part],
-                weight=None
-                if weight is None
-                else weight[part.start : part.stop].to(self.device, non_blocking=True),
+                weight=None if weight is None else weight[part.start : part.stop],
             )
             with self.timed("text"):
                 piece.text, piece.mask = self.conditioning(said)
@@ -594,7 +592,7 @@ class _Piece:
     """How much of the whole batch they are; 0 for an image that only keeps busy a process that has none of its own."""
     noise_seeds: list[int]
     weight: Tensor | None = None
-    """How much the squared error of each pixel counts, where pixels are not all alike: (n, 1, H, W)."""
+    """This says how much the squared error of each pixel counts, where pixels are not all alike: (n, 1, H, W)."""
     text: Tensor | None = None
     mask: Tensor | None = None
     caption_embeddings: Tensor | None = None

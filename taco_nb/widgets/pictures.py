@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -25,24 +25,27 @@ def stretched(field: Tensor) -> tuple[Tensor, float, float]:
 
 
 def side_by_side(
-    pictures: Mapping[str, Image.Image],
+    pictures: Mapping[str, Image.Image] | Sequence[tuple[str, Image.Image]],
     *,
     crop: tuple[int, int, int, int] | None = None,
     zoom: int = 1,
     columns: int = 4,
 ) -> Image.Image:
-    """Return the pictures in rows of `columns`, with its label (the key, wrapped to the picture's width) below each.
+    """Return the pictures in rows of `columns`, with its label, wrapped to the picture's width, below each.
+
+    `pictures` maps labels to pictures, or is pairs of both where several have the same label.
 
     `crop` (left, top, right, bottom) shows that part of each, enlarged `zoom` times without smoothing, so that single
     pixels can be compared.
     """
+    pairs = list(pictures.items() if isinstance(pictures, Mapping) else pictures)
     shown = []
-    for picture in pictures.values():
+    for _, picture in pairs:
         part = (picture.crop(crop) if crop else picture).convert("RGB")
         shown.append(part.resize((part.width * zoom, part.height * zoom), Image.Resampling.NEAREST))
     font = ImageFont.load_default(SIZE)
     width, height = max(part.width for part in shown), max(part.height for part in shown)
-    labels = [_wrapped(label, width - 4, font) for label in pictures]
+    labels = [_wrapped(label, width - 4, font) for label, _ in pairs]
     foot = LINE * max(label.count("\n") + 1 for label in labels) + GAP
     columns = min(columns, len(shown))
     rows = -(-len(shown) // columns)

@@ -33,20 +33,18 @@ def under_captions(codec: Codec, shown: Scene, captions: Sequence[str]) -> Image
     decoded = codec.decode_batch(files)
     bits = [bit_map(codec, image, caption) for caption in captions]
     most = max(float(of_caption.max()) for of_caption in bits)
-    pictures: dict[str, Image.Image] = {}
+    pictures: list[tuple[str, Image.Image]] = []
     for caption, data, x_hat, of_caption in zip(captions, files, decoded, bits):
         quality = [f"{name} {shape_psnr(shown, k, x_hat):.1f}" for k, name in enumerate(shown.names)]
         said = f'"{caption}"' if caption else "no caption"
         error = (x_hat.clamp(0, 1) - shown.image / 255).abs().mean(0) * 255 / LARGEST_ERROR
         blocks = (of_caption / most).repeat_interleave(16, 0).repeat_interleave(16, 1)
-        row = {
-            f"the original, to be encoded under {said}": image,
-            f"decoded: {len(data)} bytes. PSNR in dB: {', '.join(quality)}": to_image(x_hat),
-            f"error: dark is none, bright {LARGEST_ERROR} of 255 or more": heat(error.clamp(max=1)),
-            f"bits of each 16x16 block, {most:.0f} in the brightest": heat(blocks[:SIDE, :SIDE]),
-        }
-        # Labels are the keys: what two rows have in common is told apart by spaces that do not show.
-        pictures |= {label + " " * len(pictures): picture for label, picture in row.items()}
+        pictures += [
+            (f"the original, to be encoded under {said}", image),
+            (f"decoded: {len(data)} bytes. PSNR in dB: {', '.join(quality)}", to_image(x_hat)),
+            (f"error: dark is none, bright {LARGEST_ERROR} of 255 or more", heat(error.clamp(max=1))),
+            (f"bits of each 16x16 block, {most:.0f} in the brightest", heat(blocks[:SIDE, :SIDE])),
+        ]
     return side_by_side(pictures, zoom=ZOOM, columns=4)
 
 
