@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -63,15 +63,22 @@ EFFECTS = {
     "clip_score": "CLIP score", "mini_score": "mini_score",
 }  # fmt: skip
 """The metrics of which effects are given, each with its unit. All are differences, but for bits, which are in per cent."""
+_SAID = {"bytes": ("bits", "%"), "psnr": ("PSNR", "dB")}
+"""The metrics that sentences are about."""
 
 
 # The same pictures under other captions -------------------------------------------------------------------------------
 
 
 def control(
-    codec: Codec, sets: Sequence[CaptionedImages], out_dir: str | os.PathLike | None = None, *, seed: int = 0
+    codec: Codec,
+    sets: Sequence[CaptionedImages],
+    out_dir: str | os.PathLike | None = None,
+    *,
+    seed: int = 0,
+    conditions: Sequence[str] = tuple(CONDITIONS),
 ) -> pd.DataFrame:
-    """Encode each picture under its own caption and those of `CONDITIONS`: a row per picture and condition.
+    """Encode each picture under its own caption and the others of `conditions`: a row per picture and condition.
 
     Columns: codec, dataset, condition, the columns of `taco_nb.evaluate` that are of one picture ("caption" is what the
     encoder read), and captions, the first digits of a SHA-256 over all that was read under this condition. Scores of
@@ -88,14 +95,14 @@ def control(
         say_missing(tuple(absent))
     networks = {name: network.load(codec.device) for name, network in found.items() if name not in OF_SETS}
     tables = []
-    total = len(CONDITIONS) * sum(map(len, sets))
+    total = len(conditions) * sum(map(len, sets))
     with (
         tempfile.TemporaryDirectory() if out_dir is None else nullcontext(out_dir) as folder,
         progress_bar(total=total, desc=f"control of {codec.name}", unit="file") as bar,
     ):
         for dataset in sets:
             own = [dataset.captions(i)[0] for i in range(len(dataset))]
-            for condition in CONDITIONS:
+            for condition in conditions:
                 read = captions_under(condition, own, seed)
                 about = {"codec": codec.name, "dataset": dataset.name, "condition": condition}
                 digest = _digest(read)
@@ -153,52 +160,47 @@ def effects(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (codec, dataset), of_set in table.groupby(["codec", "dataset"], sort=False):
         own = of_set[of_set["condition"] == "own"].set_index("name")
-        for condition in list(CONDITIONS)[1:]:
-            other = of_set[of_set["condition"] == condition].set_index("name").loc[own.index]
-            for metric, unit in EFFECTS.items():
+        for condition in (name for name in CONDITIONS if name != "own"):
+            other = of_set[of_set["condition"] == condition].set_index("name")
+            for metric, unit in EFFECTS.items() if len(other) else ():
                 if metric not in of_set:
                     continue
-                change = other[metric] - own[metric]
-                change = (100 * change / own[metric] if metric == "bytes" else change).dropna()
+                change = _change(metric, own, other.loc[own.index]).dropna()
                 low, high = interval_of(metric, change)
-                row = {
-                    "codec": codec,
-                    "dataset": dataset,
-                    "condition": condition,
-                    "metric": metric,
-                    "unit": unit,
-                }
+                row = {"codec": codec, "dataset": dataset, "condition": condition, "metric": metric, "unit": unit}
                 row |= {"effect": change.mean(), "low": low, "high": high, "images": len(change)}
                 rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _change(metric: str, before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
+    """Return what each picture's figure changed by; bytes in per cent."""
+    change = after[metric] - before[metric]
+    return 100 * change / before[metric] if metric == "bytes" else change
 
 
 def said(found: pd.DataFrame, condition: str = "another's") -> str:
     """Say in sentences what a condition changes, from a table of `effects`: how large an effect is, or below what it lies."""
     sentences = []
     for (codec, dataset), of_set in found[found["condition"] == condition].groupby(["codec", "dataset"]):
-        parts = []
-        for row in of_set[of_set["metric"].isin(("bytes", "psnr"))].itertuples():
-            what = "bits" if row.metric == "bytes" else "PSNR"
-            unit = "%" if row.metric == "bytes" else "dB"
-            if math.isnan(row.low):
-                parts.append(
-                    f"{what} by {row.effect:+.3f} {unit}, of {row.images} pictures, too few for an interval"
-                )
-            elif row.low == row.high == 0:
-                parts.append(f"{what} not at all: the files are the same")
-            elif row.low <= 0 <= row.high:
-                most = max(-row.low, row.high)
-                parts.append(
-                    f"{what} by less than {most:.2g} {unit} either way, which cannot be told from nothing"
-                )
-            else:
-                parts.append(f"{what} by {row.effect:+.2g} {unit} ({row.low:+.2g} to {row.high:+.2g})")
+        parts = [_in_words(row, row.low, row.high) for row in of_set.itertuples() if row.metric in _SAID]
         sentences.append(
             f"{codec} on {dataset}: reading {CONDITIONS[condition]} in place of the own one changes "
             f"{', and '.join(parts)}."
         )
     return "\n".join(sentences)
+
+
+def _in_words(row: Any, low: float, high: float) -> str:
+    """Say how large an effect on bits or PSNR is, if `low` and `high` are on one side of zero, or below what it lies."""
+    what, unit = _SAID[row.metric]
+    if math.isnan(low):
+        return f"{what} by {row.effect:+.3f} {unit}, of {row.images} pictures, too few for an interval"
+    if low == high == 0:
+        return f"{what} not at all: the files are the same"
+    if low <= 0 <= high:
+        return f"{what} by less than {max(-low, high):.2g} {unit} either way, which cannot be told from nothing"
+    return f"{what} by {row.effect:+.2g} {unit} ({low:+.2g} to {high:+.2g})"
 
 
 def _batches(dataset: CaptionedImages) -> list[range]:
@@ -222,6 +224,66 @@ def _whole_words() -> list[str]:
     """Return the words that are one token of CLIP's, of five letters or more, so that each is one token again."""
     words = (token.removesuffix("</w>") for token in clip_tokenizer().encoder if token.endswith("</w>"))
     return [word for word in words if len(word) >= 5 and word.isascii() and word.isalpha()]
+
+
+# Codecs that were trained alike ---------------------------------------------------------------------------------------
+
+
+def siblings(data_dir: str | os.PathLike | None = None) -> pd.DataFrame:
+    """Return what every run of the bundled codecs' recipe made of the centre crops of Kodak's pictures.
+
+    There is a row per run, picture and condition ("own", "another's"), with the columns of `control`. Runs that differ in
+    their seeds alone have the same name in `codec`, and `seed` tells them apart.
+    """
+    import pandas as pd
+
+    table = pd.read_csv(bundled("checkpoints/results.csv", data_dir))
+    run = table["codec"].str.extract(r"^(.+?)(?:-seed(\d+))?$")
+    return table.assign(codec=run[0], seed=run[1].fillna("1").astype(int))
+
+
+def against(table: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Return what a codec does otherwise than its sibling, each reading its own captions: a row per pair and metric.
+
+    `table` comes from `siblings`, and a pair names the codec and the sibling that it is held against. Columns: codec,
+    sibling, metric and unit; effect, the mean over pictures and over the seeds that both have; low and high, its 95 %
+    bootstrap interval over the pictures; seeds, the mean of each seed by itself; and images.
+    """
+    import pandas as pd
+
+    own = table[table["condition"] == "own"]
+    runs = {key: run.set_index("name") for key, run in own.groupby(["codec", "seed"])}
+    rows = []
+    for codec, sibling in pairs:
+        seeds = [seed for name, seed in runs if name == codec and (sibling, seed) in runs]
+        for metric, unit in EFFECTS.items() if seeds else ():
+            if metric not in own:
+                continue
+            changes = [_change(metric, runs[sibling, seed], runs[codec, seed]) for seed in seeds]
+            change = sum(changes) / len(changes)
+            low, high = interval_of(metric, change)
+            row = {"codec": codec, "sibling": sibling, "metric": metric, "unit": unit, "effect": change.mean()}
+            row |= {"low": low, "high": high, "seeds": tuple(of.mean() for of in changes), "images": len(change)}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def said_of_siblings(found: pd.DataFrame) -> str:
+    """Say in sentences how siblings differ, from a table of `against`, or how small a difference would have been seen.
+
+    A difference counts if neither the interval over the pictures nor the range of the seeds has zero in it.
+    """
+    sentences = []
+    for (codec, sibling), of in found.groupby(["codec", "sibling"], sort=False):
+        parts = [
+            _in_words(row, min(row.low, *row.seeds), max(row.high, *row.seeds))
+            for row in of.itertuples()
+            if row.metric in _SAID
+        ]
+        count = len(of["seeds"].iloc[0])
+        of_seeds = f"over {count} seeds" if count > 1 else "with one seed"
+        sentences.append(f"{codec} against {sibling}, {of_seeds}: {', and '.join(parts)}.")
+    return "\n".join(sentences)
 
 
 # The shapes -----------------------------------------------------------------------------------------------------------

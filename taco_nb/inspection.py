@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from taco_nb.codec import Codec, pad
-from taco_nb.data.images import to_rgb, to_tensor
+from taco_nb.data.images import to_image, to_rgb, to_tensor
 from taco_nb.experiment import Experiment
 from taco_nb.model import TACO
 from taco_nb.model.adapter import Extractor, Injector
+from taco_nb.model.entropy import Step
 from taco_nb.model.precision import full_float32
 
 
@@ -104,6 +107,74 @@ def bit_map(codec: Codec, image: Any, caption: str) -> Tensor:
         likelihoods = codec.net(*_encoder_inputs(codec, image, caption))["likelihoods"]
     y, z = (-likelihoods[name].log2().sum(dim=1)[0].float().cpu() for name in ("y", "z"))
     return y + z.repeat_interleave(4, 0).repeat_interleave(4, 1) / 16
+
+
+class DecodingStep(NamedTuple):
+    """A part of a `.taco` file, in the order in which a decoder reads it: z first, then y, half group by half group."""
+
+    name: str
+    bits: Tensor
+    """What each latent of this part takes, -log2 of its probability: (c, h, w/2), or (N, h/4, w/4) of z."""
+    picture: Image.Image
+    """What g_s makes of all that is known by now, while what is to come stands at the means of its Gaussians."""
+    symbols: Tensor
+    """The integers of this part, of the same shape as `bits`."""
+    means: Tensor | None = None
+    scales: Tensor | None = None
+    """The Gaussians that the decoder expects them under; None for z, whose distributions are no Gaussians."""
+    anchors: bool = True
+    """True for the half of the checkerboard that is coded first."""
+
+
+@torch.inference_mode()
+def decoding_steps(codec: Codec, image: Any, caption: str) -> list[DecodingStep]:
+    """Return the parts of an image's file, and what is seen of the image after each: z, then ten half groups of y."""
+    net, coder = codec.net, codec.net.integer_model()
+    width, height = to_rgb(image).size
+    with full_float32(codec.device.type):
+        y = net.g_a(*_encoder_inputs(codec, image, caption))
+        z = net.h_a(y)
+    coded = coder.quantize(y, z)
+    z_symbols = coded.z.reshape(z.shape)
+    z_hat = z_symbols + coder.medians()
+    hyper = coder.hyper(z_hat)
+
+    def seen(known: int) -> tuple[list[tuple[Step, Tensor, Tensor]], Image.Image]:
+        """Decode the first `known` half groups, and guess the others."""
+        visited: list[tuple[Step, Tensor, Tensor]] = []
+
+        def visit(step: Step, scales: Tensor, means: Tensor) -> Tensor:
+            visited.append((step, scales, means))
+            i = len(visited) - 1
+            return coded.y[i].reshape(means.shape) + means if i < known else means
+
+        y_hat = coder.walk(hyper, visit)
+        with full_float32(codec.device.type):
+            x_hat = net.g_s(y_hat)[0, :, :height, :width]
+        return visited, to_image(x_hat)
+
+    z_bits = -net.likelihoods_of_z(z_hat).log2()
+    steps = [DecodingStep("z", z_bits[0].cpu(), seen(0)[1], z_symbols[0].cpu())]
+    for known in range(1, len(coded.y) + 1):
+        visited, picture = seen(known)
+        step, scales, means = visited[known - 1]
+        symbols = coded.y[known - 1].reshape(means.shape)
+        bits = -net.likelihoods_of_y(symbols + means, scales, means).log2()
+        name = f"channels {step.channels.start + 1} to {step.channels.stop}, {'anchors' if step.anchor else 'others'}"
+        parts = (part[0].float().cpu() for part in (symbols, means, scales))
+        steps.append(DecodingStep(name, bits[0].cpu(), picture, *parts, step.anchor))
+    return steps
+
+
+def without_text(codec: Codec) -> Codec:
+    """Return a copy of a codec whose two Injectors have a gamma of zero: its encoder reads no text."""
+    silent = copy.copy(codec)
+    silent.net = copy.deepcopy(codec.net)
+    for layer in silent.net.g_a.analysis_transform:
+        if isinstance(layer, Injector):
+            torch.nn.init.zeros_(layer.gamma)
+    silent.name = f"{codec.name} without text"
+    return silent
 
 
 def energy(weights: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from taco_nb.evaluation.protocol import starts_from_sibling
 from taco_nb.experiment import Experiment, baseline
 from taco_nb.files import bundled
 from taco_nb.metrics.interval import DRAWS, interval_of
@@ -179,6 +178,29 @@ def holds(claim: Claim, pair: Any) -> bool:
     return (high < 0 if side == "lower" else low > 0) and abs(pair["difference"]) <= claim.limit
 
 
+def published_changes(pairs: pd.DataFrame, data_dir: str | os.PathLike | None = None) -> pd.DataFrame:
+    """Return by how many per cent the report's keywords changed each figure that it states of both, and what was measured.
+
+    `pairs` comes from `paired`; pairs that are not judged do not count. Columns: label, published; measured, low and high,
+    the mean over the runs and their interval, NaN where nothing was measured. The report states no change in per cent: it is
+    computed here from its figures.
+    """
+    import pandas as pd
+
+    stated = json.loads(bundled("reference/report.json", data_dir).read_text(encoding="utf-8"))
+    rows = []
+    for dataset, name in DATASETS.items():
+        for metric, before in stated["baseline"].get(dataset, {}).items():
+            if (after := stated["keywords"].get(dataset, {}).get(metric)) is None:
+                continue
+            ours = (pairs["ablation"] == "keywords") & (pairs["unjudged"] == "") & (pairs["dataset"] == name)
+            of = pairs[ours & (pairs["metric"] == PUBLISHED_AS.get(metric, metric))]
+            relative = of[["difference", "low", "high"]].div(of["baseline"], axis=0).mean() * 100
+            row = {"label": f"keywords, {metric.upper()} on {dataset}", "published": 100 * (after / before - 1)}
+            rows.append(row | dict(zip(("measured", "low", "high"), relative)))
+    return pd.DataFrame(rows)
+
+
 def _row(
     of, what, published, measured=math.nan, images=0, difference=math.nan, low=math.nan, high=math.nan,
     verdict=NOT_MEASURED, why="",
@@ -206,8 +228,6 @@ def _pairs(means: pd.DataFrame):
             (told["ablation"] == "baseline") & (told["dataset"] == changed["dataset"])
         ].iterrows():
             plain = Experiment.from_json(base["experiment"])
-            if starts_from_sibling(exp) and starts_from_sibling(plain):
-                exp = exp.replace(init=plain.init)
             free = {*ABLATION_FIELDS} - plain.diff(baseline(plain.profile)).keys() | {"epochs"}
             if (
                 not plain.diff(exp).keys() - free

@@ -20,6 +20,8 @@ FRESH = multiprocessing.get_context("forkserver" if os.name == "posix" else "spa
 """Its processes are forks of one that has imported what takes seconds to import, and has never computed anything."""
 if os.name == "posix":
     FRESH.set_forkserver_preload(["taco_nb.evaluation.run", "taco_nb.training.loop"])
+PLAIN = {"text_encoder": "untrained-64", "k_P": 0.0, "k_J": 0.0}
+"""Settings of an experiment without a CLIP: random text, and a loss of rate and squared error alone."""
 TINY = {"N": 8, "M": 16, "groups": (4, 12), "text_dim": 16, "heads": 2, "context_widths": (8, 8)}
 
 

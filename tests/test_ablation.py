@@ -12,7 +12,7 @@ import nbformat
 import pytest
 import torch
 from browser import opens_without_a_network
-from conftest import make_codec
+from conftest import PLAIN, make_codec
 from PIL import Image
 
 from taco_nb import baseline, datasets, fit, load
@@ -38,7 +38,7 @@ def keywords():
 
 
 def tiny(**changes):
-    return baseline("sample", init="", sizes=TINY, crop=64, epochs=1, batch_size=6, **changes)
+    return baseline("sample", init="", sizes=TINY, crop=64, epochs=1, batch_size=6, **PLAIN, **changes)
 
 
 # --- Conditioning -----------------------------------------------------------------------------------------------------

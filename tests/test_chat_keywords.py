@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from conftest import PLAIN
 from openai_server import KEY, Fault, OpenAIServer
 
 from taco_nb import baseline, datasets, evaluate, fit, load
@@ -175,7 +176,7 @@ def test_a_run_and_its_codec_read_the_answers_of_the_data_folder_that_they_were_
         "heads": 8,
         "context_widths": (16, 16),
     }
-    exp = baseline("sample", init="", sizes=sizes, crop=64, epochs=1, batch_size=6).replace(
+    exp = baseline("sample", init="", sizes=sizes, crop=64, epochs=1, batch_size=6, **PLAIN).replace(
         text_pooling="keywords", keyword_sources="tfidf+llm"
     )
     with pytest.raises(DataError, match="chat_keywords.sqlite has no keywords"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PLAIN
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop
@@ -305,8 +306,8 @@ def test_what_an_unreadable_image_is_answered_with_helps(tmp_path):
     write(tmp_path / "data" / "captions.json", captions)
     sizes = {"N": 8, "M": 16, "groups": (4, 12), "text_dim": 16, "heads": 2, "context_widths": (8, 8)}
     exp = baseline(
-        "sample", train_data=str(tmp_path / "data"), sizes=sizes, text_encoder="untrained-16", init="", crop=64,
-        epochs=1, batch_size=1,
+        "sample", train_data=str(tmp_path / "data"), sizes=sizes, init="", crop=64,
+        epochs=1, batch_size=1, **PLAIN | {"text_encoder": "untrained-16"},
     )  # fmt: skip
 
     def train(out: str):

@@ -7,7 +7,7 @@ from statistics import mean
 
 import pytest
 import torch
-from conftest import TINY, command
+from conftest import PLAIN, TINY, command
 
 from taco_nb import datasets, evaluate, fit, load
 from taco_nb.data.images import to_tensor
@@ -78,7 +78,9 @@ def test_it_beats_jpeg_with_no_more_bytes(named):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run of a few steps, from random weights."""
-    exp = baseline("sample", sizes=TINY, text_encoder="untrained-16", init="", epochs=1, crop=64)
+    exp = baseline(
+        "sample", **PLAIN | {"text_encoder": "untrained-16"}, sizes=TINY, init="", epochs=1, crop=64
+    )
     return fit(exp, tmp_path_factory.mktemp("runs") / "tiny", device="cpu")
 
 

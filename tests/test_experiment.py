@@ -52,9 +52,9 @@ def test_the_defaults_are_the_published_baseline():
 
 def test_the_sample_baseline_needs_no_download():
     exp = baseline("sample")
-    assert (exp.profile, exp.init, exp.train_data) == ("sample", "demo", "sample")
-    assert exp.text_encoder == f"untrained-{exp.model_config().text_dim}"
-    assert exp.k_P == exp.k_J == 0
+    assert (exp.profile, exp.init, exp.train_data) == ("sample", "demo-trunk", "sample")
+    assert (exp.text_encoder, exp.perceptual) == ("mini/flickr8k", "mini_distance")
+    assert exp.k_P > 0 and exp.k_J == baseline("paper").k_J
 
 
 def test_json_round_trip():

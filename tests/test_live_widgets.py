@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_codec, make_lpips
+from conftest import PLAIN, make_codec, make_lpips
 from PIL import Image
 from test_compare import Page, pixels
 
@@ -365,7 +365,7 @@ def outputs(monkeypatch) -> list[list[dict]]:
 
 
 def test_a_monitored_run_is_the_run_and_ends_with_its_own_picture(sample, tmp_path, outputs):
-    exp = baseline("sample", init="", sizes=SIZES, crop=64, epochs=1, batch_size=6)
+    exp = baseline("sample", init="", sizes=SIZES, crop=64, epochs=1, batch_size=6, **PLAIN)
     image, caption = sample[0].image, "a cat"
     monitor = training_monitor(image, caption)
     watched = fit(exp, tmp_path / "watched", device="cpu", on_log=monitor)

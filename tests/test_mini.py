@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image, ImageFilter
 from torch.nn.functional import normalize
 
 from taco_nb import datasets
 from taco_nb.data.images import to_tensor
 from taco_nb.errors import MissingWeightsError, SettingError
 from taco_nb.files import sha256
+from taco_nb.metrics.graded import graded
 from taco_nb.metrics.joint_space import ClipScore, CmmdEmbedding, cmmd
 from taco_nb.metrics.perception import MiniDistance
 from taco_nb.pretrained import MINI, BundledClip
@@ -102,47 +101,14 @@ def test_the_whole_loss_runs_and_J_prefers_the_right_captions(mini, sample):
 # --- The distance -----------------------------------------------------------------------------------------------------
 
 
-def jpeg(image: Image.Image, quality: int) -> Image.Image:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return Image.open(file).convert("RGB")
-
-
-def noise(image: Image.Image, deviation: int) -> Image.Image:
-    values = np.asarray(image) + np.random.default_rng(0).normal(0, deviation, np.asarray(image).shape)
-    return Image.fromarray(values.round().clip(0, 255).astype("uint8"))
-
-
-def shuffle(image: Image.Image, share: float, side: int = 16) -> Image.Image:
-    """Let that share of all squares change places."""
-    values, squares = np.asarray(image).copy(), []
-    for top in range(0, values.shape[0], side):
-        squares += [values[top : top + side, left : left + side] for left in range(0, values.shape[1], side)]
-    order = np.random.default_rng(0).permutation(len(squares))[: round(share * len(squares))]
-    moved = [squares[i].copy() for i in np.roll(order, 1)]
-    for i, square in zip(order, moved):
-        squares[i][:] = square
-    return Image.fromarray(values)
-
-
-GRADED = {
-    "JPEG": (jpeg, (90, 70, 50, 30, 15, 5)),
-    "blur": (lambda image, radius: image.filter(ImageFilter.GaussianBlur(radius)), (0.5, 1, 2, 4, 8)),
-    "noise": (noise, (2, 5, 10, 20, 40)),
-    "shuffle": (shuffle, (0.05, 0.2, 0.5, 1)),
-}
-"""Distortions, each from hardly visible to gross."""
-
-
-@pytest.mark.parametrize("kind", GRADED)
-def test_the_distance_grows_with_every_distortion_of_every_picture(kind, mini, sample):
-    distort, grades = GRADED[kind]
+def test_the_distance_grows_with_every_distortion_of_every_picture(mini, sample):
     distance = MiniDistance(mini[0])
     for one in sample:
-        image = one.image.convert("RGB").crop((0, 0, 256, 256))
-        x = to_tensor(image)
-        values = [distance(x, to_tensor(distort(image, grade)))["mini_distance"] for grade in grades]
-        assert values[0] > 0 and values == sorted(values), (one.name, values)
+        table = graded(one.image.convert("RGB").crop((0, 0, 256, 256)), distance)
+        for kind, of in table.groupby("kind"):
+            values = of["mini_distance"].tolist()
+            assert values[0] > 0 and values == sorted(values), (one.name, kind, values)
+    x = to_tensor(one.image.convert("RGB"))
     assert distance(x, x) == {"mini_distance": 0}
 
 

@@ -193,7 +193,7 @@ def test_a_world_size_that_is_left_makes_nothing_wait(tmp_path):
     code = f"""
 from taco_nb import baseline, datasets, evaluate, fit, load
 evaluate(load("demo"), datasets("sample", limit=1), networks={{}})
-exp = baseline("sample", init="", epochs=1, crop=64, text_encoder="untrained-16",
+exp = baseline("sample", init="", epochs=1, crop=64, text_encoder="untrained-16", k_P=0.0, k_J=0.0,
                sizes={{"N": 8, "M": 16, "groups": (4, 12), "text_dim": 16, "heads": 2, "context_widths": (8, 8)}})
 run = fit(exp, {str(tmp_path / "run")!r}, device="cpu", max_hours=0)
 print(run.steps)

@@ -132,9 +132,7 @@ def test_a_baseline_differs_from_the_profile_s_only_as_the_ablation_does():
     assert not compared(Experiment(linformer_k=8), Experiment(attention="linformer"))
     sample = baseline("sample")
     assert compared(sample, sample.replace(keyword_sources="tfidf", **KEYWORDS))
-    # bundled codecs that were trained alike, but for the ablation, are the same start
-    assert compared(sample, sample.replace(init="demo-keywords", **KEYWORDS))
-    assert not compared(sample, sample.replace(init="demo-linformer", **KEYWORDS))
+    assert not compared(sample, sample.replace(init="demo-keywords", **KEYWORDS)), "it starts elsewhere"
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from taco_nb.checkpoint import bundled_codecs, trained_as
+from taco_nb.checkpoint import trained_as
 from taco_nb.codec import Codec, load
 from taco_nb.data import CaptionedImages
 from taco_nb.experiment import Experiment, baseline
@@ -30,8 +30,8 @@ PUBLISHED_CAPTIONS = {
 FOLDER = "{folder}"
 """Stands for an evaluation's own folder in the commands that repeat it, so that the folder may be moved."""
 _FIXED = (
-    "sizes", "init", "text_encoder", "train_data", "crop", "k_P", "k_J", "batch_size", "learning_rate", "aux_learning_rate",
-    "optimizer", "schedule", "gradient_clip", "text_length", "keyword_weight", "keyword_sources",
+    "sizes", "init", "text_encoder", "train_data", "crop", "perceptual", "k_P", "k_J", "batch_size", "learning_rate",
+    "aux_learning_rate", "optimizer", "schedule", "gradient_clip", "text_length", "keyword_weight", "keyword_sources",
 )  # fmt: skip
 """The settings of an experiment that the report's protocol fixes."""
 _USUAL = {"caption": "first", "mode": "exact", "patch-size": 256, "text-encoder": Experiment().text_encoder}
@@ -104,12 +104,6 @@ def is_bundled(codec: Codec) -> bool:
     return digest is not None and digest == state_digest(codec.net)
 
 
-def starts_from_sibling(exp: Experiment) -> bool:
-    """Tell whether a run starts from a bundled codec that has the run's own ablations, and no others."""
-    there = bundled_codecs().get(exp.init)
-    return there is not None and there.ablations == exp.ablations
-
-
 def label_of(codec: Codec, exp: Experiment | None, options: Mapping[str, Any]) -> str:
     """Return what to call the curve that this is a point of: the same for runs that differ in lambda alone."""
     usual = _USUAL | {"captions": "published" if exp is None else exp.dataset_captions}
@@ -126,8 +120,6 @@ def label_of(codec: Codec, exp: Experiment | None, options: Mapping[str, Any]) -
         if name not in ("lmbda", "epochs", "sizes", *exp.ablations)
     }
     varied |= {name: now for name, now in vars(exp.sizes).items() if now != getattr(plain.sizes, name)}
-    if starts_from_sibling(exp) and starts_from_sibling(plain):
-        varied.pop("init", None)
     settings = [f"{name}={'none' if now == '' else now}" for name, now in varied.items()]
     profile = [] if exp.profile == "paper" else [exp.profile]
     epochs = _epochs_taken(exp, codec.about)

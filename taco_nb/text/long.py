@@ -15,7 +15,7 @@ That of the end has read the whole window; CLIP was trained to sum a text up in 
 from __future__ import annotations
 
 import sys
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from itertools import accumulate
@@ -131,6 +131,14 @@ def surviving(
             row |= {"entities": len(found), "entities_kept": _share_within(kept, found)}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def words_with_ends(text: str) -> list[tuple[str, int]]:
+    """Return the words of a text, each with the number of tokens from the text's start to the word's end."""
+    clean = clean_text(text)
+    ends = token_ends(clip_tokenizer().encode(text))
+    words = clean.split()
+    return [(word, bisect_left(ends, end)) for word, end in zip(words, accumulate(map(byte_length, words)))]
 
 
 def _share_within(kept: int, ends: list[int]) -> float:

@@ -22,7 +22,7 @@ import torch
 
 from taco_nb import checkpoint
 from taco_nb.codec import Codec, load
-from taco_nb.control import heard, listening
+from taco_nb.control import control, heard, listening
 from taco_nb.data import CaptionedImages, datasets
 from taco_nb.errors import SettingError
 from taco_nb.evaluation import QUALITIES, evaluate, evaluate_peers, means
@@ -44,13 +44,14 @@ RECIPE = (
 SCENES = 192
 """The scenes on which codecs of the shapes are measured, half of each kind."""
 RESULTS = "results.csv"
+_OF_CROPS = ("codec", "name", "condition", "bytes", "psnr", "ms_ssim", "mini_distance", "mini_score")
 SHAPES_DO_NOT_SHOW = (
     "what text is worth on photographs or under TACO's loss: in this world the caption decides what the loss "
     "weighs"
 )
 NOT_TO_BE_CLAIMED = (
-    "anything about text in image compression, TACO or the report: the text tower knows no meanings, the training set is "
-    "tiny and the training short"
+    "what TACO or the report's changes are worth: the codec is small, its CLIP knows little, and it was trained for a few "
+    "hundred steps with them"
 )
 
 
@@ -66,18 +67,24 @@ def bundle(
 
     The files go into the folder `shelf`, with the kernels in half precision. `data` says in words what the runs were trained
     on and under which terms. A card counts the steps and hours of the runs that a run started from. If only some names are
-    to be `kept`, the results of all go into results.csv on the shelf. Codecs are measured on photographs, and those that
-    were trained on the shapes by what they hear. Raises `SettingError` for a run that is not finished or a file above
-    `LARGEST`, and `CheckpointError` for a run that cannot be read; then nothing is written.
+    to be `kept`, the results of all go into results.csv on the shelf: those of photographs on Kodak's crops, for
+    `taco_nb.control.siblings`, and those of the shapes by what they hear. Raises `SettingError` for a run that is not
+    finished or a file above `LARGEST`, and `CheckpointError` for a run that cannot be read; then nothing is written.
     """
     with tempfile.TemporaryDirectory(dir=shelf, prefix=".") as scratch:
         made = {name: Path(scratch, f"{name}.safetensors") for name in runs}
         cards = {name: _compact(Path(run), name, made[name], data_dir) for name, run in runs.items()}
         codecs = {name: load(path) for name, path in made.items()}
         of_shapes = all(card["experiment"]["train_data"] == "shapes" for card in cards.values())
-        measured = _on_shapes if of_shapes else _on_photographs
-        table = measured(list(codecs.values()), data_dir).round(4)
-        for name, card in cards.items():
+        names = list(made) if kept is None else kept
+        if of_shapes:
+            table = _on_shapes(list(codecs.values())).round(4)
+            of_all = _with_settings(table, cards)
+        else:
+            table = _on_photographs([codecs[name] for name in names], data_dir).round(4)
+            of_all = None if kept is None else _on_crops(list(codecs.values()), data_dir).round(4)
+        for name in names:
+            card = cards[name]
             results = {}
             for row in table[table["codec"] == name].drop(columns="codec").to_dict("records"):
                 # JSON has no NaN; null says that another codec's curve does not reach this PSNR.
@@ -86,14 +93,14 @@ def bundle(
             first = {"sha256": sha256(made[name]), "what": _what(codecs[name]), "data": data}
             claims = SHAPES_DO_NOT_SHOW if of_shapes else NOT_TO_BE_CLAIMED
             cards[name] = {**first, **card, "results": results, "not_to_be_used_to_claim": claims}
-        for name in made if kept is None else kept:
+        for name in names:
             made[name].replace(Path(shelf) / made[name].name)
             with atomic_write(Path(shelf, f"{name}.json"), "w") as file:
                 json.dump(cards[name], file, indent=1)
     if kept is not None:
         with atomic_write(Path(shelf, RESULTS), "w") as file:
-            _with_settings(table, cards).to_csv(file, index=False)
-    return cards
+            of_all.to_csv(file, index=False)
+    return {name: cards[name] for name in names}
 
 
 def _on_photographs(codecs: Sequence[Codec], data_dir: str | os.PathLike | None) -> pd.DataFrame:
@@ -101,7 +108,17 @@ def _on_photographs(codecs: Sequence[Codec], data_dir: str | os.PathLike | None)
     return standing(codecs, datasets("sample", "kodak", data_dir=data_dir))[0]
 
 
-def _on_shapes(codecs: Sequence[Codec], data_dir: str | os.PathLike | None = None) -> pd.DataFrame:
+def _on_crops(codecs: Sequence[Codec], data_dir: str | os.PathLike | None) -> pd.DataFrame:
+    """Return what codecs make of Kodak's crops, for `taco_nb.control.siblings`: a row per codec, picture and condition."""
+    tables = []
+    for codec in codecs:
+        captions = checkpoint.trained_as(codec.about).dataset_captions
+        sets = datasets("kodak-256", data_dir=data_dir, captions=captions)
+        tables.append(control(codec, sets, conditions=("own", "another's")))
+    return pd.concat(tables, ignore_index=True)[[*_OF_CROPS]]
+
+
+def _on_shapes(codecs: Sequence[Codec]) -> pd.DataFrame:
     """Return what codecs hear in the world of shapes: a row for each codec and kind of scene, here called a data set."""
     found = heard(pd.concat([listening(codec, SCENES) for codec in codecs], ignore_index=True))
     return found.rename(columns={"kind": "dataset"})

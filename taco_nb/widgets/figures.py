@@ -37,9 +37,9 @@ DIFFERENCES = {
 }
 IMAGES = 100
 """So many images of a data set have points of their own; thirty thousand would be a cloud, and a page of 50 MB."""
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 _MARGIN = {"l": 60, "r": 20, "t": 50, "b": 50}
-_LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 460, "margin": _MARGIN}
+LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 460, "margin": _MARGIN}
 
 Curves = Mapping[str, Mapping[str, Sequence[float]]]
 """Curves from the literature, {name: {"bpp": [...], "psnr": [...]}}."""
@@ -75,7 +75,7 @@ def rate_distortion(*results: pd.DataFrame, published: Curves | None = None, tit
     for i, ((codec, dataset), curve) in enumerate(table.groupby(["codec", "dataset"], sort=False)):
         curve = curve.sort_values("bpp")
         single = len(curve) == 1  # a codec of one quality is a star
-        group, colour = f"{codec}, {dataset}", _COLOURS[i % len(_COLOURS)]
+        group, colour = f"{codec}, {dataset}", COLOURS[i % len(COLOURS)]
         add(
             dataset,
             _by_metric(curve, metrics),
@@ -132,7 +132,7 @@ def rate_distortion(*results: pd.DataFrame, published: Curves | None = None, tit
     by_set = [_button(name, {"visible": [of == name for of, _, _ in traces]}, {}) for name in sets]
     menus = [by_metric, by_set] if len(sets) > 1 else [by_metric]
     figure.update_layout(
-        **_LAYOUT,
+        **LAYOUT,
         title={"text": title, "x": 0.5},
         xaxis={"title": "bits per pixel, from file sizes", "type": "log", "dtick": "D2"},
         yaxis_title=METRICS[metrics[0]],
@@ -188,10 +188,10 @@ def training_curves(log: pd.DataFrame, title: str = "") -> Figure:
     for column, name in enumerate(terms, start=1):
         figure.add_scatter(
             x=log["step"], y=log[name], name=name, mode="lines+markers", showlegend=False, row=1, col=column,
-            line={"color": _COLOURS[0]},
+            line={"color": COLOURS[0]},
         )  # fmt: skip
     figure.update_xaxes(title_text="step")
-    figure.update_layout(**{**_LAYOUT, "height": 320, "margin": _MARGIN | {"t": 80}}, title=title)
+    figure.update_layout(**{**LAYOUT, "height": 320, "margin": _MARGIN | {"t": 80}}, title=title)
     return figure
 
 
@@ -258,14 +258,14 @@ def rate_panels(
     note = f"<br><sub>nothing to show of {missing}</sub>" if missing else ""
     figure.update_xaxes(title_text="bits per pixel, from file sizes", rangemode="tozero")
     figure.update_layout(
-        **{**_LAYOUT, "height": 150 + 330 * rows, "margin": _MARGIN | {"t": 105}},
+        **{**LAYOUT, "height": 150 + 330 * rows, "margin": _MARGIN | {"t": 105}},
         title={"text": title + note, "x": 0.5, "yref": "container", "y": 0.97, "yanchor": "top"},
         legend={"orientation": "h", "y": -0.3 / rows, "yanchor": "top"},
     )
     # What is in several panels has one entry in the legend, and one colour.
     names = list(dict.fromkeys(trace.name for trace in figure.data))
     for i, trace in enumerate(figure.data):
-        colour = trace.line.color or _COLOURS[names.index(trace.name) % len(_COLOURS)]
+        colour = trace.line.color or COLOURS[names.index(trace.name) % len(COLOURS)]
         seen = trace.name in {earlier.name for earlier in figure.data[:i]}
         trace.update(line_color=colour, legendgroup=trace.name, showlegend=not seen)
     return figure
@@ -304,8 +304,22 @@ def effect_plot(found: pd.DataFrame, title: str = "") -> Figure:
     return _interval_panels(known, dict(zip(found["metric"], found["unit"])), title)
 
 
+def sibling_plot(found: pd.DataFrame, title: str = "") -> Figure:
+    """Draw how siblings differ, from `taco_nb.control.against`: the 95 % interval over pictures, and each seed by itself.
+
+    A panel per metric; a line per pair of siblings. Seeds are small open circles.
+    """
+    named = found[["codec", "sibling"]].apply(lambda names: names.str.removeprefix("demo-").replace("demo", "baseline"))
+    labels = named["codec"] + "<br>less " + named["sibling"]
+    known = found.assign(label=labels, difference=found["effect"])
+    return _interval_panels(known, dict(zip(found["metric"], found["unit"])), title)
+
+
 def _interval_panels(rows: pd.DataFrame, titles: Mapping[str, str], title: str) -> Figure:
-    """Draw a panel per metric, with a line per label: the difference as a point, from low to high as a bar."""
+    """Draw a panel per metric, with a line per label: the difference as a point, from low to high as a bar.
+
+    Where rows have "seeds", the differences of each seed are drawn too.
+    """
     from plotly.subplots import make_subplots
 
     metrics = [metric for metric in titles if (rows["metric"] == metric).any()]
@@ -317,11 +331,18 @@ def _interval_panels(rows: pd.DataFrame, titles: Mapping[str, str], title: str) 
         figure.add_scatter(
             x=of["difference"], y=of["label"],
             error_x={"array": of["high"] - of["difference"], "arrayminus": of["difference"] - of["low"]},
-            mode="markers", marker={"color": _COLOURS[0], "size": 9}, showlegend=False, row=1, col=column,
+            mode="markers", marker={"color": COLOURS[0], "size": 9}, showlegend=False, row=1, col=column,
         )  # fmt: skip
+        if "seeds" in of:
+            each = of[["label", "seeds"]].explode("seeds")
+            figure.add_scatter(
+                x=each["seeds"], y=each["label"], mode="markers", showlegend=False, row=1, col=column,
+                marker={"color": COLOURS[1], "size": 7, "symbol": "circle-open"},
+                hovertemplate="one seed: %{x:.4g}<extra></extra>",
+            )  # fmt: skip
         figure.add_vline(0, line={"width": 1, "color": "#777"}, row=1, col=column)
     figure.update_layout(
-        **{**_LAYOUT, "height": 170 + 45 * rows["label"].nunique(), "margin": _MARGIN | {"l": 130, "t": 80}},
+        **{**LAYOUT, "height": 170 + 45 * rows["label"].nunique(), "margin": _MARGIN | {"l": 130, "t": 80}},
         title={"text": title, "x": 0.5},
     )
     figure.update_xaxes(nticks=4, tickangle=0)
@@ -337,13 +358,13 @@ def listening_bars(found: pd.DataFrame, title: str = "Listening") -> Figure:
     import plotly.graph_objects as go
 
     figure = go.Figure()
-    for (kind, of), colour in zip(found.groupby("kind", sort=False), _COLOURS):
+    for (kind, of), colour in zip(found.groupby("kind", sort=False), COLOURS):
         figure.add_bar(
             x=of["codec"].str.removeprefix("shapes-"), y=of["listening"], name=f"{kind} scenes", marker_color=colour,
             error_y={"array": of["high"] - of["listening"], "arrayminus": of["listening"] - of["low"]},
         )  # fmt: skip
     figure.update_layout(
-        **{**_LAYOUT, "height": 400}, title={"text": title, "x": 0.5}, barmode="group",
+        **{**LAYOUT, "height": 400}, title={"text": title, "x": 0.5}, barmode="group",
         yaxis_title="dB of the named shape, own caption less another's",
     )  # fmt: skip
     return figure

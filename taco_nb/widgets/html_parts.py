@@ -80,10 +80,11 @@ def picture_tag(picture: Image.Image, alt: str) -> str:
     return f'<img {size} alt="{html.escape(alt, quote=True)}" src="{picture_url(picture)}">'
 
 
-def sortable(table: pd.DataFrame, digits: int = 3) -> HTML:
+def sortable(table: pd.DataFrame, digits: int = 3, fold: str = "") -> HTML:
     """Return a table in HTML that sorts by the column whose heading is clicked.
 
-    Floats have `digits` decimals, and NaN is a dash. Only the first `ROWS` rows are shown.
+    Floats have `digits` decimals, and NaN is a dash. Only the first `ROWS` rows are shown. With `fold`, these words stand
+    there in place of the table, and a click on them unfolds it.
     """
     from IPython.display import HTML
 
@@ -96,10 +97,10 @@ def sortable(table: pd.DataFrame, digits: int = 3) -> HTML:
         for row in table[:ROWS].itertuples(index=False)
     )
     cut = f"<p>The first {ROWS} of {len(table)} rows.</p>" if len(table) > ROWS else ""
-    return HTML(
-        f'<table id="{name}"><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table>{cut}'
-        f"<script>{_SORT.replace('ID', name)}</script>"
-    )
+    body = f'<table id="{name}"><thead><tr>{headings}</tr></thead><tbody>{rows}</tbody></table>{cut}'
+    if fold:
+        body = f"<details><summary>{html.escape(fold)}</summary>{body}</details>"
+    return HTML(f"{body}<script>{_SORT.replace('ID', name)}</script>")
 
 
 def _cell(value: Any, digits: int) -> str:
