@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from taco_nb.checkpoint import bundled_codecs
 from taco_nb.codec import Codec, load
 from taco_nb.data import training_pairs
 from taco_nb.evaluation import evaluate
@@ -64,25 +63,6 @@ def train(
             + ("" if runs[label].finished else "; run this again to go on")
         )
     return runs
-
-
-def measure_start(p: Parameters, experiments: Mapping[str, Experiment]) -> pd.DataFrame:
-    """Evaluate the bundled codecs that the experiments start from, on 24 pictures of each data set.
-
-    Each reads captions of the kind that it was trained with, and the column `codec` has its own name. Experiments that
-    start from other weights have no rows.
-    """
-    import pandas as pd
-
-    tables = []
-    bundled = bundled_codecs(p.data_dir)
-    for name in dict.fromkeys(exp.init for exp in experiments.values() if exp.init in bundled):
-        codec = load(name, device=p.torch_device, data_dir=p.data_dir)
-        folder = p.runs / f"evaluation-{codec.name}"
-        # a few pictures show where it starts; all of MS-COCO's would take hours, and are for what is trained
-        few = [dataset.head(24) for dataset in p.datasets(codec.about["experiment"]["captions"])]
-        tables.append(evaluate(codec, few, folder, caption=p.caption, num_processes=p.num_processes))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 def codecs(p: Parameters, runs: Mapping[str, Run]) -> dict[str, Codec]:
