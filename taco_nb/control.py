@@ -167,7 +167,13 @@ def effects(table: pd.DataFrame) -> pd.DataFrame:
                     continue
                 change = _change(metric, own, other.loc[own.index]).dropna()
                 low, high = interval_of(metric, change)
-                row = {"codec": codec, "dataset": dataset, "condition": condition, "metric": metric, "unit": unit}
+                row = {
+                    "codec": codec,
+                    "dataset": dataset,
+                    "condition": condition,
+                    "metric": metric,
+                    "unit": unit,
+                }
                 row |= {"effect": change.mean(), "low": low, "high": high, "images": len(change)}
                 rows.append(row)
     return pd.DataFrame(rows)
@@ -199,7 +205,9 @@ def _in_words(row: Any, low: float, high: float) -> str:
     if low == high == 0:
         return f"{what} not at all: the files are the same"
     if low <= 0 <= high:
-        return f"{what} by less than {max(-low, high):.2g} {unit} either way, which cannot be told from nothing"
+        return (
+            f"{what} by less than {max(-low, high):.2g} {unit} either way, which cannot be told from nothing"
+        )
     return f"{what} by {row.effect:+.2g} {unit} ({low:+.2g} to {high:+.2g})"
 
 
@@ -262,8 +270,19 @@ def against(table: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFra
             changes = [_change(metric, runs[sibling, seed], runs[codec, seed]) for seed in seeds]
             change = sum(changes) / len(changes)
             low, high = interval_of(metric, change)
-            row = {"codec": codec, "sibling": sibling, "metric": metric, "unit": unit, "effect": change.mean()}
-            row |= {"low": low, "high": high, "seeds": tuple(of.mean() for of in changes), "images": len(change)}
+            row = {
+                "codec": codec,
+                "sibling": sibling,
+                "metric": metric,
+                "unit": unit,
+                "effect": change.mean(),
+            }
+            row |= {
+                "low": low,
+                "high": high,
+                "seeds": tuple(of.mean() for of in changes),
+                "images": len(change),
+            }
             rows.append(row)
     return pd.DataFrame(rows)
 

@@ -196,7 +196,10 @@ def published_changes(pairs: pd.DataFrame, data_dir: str | os.PathLike | None = 
             ours = (pairs["ablation"] == "keywords") & (pairs["unjudged"] == "") & (pairs["dataset"] == name)
             of = pairs[ours & (pairs["metric"] == PUBLISHED_AS.get(metric, metric))]
             relative = of[["difference", "low", "high"]].div(of["baseline"], axis=0).mean() * 100
-            row = {"label": f"keywords, {metric.upper()} on {dataset}", "published": 100 * (after / before - 1)}
+            row = {
+                "label": f"keywords, {metric.upper()} on {dataset}",
+                "published": 100 * (after / before - 1),
+            }
             rows.append(row | dict(zip(("measured", "low", "high"), relative)))
     return pd.DataFrame(rows)
 

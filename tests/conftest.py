@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import nbformat
 import pytest
 
 TESTS = Path(__file__).resolve().parent
@@ -57,6 +59,17 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("../shared is not on this machine")
     return path
+
+
+def with_answers(name: str, folder: Path) -> Path:
+    """Write a copy of a notebook into `folder`, with the code of its folded answers as cells at its end; return its path."""
+    notebook = nbformat.read(TESTS.parent / "notebooks" / f"{name}.ipynb", 4)
+    folded = "".join(cell.source.partition("<summary>Answers")[2] for cell in notebook.cells)
+    answers = re.findall(r"^```python\n(.*?)^```$", folded, re.DOTALL | re.MULTILINE)
+    assert answers, f"{name} has no answers that run"
+    notebook.cells += [nbformat.v4.new_code_cell(code, id=f"answer-{i}") for i, code in enumerate(answers)]
+    nbformat.write(notebook, folder / f"{name}.ipynb")
+    return folder / f"{name}.ipynb"
 
 
 def command(*words: object) -> int:

@@ -11,12 +11,14 @@ import pandas as pd
 import pytest
 import torch
 from browser import opens_without_a_network
+from conftest import with_answers
 
 from taco_nb import control as controls
 from taco_nb import datasets, load
 from taco_nb.codec import Codec
 from taco_nb.control import (
     CONDITIONS,
+    against,
     captions_under,
     control,
     derangement,
@@ -24,11 +26,12 @@ from taco_nb.control import (
     heard,
     listening,
     said,
+    said_of_siblings,
     shape_psnr,
+    siblings,
 )
 from taco_nb.data.shapes import scene
 from taco_nb.errors import SettingError
-from taco_nb.files import REPOSITORY
 from taco_nb.model.adapter import Injector
 from taco_nb.text.tokens import clip_tokenizer
 from taco_nb.tools.export import export_html
@@ -185,7 +188,7 @@ def test_notebook_07_runs_and_its_page_opens_without_a_network(tmp_path):
         sys.executable,
         "-m",
         "papermill",
-        str(REPOSITORY / "notebooks" / "07_control.ipynb"),
+        str(with_answers("07_control", tmp_path)),
         "out.ipynb",
     ]
     for name, value in (("profile", "sample"), ("eval_limit", "2"), ("out_dir", "here")):
@@ -199,3 +202,70 @@ def test_notebook_07_runs_and_its_page_opens_without_a_network(tmp_path):
     assert (tmp_path / "here" / "control-demo" / "control.csv").is_file()
     seen = opens_without_a_network(export_html(tmp_path / "out.ipynb"))
     assert seen["figures"] >= 3 and seen["pictures"] >= 2
+
+
+# --- Codecs that were trained alike -----------------------------------------------------------------------------------
+
+
+def of_runs(**psnrs: tuple[float, ...]) -> pd.DataFrame:
+    """A table as `siblings` gives it: a row per run and picture, 12 pictures, {name_seed: PSNR of each}."""
+    rows = []
+    for run, values in psnrs.items():
+        codec, _, seed = run.rpartition("_")
+        rows += [
+            {
+                "codec": codec,
+                "seed": int(seed),
+                "name": f"{i}.png",
+                "condition": "own",
+                "bytes": 1000,
+                "psnr": value,
+            }
+            for i, value in enumerate(values)
+        ]
+    return pd.DataFrame(rows)
+
+
+def test_siblings_are_held_against_each_other_seed_by_seed_and_picture_by_picture():
+    base = tuple(30.0 + i for i in range(12))
+    better = tuple(value + 0.5 for value in base)
+    best = tuple(value + 0.7 for value in base)
+    table = of_runs(a_1=base, a_2=base, b_1=better, b_2=best, b_3=best)
+    found = against(table, [("b", "a"), ("b", "nobody")])
+    row = found[found["metric"] == "psnr"].iloc[0]
+    assert (
+        row["effect"] == pytest.approx(0.6)
+        and row["seeds"] == pytest.approx((0.5, 0.7))
+        and row["images"] == 12
+    )
+    assert set(found["codec"]) == {"b"} and set(found["sibling"]) == {"a"}
+    said = said_of_siblings(found)
+    assert "b against a, over 2 seeds: bits not at all" in said and "PSNR by +0.6 dB (+0.5 to +0.7)" in said
+
+
+def test_seeds_that_disagree_are_no_difference():
+    base = (30.0,) * 12
+    table = of_runs(a_1=base, a_2=base, b_1=(30.5,) * 12, b_2=(29.9,) * 12)
+    assert "PSNR by less than 0.5 dB either way, which cannot be told from nothing" in said_of_siblings(
+        against(table, [("b", "a")])
+    )
+
+
+def test_the_bundled_results_have_three_seeds_and_every_picture():
+    table = siblings()
+    assert table.groupby(["codec", "seed", "condition"])["name"].nunique().eq(24).all()
+    seeds = table.groupby("codec")["seed"].nunique()
+    assert set(table["condition"]) == {"own", "another's"} and table.notna().all(axis=None)
+    assert {"demo", "demo-constant", "demo-linformer", "demo-context", "demo-keywords"} <= set(
+        seeds.index[seeds >= 2]
+    )
+    constant = (
+        table[table["codec"] == "demo-constant"].set_index(["seed", "condition", "name"])["bytes"].unstack(1)
+    )
+    assert (constant["own"] == constant["another's"]).all(), "it reads one caption only"
+    codec, dataset = load("demo"), datasets("kodak-256", limit=2)
+    rows = control(codec, dataset, conditions=("own",))
+    kept = table[(table["codec"] == "demo") & (table["seed"] == 1) & (table["condition"] == "own")].set_index(
+        "name"
+    )
+    assert [kept["bytes"][name] for name in rows["name"]] == pytest.approx(list(rows["bytes"]), rel=0.01)

@@ -16,6 +16,7 @@ import papermill
 import pytest
 import torch
 from browser import opens_without_a_network
+from conftest import with_answers
 from IPython.core.interactiveshell import InteractiveShell
 from PIL import Image
 from pydantic import TypeAdapter
@@ -415,7 +416,7 @@ def executed(tmp_path_factory):
         sys.executable,
         "-m",
         "papermill",
-        BASELINE,
+        with_answers("01_baseline", tmp_path_factory.mktemp("answers")),
         "out.ipynb",
         "-p",
         "profile",

@@ -16,7 +16,7 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
-from conftest import PLAIN, make_net
+from conftest import PLAIN, make_net, with_answers
 
 from taco_nb import Codec, baseline, datasets, evaluate, fit, load
 from taco_nb.audit import read_claims
@@ -26,7 +26,6 @@ from taco_nb.evaluation import means, protocol, read_evaluation
 from taco_nb.evaluation.protocol import FOLDER, ablation_of, of_data_set, train_command
 from taco_nb.evaluation.records import write_evaluation
 from taco_nb.experiment import Experiment
-from taco_nb.files import REPOSITORY
 from taco_nb.metrics.networks import Network
 from taco_nb.model import ModelConfig
 from taco_nb.report import MEASURES, bd_rates, cards, collect, points, published_curves
@@ -497,7 +496,7 @@ def page(request, home, tmp_path_factory):
         sys.executable,
         "-m",
         "papermill",
-        str(REPOSITORY / "notebooks" / "06_report.ipynb"),
+        str(with_answers("06_report", tmp_path_factory.mktemp("answers"))),
         "06.ipynb",
     ]
     command += ["-p", "profile", "sample", "-p", "out_dir", str(runs)]

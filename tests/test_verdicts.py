@@ -23,6 +23,7 @@ from taco_nb.verdicts import (
     Claim,
     holds,
     paired,
+    published_changes,
     verdicts,
 )
 
@@ -230,3 +231,16 @@ def test_a_sentence_is_judged_on_each_data_set():
     table = verdicts(small, "keywords").set_index("what")
     assert table.loc["psnr, kodak, lambda 0.0004", "verdict"] == NOT_MEASURED
     assert table.loc["psnr, kodak, lambda 0.0004", "run, or why not"] == "3 of 24 images"
+
+
+def test_changes_in_per_cent_are_computed_and_what_was_measured_stands_beside_them():
+    nothing = published_changes(paired(collect()))
+    assert nothing["published"].round().tolist() == [27, -1, 16, 43] and nothing["measured"].isna().all()
+    changed = Experiment(**KEYWORDS)
+    runs = pd.concat(
+        [of_run("b", dataset="coco", lpips_01=0.02), of_run("k", changed, "coco", lpips_01=0.03)]
+    )
+    changes = published_changes(paired(runs)).set_index("label")
+    assert changes["measured"].notna().sum() == 1
+    assert changes.loc[lambda table: table["measured"].notna(), "measured"].item() == pytest.approx(50)
+    assert published_changes(paired(runs.assign(unjudged="profile sample")))["measured"].isna().all()

@@ -309,7 +309,9 @@ def sibling_plot(found: pd.DataFrame, title: str = "") -> Figure:
 
     A panel per metric; a line per pair of siblings. Seeds are small open circles.
     """
-    named = found[["codec", "sibling"]].apply(lambda names: names.str.removeprefix("demo-").replace("demo", "baseline"))
+    named = found[["codec", "sibling"]].apply(
+        lambda names: names.str.removeprefix("demo-").replace("demo", "baseline")
+    )
     labels = named["codec"] + "<br>less " + named["sibling"]
     known = found.assign(label=labels, difference=found["effect"])
     return _interval_panels(known, dict(zip(found["metric"], found["unit"])), title)

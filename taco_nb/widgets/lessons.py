@@ -73,7 +73,13 @@ def latent_figure(step: DecodingStep) -> Figure:
     titles = (f"the integers of {step.name}, one channel", f"one of them: {bits[row, column]:.1f} bits")
     figure = make_subplots(1, 2, subplot_titles=titles, column_widths=[0.45, 0.55])
     figure.add_heatmap(
-        z=symbols, text=said, hovertemplate="%{text}<extra></extra>", colorscale="Cividis", showscale=False, row=1, col=1
+        z=symbols,
+        text=said,
+        hovertemplate="%{text}<extra></extra>",
+        colorscale="Cividis",
+        showscale=False,
+        row=1,
+        col=1,
     )
     figure.update_yaxes(autorange="reversed", showticklabels=False, row=1, col=1)
     figure.update_xaxes(showticklabels=False, row=1, col=1)
@@ -198,10 +204,14 @@ def fewer_keys(attention: Attention, counts: Sequence[int] = (38, 8, 4, 2, 1)) -
 
     rows = attention.weights.flatten(0, 1)
     row = rows[int(rows.max(-1).values.argmax())]
-    figure = make_subplots(1, len(counts), shared_yaxes=True, subplot_titles=[f"{n} key{'s' * (n > 1)}" for n in counts])
+    figure = make_subplots(
+        1, len(counts), shared_yaxes=True, subplot_titles=[f"{n} key{'s' * (n > 1)}" for n in counts]
+    )
     for column, count in enumerate(counts, 1):
         kept = row[:count] / row[:count].sum()
-        figure.add_bar(x=[*range(len(kept))], y=kept, marker_color=COLOURS[0], showlegend=False, row=1, col=column)
+        figure.add_bar(
+            x=[*range(len(kept))], y=kept, marker_color=COLOURS[0], showlegend=False, row=1, col=column
+        )
     figure.update_yaxes(range=[0, 1.02])
     figure.update_yaxes(title_text="weight", col=1)
     figure.update_layout(**{**LAYOUT, "height": 320}, title={"text": "One position's softmax", "x": 0.5})
@@ -228,13 +238,19 @@ def amdahl_bar(share: float) -> Figure:
         ("the rest", (1 - share, 1 - share), COLOURS[0]),
         ("attention", (share, 0), COLOURS[1]),
     ):
-        figure.add_bar(y=["as it is", "attention for free"], x=parts, name=name, orientation="h", marker_color=colour)
+        figure.add_bar(
+            y=["as it is", "attention for free"], x=parts, name=name, orientation="h", marker_color=colour
+        )
     steps = [
         {"label": f"{s:.0%}", "method": "update",
          "args": [{"x": [[1 - s, 1 - s], [s, 0]]}, {"title.text": title(s)}]}
         for s in shares
     ]  # fmt: skip
-    slider = {"active": shares.index(round(share, 3)), "steps": steps, "currentvalue": {"prefix": "attention's share: "}}
+    slider = {
+        "active": shares.index(round(share, 3)),
+        "steps": steps,
+        "currentvalue": {"prefix": "attention's share: "},
+    }
     figure.update_layout(
         **{**LAYOUT, "height": 330}, barmode="stack", title={"text": title(share), "x": 0.5},
         sliders=[{**slider, "pad": {"t": 45}}],
