@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 	@echo "Running the notebooks on the bundled pictures: about ten minutes on two cores."
 	@for notebook in notebooks/*.ipynb; do \
 		echo; echo "== $$notebook"; \
-		$(BIN)/papermill $$notebook $(OUT)/$$(basename $$notebook) -p profile sample -p out_dir $(OUT)/runs || exit 1; \
+		$(BIN)/papermill $$notebook $(OUT)/$$(basename $$notebook) -p profile sample || exit 1; \
 		$(BIN)/taco-nb export $(OUT)/$$(basename $$notebook) || exit 1; \
 	done
 	@echo

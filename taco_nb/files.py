@@ -56,6 +56,11 @@ def data_root(data_dir: str | os.PathLike | None = None) -> Path:
     return root
 
 
+def default_runs() -> Path:
+    """Return the folder of runs if none is given: `out/runs` of the checkout, or of the working directory without one."""
+    return (Path.cwd() if BUNDLED == _PACKED else REPOSITORY) / "out" / "runs"
+
+
 def bundled(name: str, data_dir: str | os.PathLike | None = None) -> Path:
     """Return the path of a file or folder that comes with the code, such as "reference/report.json".
 

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 
 from taco_nb.errors import DataError, SettingError, StorageError, check_known
 from taco_nb.experiment import Experiment, baseline, choose_profile
-from taco_nb.files import check_writable
+from taco_nb.files import check_writable, default_runs, short_path
 from taco_nb.processes import check_device
 from taco_nb.settings import STRICT, CaptionChoice, Count, Device, Positive, Precision, Seed, plain_errors
 
@@ -41,7 +41,7 @@ class Parameters:
 
     profile: Literal["auto", "paper", "sample"] = "auto"
     data_dir: StrictStr | None = None
-    out_dir: StrictStr = "runs"
+    out_dir: StrictStr | None = None
     checkpoint: StrictStr | None = None
     lmbda: Positive | None = None
     epochs: Count | None = None
@@ -68,8 +68,15 @@ class Parameters:
 
     @property
     def runs(self) -> Path:
-        """The folder of the runs. It is absolute, so that no later change of directory moves it."""
-        return (self.started_in / Path(self.out_dir).expanduser()).resolve()
+        """The folder of the runs. It is absolute, so that no later change of directory moves it.
+
+        Without an `out_dir` it is the same for whoever starts the notebook: `taco_nb.files.default_runs`.
+        """
+        return (
+            default_runs()
+            if self.out_dir is None
+            else (self.started_in / Path(self.out_dir).expanduser()).resolve()
+        )
 
     @property
     def peers(self) -> Path:
@@ -188,7 +195,8 @@ def _check_writable(parameters: Parameters) -> None:
         check_writable(parameters.runs)
     except StorageError as error:
         raise SettingError(
-            f"out_dir must be a folder that can be written to, but {parameters.out_dir!r} is not: {error.__cause__.strerror}."
+            f"out_dir must be a folder that can be written to, but {parameters.out_dir or short_path(parameters.runs)!r} is "
+            f"not: {error.__cause__.strerror}."
         ) from None
 
 

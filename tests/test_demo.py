@@ -34,7 +34,7 @@ def named(request):
 
 def test_all_of_them_are_small_enough_to_travel():
     sizes = [path.stat().st_size for path in SHELF.glob("*.safetensors")]
-    assert "demo" in NAMES and max(sizes) < 8e6 and sum(sizes) < 45e6
+    assert "demo" in NAMES and max(sizes) < 8e6 and sum(sizes) < 60e6
     assert sorted(path.stem for path in SHELF.glob("*.json")) == NAMES
     shelf = (SHELF / "README.md").read_text(encoding="utf-8")
     assert all(f"`{name}.safetensors`" in shelf for name in NAMES)
@@ -158,12 +158,12 @@ def test_the_command_says_what_is_no_run(tmp_path, capsys):
 # --- What a run starts from -------------------------------------------------------------------------------------------
 
 
-def test_the_samples_training_keeps_what_the_demo_codec_has_learned(tmp_path):
+def test_the_samples_training_leaves_unseen_pictures_better_off(tmp_path):
+    """It starts before the learning rate has fallen, so the few steps in which it falls show on pictures of others."""
     run = fit(baseline("sample"), tmp_path / "run", device="cpu")
-    before, after = (evaluate(codec, datasets("sample")) for codec in (load("demo"), load(run.dir)))
-    assert (before["bytes"] != after["bytes"]).any()
-    assert after["psnr"].mean() > before["psnr"].mean() - 0.05
-    assert after["bpp"].mean() < 1.005 * before["bpp"].mean()
+    before, after = (evaluate(codec, datasets("kodak-256")) for codec in (load("demo-trunk"), load(run.dir)))
+    assert after["psnr"].mean() > before["psnr"].mean() and after["bpp"].mean() < before["bpp"].mean()
+    assert after["mini_distance"].mean() < 1.05 * before["mini_distance"].mean()
 
 
 def test_where_a_codec_stands_is_read_off_the_curves_of_the_others():

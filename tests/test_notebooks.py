@@ -157,7 +157,7 @@ def test_a_name_that_is_no_parameter_stops_every_notebook(path):
         ({"lmbda": "0.01"}, "lmbda must be a number or None"),
         ({"profile": 3}, 'profile must be "auto", "paper" or "sample", but is 3'),
         ({"profile": None}, 'profile must be "auto", "paper" or "sample", but is None'),
-        ({"out_dir": None}, "out_dir must be text"),
+        ({"out_dir": 3}, "out_dir must be text"),
         ({"checkpoint": 4}, "checkpoint must be text or None"),
         ({"lmbda": -1}, "lmbda must be above 0, but is -1"),
         ({"lmbda": 0}, "lmbda must be above 0"),
@@ -311,6 +311,7 @@ def test_a_misspelling_can_be_corrected_in_the_session():
 
 def test_runs_do_not_move_with_the_working_directory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    assert Parameters().runs == REPOSITORY / "out" / "runs"
     runs = Parameters(out_dir="here/runs").runs
     assert runs == tmp_path.resolve() / "here" / "runs"
     assert Parameters(out_dir="~/runs").runs == (Path.home() / "runs").resolve()

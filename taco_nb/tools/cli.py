@@ -14,6 +14,7 @@ import click
 
 from taco_nb.command import Command, data_dir_option, device_option
 from taco_nb.evaluation.__main__ import evaluate_command_line
+from taco_nb.files import default_runs
 from taco_nb.training.__main__ import train_command_line
 
 
@@ -78,7 +79,7 @@ def _numbers(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> t
     "--lmbda", "lmbdas", multiple=True, metavar="NUMBERS", callback=_numbers,
     help="The lambda to run at, with commas between them. Default: 0.0004,0.0008,0.0016,0.004,0.009,0.015",
 )  # fmt: skip
-@click.option("--out", default="runs", show_default=True, help="Folder for runs and executed notebooks.")
+@click.option("--out", help="Folder for runs and executed notebooks; default: out/runs in the repository.")
 @click.option(
     "-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a notebook's parameter."
 )
@@ -96,7 +97,7 @@ def sweep_command(context, notebooks, lmbdas, out, parameters, task, listing) ->
 
     lmbdas = lmbdas or tool.LMBDAS
     given = {name: _value(text) for name, text in parameters}
-    todo = tool.members(notebooks, lmbdas, out, given, task)
+    todo = tool.members(notebooks, lmbdas, out or default_runs(), given, task)
     if listing:
         for member in todo:
             click.echo(f"task {lmbdas.index(member.lmbda)}: {member}: {'done' if member.done else 'to do'}")
@@ -180,7 +181,7 @@ def results_command(context: click.Context, names: tuple[str, ...], check: bool)
 @click.option("--data", help="In words: what the runs were trained on, and under which terms.")
 @click.option("--recipe", type=Path, metavar="FILE", help="Train what a recipe says, then bundle it.")
 @click.option(
-    "--out", type=Path, default="runs/recipe", show_default=True, help="The folder of the recipe's runs."
+    "--out", type=Path, default="out/recipe", show_default=True, help="The folder of the recipe's runs."
 )
 @data_dir_option
 def bundle_command(

@@ -1,6 +1,6 @@
 """Follows a recipe, a file of TOML that says how codecs are made from nothing: from which pictures, and by which runs.
 
-    taco-nb bundle --recipe data/checkpoints/recipe.toml --out runs/recipe
+    taco-nb bundle --recipe data/checkpoints/recipe.toml --out out/recipe
 
 Each run is `fit` with the settings that the file gives, in the file's order; a run's `init` may name an earlier one. A run
 that is finished is not repeated, one that was stopped goes on, so the same command goes on after a stop.

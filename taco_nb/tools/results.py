@@ -31,11 +31,12 @@ from PIL import Image
 
 from taco_nb import checkpoint
 from taco_nb.codec import load
-from taco_nb.control import control, effects, heard, listening
+from taco_nb.control import against, control, effects, heard, listening, siblings
 from taco_nb.data import Sample, datasets
 from taco_nb.data.images import to_tensor
 from taco_nb.data.shapes import scene, short_caption
 from taco_nb.errors import DataError, check_known
+from taco_nb.evaluation import evaluate, evaluate_matched, means
 from taco_nb.evaluation.peers import match_bpp
 from taco_nb.experiment import Experiment
 from taco_nb.files import BUNDLED, REPOSITORY, atomic_write, human_size, sha256
@@ -62,6 +63,18 @@ _IN_WORDS = {
     "text_pooling=keywords": "keyword-weighted captions",
     "text_pooling=keywords-tokens": "keyword-weighted tokens",
 }
+_NOT_ALIKE = (
+    "demo-trunk",
+    "demo-low",
+    "demo-high",
+    "demo-highest",
+    "demo-no-joint",
+    "demo-joint-10",
+    "demo-joint-100",
+)
+"""Runs of the recipe that differ from `demo` in steps or in the loss."""
+_WEIGHTS_OF_J = {"demo-no-joint": 0.0, "demo": 0.0025, "demo-joint-10": 0.025, "demo-joint-100": 0.25}
+"""Runs that differ from each other in the weight of J alone."""
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 Tables = dict[str, pd.DataFrame]
@@ -93,7 +106,13 @@ def _measure_kodak() -> Tables:
         for name, exp in known.items()
     )
     table = described.merge(table.drop(columns="dataset")).sort_values(["changes", "lambda", "codec"])
-    return {"kodak": table.drop(columns="changes"), "kodak-bd": gaps.drop(columns="dataset")}
+    ours = evaluate(load(_middle_baseline()), datasets("kodak"))
+    alike = means(pd.concat([ours, evaluate_matched(ours, datasets("kodak"))]))
+    return {
+        "kodak": table.drop(columns="changes"),
+        "kodak-bd": gaps.drop(columns="dataset"),
+        "kodak-alike": alike[["codec", "bpp", "psnr", "ms_ssim", "mini_distance"]],
+    }
 
 
 def _measure_codecs() -> Tables:
@@ -117,6 +136,21 @@ def _measure_control() -> Tables:
         tables.append(effects(control(load(name), sets)).assign(changes=len(exp.ablations), lmbda=exp.lmbda))
     table = pd.concat(tables).sort_values(["changes", "lmbda"], kind="stable")
     return {"control": table.drop(columns=["changes", "lmbda"])}
+
+
+def _measure_siblings() -> Tables:
+    """Compare the bundled codecs' recipe's runs from what is kept of them; nothing is encoded."""
+    table = siblings()
+    names = [name for name in table["codec"].unique() if name not in _NOT_ALIKE and name != "demo"]
+    found = against(table, [*((name, "demo") for name in names), ("demo", "demo-constant")])
+    found["seeds"] = found["seeds"].map(lambda seeds: " ".join(f"{seed:.4g}" for seed in seeds))
+    of_j = table[table["codec"].isin(_WEIGHTS_OF_J) & (table["seed"] == 1)].assign(dataset="kodak-256")
+    joint = (
+        effects(of_j)
+        .assign(k_J=lambda rows: rows["codec"].map(_WEIGHTS_OF_J))
+        .sort_values("k_J", kind="stable")
+    )
+    return {"siblings": found, "joint": joint}
 
 
 def _measure_shapes() -> Tables:
@@ -163,11 +197,13 @@ def _cat(*peers: str) -> tuple[Sample, dict[str, tuple[Image.Image, bytes]]]:
 def _middle_baseline() -> str:
     """Return the name of the bundled baseline whose lambda is in the middle."""
     baselines = {name: exp.lmbda for name, exp in checkpoint.bundled_codecs().items() if not exp.ablations}
-    return sorted(baselines, key=baselines.get)[len(baselines) // 2]
+    return sorted(baselines, key=baselines.get)[(len(baselines) - 1) // 2]
 
 
 def _in_words(exp: Experiment) -> str:
     """Return what a bundled codec's training changed, as a reader of a table wants to know it."""
+    if exp.schedule == "constant":
+        return "the trunk that the others start from"
     changes = [f"{name}={value}" for name, value in exp.ablations.items()]
     if len(changes) == 3:
         return "all three changes"
@@ -228,6 +264,15 @@ def _bd_sentence(tables: Tables) -> str:
     return f"The BD-rate (PSNR) of the {count} baselines is {listed}.{few if points < BD_POINTS else ''}"
 
 
+def _alike_sentence(tables: Tables) -> str:
+    ours, *others = tables["kodak-alike"].to_dict("records")
+    listed = ", ".join(f"{row['mini_distance']:.2f} of {row['codec']}" for row in others)
+    return (
+        f"At equal bytes, picture by picture, the `mini_distance` of `{ours['codec']}` is {ours['mini_distance']:.2f}, beside "
+        f"{listed} (lower is better; the distance was in its loss)."
+    )
+
+
 def _control_table(tables: Tables) -> str:
     shown = [(name, metric) for name in ("another's", "NA", "empty") for metric in ("bytes", "psnr")]
     units = {"bytes": "bits, %", "psnr": "PSNR, dB"}
@@ -239,6 +284,35 @@ def _control_table(tables: Tables) -> str:
             low, effect, high = (cells.loc[key, name] for name in ("low", "effect", "high"))
             rows[-1].append(f"{effect:+.3f} ({low:+.3f} to {high:+.3f})")
     return _markdown(["codec", *(f"{name}: {units[metric]}" for name, metric in shown)], rows)
+
+
+def _siblings_table(tables: Tables) -> str:
+    shown = {
+        "bytes": "bits, %",
+        "psnr": "PSNR, dB",
+        "mini_distance": "mini_distance",
+        "mini_score": "mini_score",
+    }
+    rows = []
+    for (codec, sibling), of in tables["siblings"].groupby(["codec", "sibling"], sort=False):
+        cells = of.set_index("metric").loc[[*shown]]
+        count = len(str(cells["seeds"].iloc[0]).split())
+        rows.append([f"`{codec}`", f"`{sibling}`", count])
+        for row in cells.itertuples():
+            seeds = [float(seed) for seed in str(row.seeds).split()]
+            spread = f"; seeds {min(seeds):+.3f} to {max(seeds):+.3f}" if count > 1 else ""
+            rows[-1].append(f"{row.effect:+.3f} ({row.low:+.3f} to {row.high:+.3f}{spread})")
+    return _markdown(["codec", "less its sibling", "seeds", *shown.values()], rows)
+
+
+def _joint_table(tables: Tables) -> str:
+    shown = {"bytes": "bits, %", "psnr": "PSNR, dB", "ms_ssim": "MS-SSIM", "mini_score": "mini_score"}
+    rows = []
+    for k_J, of in tables["joint"].groupby("k_J"):
+        cells = of[of["condition"] == "another's"].set_index("metric").loc[[*shown]]
+        rows.append([f"{k_J:g}"])
+        rows[-1] += [f"{row.effect:+.3g} ({row.low:+.3g} to {row.high:+.3g})" for row in cells.itertuples()]
+    return _markdown(["k_J", *shown.values()], rows)
 
 
 def _codecs_table(tables: Tables) -> str:
@@ -295,7 +369,11 @@ def _reconstruction_figure(tables: Tables) -> str:
 RESULTS = {
     "kodak": Result(
         _measure_kodak,
-        {"kodak": ("README.md", _kodak_table), "kodak-bd": ("README.md", _bd_sentence)},
+        {
+            "kodak": ("README.md", _kodak_table),
+            "kodak-bd": ("README.md", _bd_sentence),
+            "kodak-alike": ("README.md", _alike_sentence),
+        },
         ("checkpoints/*.safetensors", "kodak/*"),
         (*_CODEC, "metrics/rate.py", "tools/bundle.py"),
     ),
@@ -310,6 +388,16 @@ RESULTS = {
         {"control": ("data/checkpoints/README.md", _control_table)},
         ("checkpoints/*.safetensors", "kodak/*"),
         (*_CODEC, "control.py", "metrics/interval.py"),
+    ),
+    "siblings": Result(
+        _measure_siblings,
+        {
+            "siblings": ("data/checkpoints/README.md", _siblings_table),
+            "joint": ("data/checkpoints/README.md", _joint_table),
+        },
+        ("checkpoints/results.csv",),
+        ("control.py", "metrics/interval.py"),
+        quick=True,
     ),
     "reconstruction": Result(
         _measure_reconstruction,
