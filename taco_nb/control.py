@@ -77,12 +77,15 @@ def control(
     *,
     seed: int = 0,
     conditions: Sequence[str] = tuple(CONDITIONS),
+    read: Sequence[CaptionedImages] | None = None,
 ) -> pd.DataFrame:
     """Encode each picture under its own caption and the others of `conditions`: a row per picture and condition.
 
     Columns: codec, dataset, condition, the columns of `taco_nb.evaluate` that are of one picture ("caption" is what the
     encoder read), and captions, the first digits of a SHA-256 over all that was read under this condition. Scores of
-    picture against caption are always against the picture's *own* caption. Its first one is taken.
+    picture against caption are always against the picture's *own* caption in `sets`. Its first one is taken. `read` are the
+    same pictures with other captions, such as paragraphs, if the encoder is to read those: codecs that read different kinds
+    of captions can then be compared by one score.
 
     Real files are written and decoded. With `out_dir` they are kept there, a folder per condition, beside control.csv.
     Raises `SettingError` for sets of fewer than two pictures, which have no other's caption, and what `evaluate` raises.
@@ -100,16 +103,16 @@ def control(
         tempfile.TemporaryDirectory() if out_dir is None else nullcontext(out_dir) as folder,
         progress_bar(total=total, desc=f"control of {codec.name}", unit="file") as bar,
     ):
-        for dataset in sets:
-            own = [dataset.captions(i)[0] for i in range(len(dataset))]
+        for dataset, source in zip(sets, read or sets):
+            own = [source.captions(i)[0] for i in range(len(dataset))]
             for condition in conditions:
-                read = captions_under(condition, own, seed)
+                captions = captions_under(condition, own, seed)
                 about = {"codec": codec.name, "dataset": dataset.name, "condition": condition}
-                digest = _digest(read)
+                digest = _digest(captions)
                 for batch in _batches(dataset):
                     samples = [dataset[i] for i in batch]
                     files = Path(folder, condition, dataset.name)
-                    rows, _ = measure(codec, samples, files, networks, read=[read[i] for i in batch])
+                    rows, _ = measure(codec, samples, files, networks, read=[captions[i] for i in batch])
                     tables += [{**about, **row, "captions": digest} for row in rows]
                     bar.update(len(batch))
         table = pd.DataFrame(tables)

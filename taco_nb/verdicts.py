@@ -38,6 +38,8 @@ SAME_STEPS = 0.05
 """By this share two runs' numbers of steps may differ, and still be compared, since whole epochs differ in length."""
 COMPARED = tuple(name for name in MEASURES if not name.endswith("_s"))
 """The metrics that `paired` compares: all but the times, which other work on the machine changes."""
+OF_CAPTIONS = ("clip_score", "mini_score")
+"""The metrics that hold a picture against the caption that it was encoded with."""
 
 
 class Claim(NamedTuple):
@@ -86,7 +88,12 @@ def paired(runs: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFram
         about = {name: changed[name] for name in ("ablation", "dataset", "lmbda", "label", "run")}
         about |= {"baseline_run": base["run"], "epochs": changed["epochs"], "baseline_epochs": base["epochs"]}
         about["unjudged"] = "; ".join(dict.fromkeys(r["unjudged"] for r in (changed, base) if r["unjudged"]))
+        same_captions = (
+            len({Experiment.from_json(r["experiment"]).dataset_captions for r in (changed, base)}) == 1
+        )
         for metric in COMPARED:
+            if metric in OF_CAPTIONS and not same_captions:
+                continue  # each was scored against captions of its own
             values = both[[metric, f"{metric}_baseline"]].replace([math.inf, -math.inf], math.nan).dropna()
             if values.empty:
                 continue

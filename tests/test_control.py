@@ -204,6 +204,18 @@ def test_notebook_07_runs_and_its_page_opens_without_a_network(tmp_path):
     assert seen["figures"] >= 3 and seen["pictures"] >= 2
 
 
+def test_a_score_is_against_the_captions_of_the_set_whatever_is_read():
+    plain, context = datasets("kodak-256", limit=2), datasets("kodak-256", limit=2, captions="context")
+    codec = load("demo-constant")  # which writes the same files
+    tables = [
+        control(codec, sets, conditions=("own",), read=read)
+        for sets, read in ((plain, None), (plain, context))
+    ]
+    assert list(tables[0]["mini_score"]) == list(tables[1]["mini_score"])
+    assert set(tables[0]["caption"]).isdisjoint(tables[1]["caption"])
+    assert list(control(codec, context, conditions=("own",))["mini_score"]) != list(tables[0]["mini_score"])
+
+
 # --- Codecs that were trained alike -----------------------------------------------------------------------------------
 
 

@@ -397,7 +397,7 @@ def test_weights_that_cannot_code_do_not_end_a_run(sample, tmp_path, outputs):
     curves, pictures = outputs
     with pytest.raises(CheckpointError) as error:
         broken.encode(sample[0].image, "a cat")
-    assert pictures[0] == {"text/plain": f"No picture after 1 steps: {error.value}"}
+    assert pictures[0] == {"text/plain": f"No picture after step 1: {error.value}"}
     assert "application/vnd.plotly.v1+json" in curves[0]
 
 

@@ -100,7 +100,10 @@ def test_every_run_is_in_the_table_and_the_one_begun_is_named(home, capsys):
     }  # fmt: skip
     assert by_run.loc["authors", "lmbda"] == 0.0004 and by_run.loc["deeper/baseline", "lmbda"] == 0.0067
     assert by_run.loc["authors", "label"] == "TACO's own weights, text-encoder=untrained-16"
-    settings = "init=none, linformer_k=8, crop=64, batch_size=6, N=16, M=24, groups=(4, 4, 4, 4, 8), context_widths=(16, 16)"
+    settings = (
+        "init=none, linformer_k=8, text_encoder=untrained-64, crop=64, k_P=0.0, k_J=0.0, batch_size=6, N=16, M=24, "
+        "groups=(4, 4, 4, 4, 8), text_dim=64, context_widths=(16, 16)"
+    )
     assert by_run.loc["deeper/linformer", "label"] == f"linformer, {settings}, sample, 2 epochs"
     assert by_run.loc["deeper/linformer", "folder"] == str(home / "deeper" / "linformer")
     assert (

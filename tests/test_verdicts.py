@@ -244,3 +244,14 @@ def test_changes_in_per_cent_are_computed_and_what_was_measured_stands_beside_th
     assert changes["measured"].notna().sum() == 1
     assert changes.loc[lambda table: table["measured"].notna(), "measured"].item() == pytest.approx(50)
     assert published_changes(paired(runs.assign(unjudged="profile sample")))["measured"].isna().all()
+
+
+def test_scores_against_captions_are_compared_only_where_the_captions_are_the_same():
+    runs = [
+        of_run("b", psnr=30.0, mini_score=25.0),
+        of_run("k", Experiment(**KEYWORDS), psnr=30.0, mini_score=26.0),
+    ]
+    runs.append(of_run("c", Experiment(captions="context"), psnr=30.0, mini_score=35.0))
+    pairs = paired(pd.concat(runs))
+    assert set(pairs[pairs["run"] == "k"]["metric"]) == {"psnr", "mini_score"}
+    assert set(pairs[pairs["run"] == "c"]["metric"]) == {"psnr"}

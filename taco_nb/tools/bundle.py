@@ -38,7 +38,8 @@ LARGEST = 8_000_000
 PEER_QUALITIES = (1, *QUALITIES)
 """Qualities on the other codecs' own scales. The lowest is among them because the demo codecs' PSNR is low."""
 RECIPE = (
-    "sizes", "lmbda", "crop", "batch_size", "optimizer", "learning_rate", "schedule", "precision", "seed",
+    "sizes", "text_encoder", "lmbda", "perceptual", "k_P", "k_J", "crop", "batch_size", "optimizer", "learning_rate",
+    "schedule", "precision", "seed",
 )  # fmt: skip
 """The settings that a card gives for each run on the way to a codec, beside its ablations."""
 SCENES = 192
@@ -112,9 +113,9 @@ def _on_crops(codecs: Sequence[Codec], data_dir: str | os.PathLike | None) -> pd
     """Return what codecs make of Kodak's crops, for `taco_nb.control.siblings`: a row per codec, picture and condition."""
     tables = []
     for codec in codecs:
-        captions = checkpoint.trained_as(codec.about).dataset_captions
-        sets = datasets("kodak-256", data_dir=data_dir, captions=captions)
-        tables.append(control(codec, sets, conditions=("own", "another's")))
+        kind = checkpoint.trained_as(codec.about).dataset_captions
+        sets, read = (datasets("kodak-256", data_dir=data_dir, captions=of) for of in ("published", kind))
+        tables.append(control(codec, sets, conditions=("own", "another's"), read=read))
     return pd.concat(tables, ignore_index=True)[[*_OF_CROPS]]
 
 

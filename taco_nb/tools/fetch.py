@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -266,6 +267,9 @@ def _install_spacy_model(name: str) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         last = (done.stdout.strip() or f"it ended with {done.returncode}").splitlines()[-1].rstrip(".")
+        if "ConnectionError" in last:  # requests prints its exceptions, one inside the other
+            host = re.search(r"host='([^']+)'", last)
+            last = f"no connection to {host[1] if host else 'the network'}"
         raise DownloadError(f"`python -m spacy download {name}` says: {last}.")
 
 
@@ -280,6 +284,9 @@ def fetch_all(names: Sequence[str], profile: str | None, data_dir: str | os.Path
 
     Returns the exit status: 0 if all is there, 1 if something is not, 130 if stopped.
     """
+    if data_dir:
+        with storage_errors(data_dir):
+            Path(data_dir).expanduser().mkdir(parents=True, exist_ok=True)
     try:
         well = _fetch(*_wanted(names, profile, data_dir))
         return show_status(names, profile, data_dir) or int(not well)

@@ -86,7 +86,7 @@ def training(device: str, folder: Path) -> Iterator[Row]:
     exp = Experiment(train_data=str(pictures), epochs=1000)
     if small:
         exp = exp.replace(
-            sizes=DEMO_SIZES, crop=64, batch_size=2, text_encoder="untrained-64", k_J=0.0, k_P=0.0
+            sizes=DEMO_SIZES, crop=64, batch_size=2, text_encoder="untrained-128", k_J=0.0, k_P=0.0
         )
     elif CLIP_B32.path is None:
         exp = exp.replace(text_encoder=f"ViT-B-32-quickgelu/{_random_clip(folder)}")

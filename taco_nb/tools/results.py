@@ -268,8 +268,8 @@ def _alike_sentence(tables: Tables) -> str:
     ours, *others = tables["kodak-alike"].to_dict("records")
     listed = ", ".join(f"{row['mini_distance']:.2f} of {row['codec']}" for row in others)
     return (
-        f"At equal bytes, picture by picture, the `mini_distance` of `{ours['codec']}` is {ours['mini_distance']:.2f}, beside "
-        f"{listed} (lower is better; the distance was in its loss)."
+        f"At equal bytes, picture by picture, the `mini_distance` of `{ours['codec']}` is {ours['mini_distance']:.2f}, "
+        f"beside {listed} (lower is better; the distance was in its loss)."
     )
 
 

@@ -156,6 +156,7 @@ def spectrum(groups: Mapping[str, Sequence[Attention]]) -> Figure:
     figure.update_layout(
         template="plotly_white",
         height=420,
+        title={"text": "How much of an attention's matrix its first singular values hold", "x": 0.5},
         xaxis={"title": "number of singular values", "range": [0.5, 40.5]},
         yaxis={"title": "share of the energy"},
     )

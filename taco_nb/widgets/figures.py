@@ -38,6 +38,9 @@ DIFFERENCES = {
 IMAGES = 100
 """So many images of a data set have points of their own; thirty thousand would be a cloud, and a page of 50 MB."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
+_OF_PEERS = {"JPEG": COLOURS[4], "WebP": COLOURS[2], "AVIF": COLOURS[3]}
+"""Other codecs have the same colours in every figure; ours take the rest in order."""
+_OF_OURS = [colour for colour in COLOURS if colour not in _OF_PEERS.values()]
 _MARGIN = {"l": 60, "r": 20, "t": 50, "b": 50}
 LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 460, "margin": _MARGIN}
 
@@ -72,10 +75,12 @@ def rate_distortion(*results: pd.DataFrame, published: Curves | None = None, tit
         figure.add_scatter(y=first, visible=dataset == sets[0], showlegend=named and bool(first), **trace)
         traces.append((dataset, y, named))
 
-    for i, ((codec, dataset), curve) in enumerate(table.groupby(["codec", "dataset"], sort=False)):
+    ours = [name for name in table["codec"].unique() if name not in _OF_PEERS]
+    colours = _OF_PEERS | {name: _OF_OURS[i % len(_OF_OURS)] for i, name in enumerate(ours)}
+    for (codec, dataset), curve in table.groupby(["codec", "dataset"], sort=False):
         curve = curve.sort_values("bpp")
         single = len(curve) == 1  # a codec of one quality is a star
-        group, colour = f"{codec}, {dataset}", COLOURS[i % len(COLOURS)]
+        group, colour = f"{codec}, {dataset}", colours[codec]
         add(
             dataset,
             _by_metric(curve, metrics),
