@@ -287,7 +287,8 @@ def against(table: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFra
                 "images": len(change),
             }
             rows.append(row)
-    return pd.DataFrame(rows)
+    columns = ["codec", "sibling", "metric", "unit", "effect", "low", "high", "seeds", "images"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def said_of_siblings(found: pd.DataFrame) -> str:

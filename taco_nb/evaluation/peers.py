@@ -25,6 +25,7 @@ from taco_nb.evaluation.records import as_json, as_table
 from taco_nb.evaluation.run import check_sets
 from taco_nb.files import atomic_write
 from taco_nb.metrics.distortion import distortion
+from taco_nb.metrics.networks import find_networks
 from taco_nb.metrics.rate import bpp
 from taco_nb.processes import alone_in
 from taco_nb.provenance import code_digest
@@ -214,6 +215,7 @@ def _curve_key(dataset: CaptionedImages, peers: Sequence[str], qualities: Sequen
 def evaluate_matched(results: pd.DataFrame, sets: Sequence[CaptionedImages]) -> pd.DataFrame:
     """Return the other codecs at no more bytes than `results` (from `evaluate`) spent on the same image: a row per both.
 
+    Beside PSNR and MS-SSIM, their `mini_distance` is measured.
     Where even a peer's smallest file is larger, that file is measured, and `above_target` is true in its row. Raises
     `SettingError` unless `results` holds each image of `sets` exactly once.
     """
@@ -221,6 +223,8 @@ def evaluate_matched(results: pd.DataFrame, sets: Sequence[CaptionedImages]) -> 
     budget = results.set_index(["dataset", "name"])["bytes"]
     if not budget.index.is_unique:
         raise SettingError("These results have more than one row per image: give those of a single codec.")
+    network = find_networks()[0].get("mini_distance")
+    mini = network and network.load("cpu")
     rows = []
     for dataset, sample in _samples(sets, "matching other codecs"):
         if (dataset.name, sample.name) not in budget.index:
@@ -230,7 +234,8 @@ def evaluate_matched(results: pd.DataFrame, sets: Sequence[CaptionedImages]) -> 
         for peer in available_peers():
             result = match_bpp(sample.image, peer, int(budget[dataset.name, sample.name]))
             choice = {"chosen_quality": result.quality, "above_target": result.above_target}
-            rows.append({**_peer_row(dataset, sample, result), **choice})
+            seen = mini(to_tensor(sample.image), to_tensor(result.image)) if mini else {}
+            rows.append({**_peer_row(dataset, sample, result), **seen, **choice})
     return as_table(json.loads(as_json(rows)))
 
 

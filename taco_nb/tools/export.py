@@ -159,6 +159,10 @@ def _exporter() -> Any:
         def inline_math(self, body: str) -> str:
             return mathml(body, False)
 
+        def block_html(self, html: str) -> str:
+            """Leave HTML as it is. nbconvert would close a <details> where its first block ends, and show what is in it."""
+            return html
+
         def latex_environment(self, name: str, body: str) -> str:
             return mathml(f"\\begin{{{name}}}{body}\\end{{{name}}}", True)
 

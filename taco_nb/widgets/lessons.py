@@ -149,7 +149,8 @@ def matrices_to_scale(sizes: Mapping[str, tuple[int, int]], side: int = 300) -> 
     boxes = "".join(
         f'<figure style="display:inline-block;margin:0 24px 0 0;vertical-align:top;width:{max(170, keys * scale):.0f}px">'
         f'<div style="width:{max(1, keys * scale):.1f}px;height:{max(1, queries * scale):.1f}px;background:{COLOURS[0]}">'
-        f"</div><figcaption style="white-space:normal">{html.escape(name)}:<br>{queries} x {keys} = {queries * keys:,}</figcaption></figure>"
+        f'</div><figcaption style="white-space:normal">{html.escape(name)}:<br>'
+        f"{queries} x {keys} = {queries * keys:,}</figcaption></figure>"
         for name, (queries, keys) in sizes.items()
     )
     return HTML(f'<div style="white-space:nowrap;overflow-x:auto">{boxes}</div>')

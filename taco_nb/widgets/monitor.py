@@ -67,9 +67,13 @@ class TrainingMonitor:
         except TacoError as error:  # weights that cannot code yet are no reason to end a run
             return {"text/plain": f"No picture after step {run.steps}: {error}"}
         quality = psnr(to_tensor(self.image), to_tensor(picture))
-        now = (f"after {run.steps} step{'s' * (run.steps != 1)}\n{len(file)} bytes, {quality:.2f} dB", picture)
+        now = (
+            f"after {run.steps} step{'s' * (run.steps != 1)}\n{len(file)} bytes, {quality:.2f} dB",
+            picture,
+        )
         self._first = self._first or now
-        sheet = side_by_side({f"original\n{self.caption}": self.image, **dict([self._first, now])})
+        said = self.caption if len(self.caption) <= 90 else f"{self.caption[:90]} …"
+        sheet = side_by_side({f"original\n{said}": self.image, **dict([self._first, now])})
         return {"image/png": sheet._repr_png_(), "text/plain": now[0]}
 
 
