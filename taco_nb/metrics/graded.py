@@ -47,7 +47,7 @@ def _shuffle(image: Image.Image, share: float, side: int = 16) -> Image.Image:
 GRADED: dict[str, tuple[Callable[[Image.Image, float], Image.Image], Sequence[float]]] = {
     "JPEG, quality": (_jpeg, (90, 70, 50, 30, 15, 5)),
     "blur, radius in pixels": (_blur, (0.5, 1, 2, 4, 8)),
-    "noise, deviation of 255": (_noise, (2, 5, 10, 20, 40)),
+    "noise, standard deviation in levels": (_noise, (2, 5, 10, 20, 40)),
     "shuffled blocks, share": (_shuffle, (0.05, 0.2, 0.5, 1)),
 }
 """{kind and unit: (how a picture is distorted by a grade, the grades from hardly visible to gross)}."""

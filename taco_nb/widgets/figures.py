@@ -317,7 +317,7 @@ def sibling_plot(found: pd.DataFrame, title: str = "") -> Figure:
     named = found[["codec", "sibling"]].apply(
         lambda names: names.str.removeprefix("demo-").replace("demo", "baseline")
     )
-    labels = named["codec"] + "<br>less " + named["sibling"]
+    labels = named["codec"] + "<br>minus " + named["sibling"]
     known = found.assign(label=labels, difference=found["effect"])
     return _interval_panels(known, dict(zip(found["metric"], found["unit"])), title)
 

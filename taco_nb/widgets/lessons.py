@@ -70,7 +70,10 @@ def latent_figure(step: DecodingStep) -> Figure:
         [f"integer {s:.0f}<br>mean {m:.2f}, scale {d:.2f}<br>{b:.2f} bits" for s, m, d, b in zip(*rows)]
         for rows in zip(*(t.tolist() for t in (symbols, means, scales, bits)))
     ]
-    titles = (f"the integers of {step.name}, one channel", f"one of them: {bits[row, column]:.1f} bits")
+    titles = (
+        f"integers of one channel ({step.name})",
+        f"the dearest of them, in orange: {bits[row, column]:.1f} bits",
+    )
     figure = make_subplots(1, 2, subplot_titles=titles, column_widths=[0.45, 0.55])
     figure.add_heatmap(
         z=symbols,
@@ -222,17 +225,18 @@ def fewer_keys(attention: Attention, counts: Sequence[int] = (38, 8, 4, 2, 1)) -
 # 5. What a faster part can save ---------------------------------------------------------------------------------------
 
 
-def amdahl_bar(share: float) -> Figure:
-    """Draw an encoder's time as a bar, attention's share of it beside the rest, with a slider for that share.
+def amdahl_bar(share: float, of: str = "time") -> Figure:
+    """Draw an encoder's time, or operations, as a bar: attention's share beside the rest, with a slider for that share.
 
-    The title says how many times as fast the encoder is if attention takes no time at all: 1 / (1 - share).
+    The title says how many times as fast the encoder is if attention costs nothing at all: 1 / (1 - share). `of` says what
+    the share is of.
     """
     import plotly.graph_objects as go
 
     shares = sorted({round(share, 3), *(n / 20 for n in range(19))})
 
     def title(s: float) -> str:
-        return f"If attention takes {s:.0%} of the time, free attention makes the encoder {1 / (1 - s):.2f} times as fast"
+        return f"If attention takes {s:.0%} of the {of}, free attention makes the encoder {1 / (1 - s):.2f} times as fast"
 
     figure = go.Figure()
     for name, parts, colour in (
@@ -255,7 +259,7 @@ def amdahl_bar(share: float) -> Figure:
     figure.update_layout(
         **{**LAYOUT, "height": 330}, barmode="stack", title={"text": title(share), "x": 0.5},
         sliders=[{**slider, "pad": {"t": 45}}],
-        xaxis={"range": [0, 1], "title": "encoding time", "tickformat": ".0%"}, yaxis={"autorange": "reversed"},
+        xaxis={"range": [0, 1], "title": f"the encoder's {of}", "tickformat": ".0%"}, yaxis={"autorange": "reversed"},
     )  # fmt: skip
     return figure
 
