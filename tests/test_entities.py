@@ -163,7 +163,8 @@ def test_the_table_of_notebook_04(installed, monkeypatch, capsys):
     ]
     shown = []
     exec(
-        source, {"p": Parameters(profile="sample"), "sortable": lambda table: table, "display": shown.append}
+        source,
+        {"p": Parameters(profile="sample"), "sortable": lambda table, fold: table, "display": shown.append},
     )
     said = capsys.readouterr().out
     if installed:

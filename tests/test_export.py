@@ -60,6 +60,14 @@ def test_a_link_to_another_notebook_leads_to_its_page(tmp_path):
     assert "b.ipynb" in soup.select_one("code").get_text()
 
 
+def test_an_answer_stays_folded_with_the_code_in_it(tmp_path):
+    text = "1. Why?\n\n<details><summary>Answers</summary>\n\n1. Because.\n\n```python\nprint(1)\n```\n\n</details>\n"
+    nbformat.write(new_notebook(cells=[new_markdown_cell(text)]), tmp_path / "a.ipynb")
+    soup = bs4.BeautifulSoup(export_html(tmp_path / "a.ipynb").read_text(encoding="utf-8"), "html.parser")
+    (folded,) = soup.select("details")
+    assert "Because." in folded.get_text() and folded.select("pre") and "Why?" not in folded.get_text()
+
+
 def test_nothing_is_fetched(exported):
     soup, page, _ = exported
     for tag in soup.find_all(True):

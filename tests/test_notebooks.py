@@ -470,7 +470,7 @@ def test_it_writes_real_files(executed):
 
 def test_it_shows_figures_and_pictures(executed):
     notebook, _ = executed
-    assert len(outputs(notebook, "application/vnd.plotly.v1+json")) == 3
+    assert len(outputs(notebook, "application/vnd.plotly.v1+json")) == 5
     assert len(outputs(notebook, "image/svg+xml")) == 1
     compared, captions = [Page(page) for page in outputs(notebook, "text/html") if "taco-compare" in page]
     shown = [figure["data-label"].partition(",")[0] for figure in compared.figures]
@@ -485,7 +485,7 @@ def test_it_shows_figures_and_pictures(executed):
 def test_its_page_opens_without_a_network(executed, tmp_path):
     nbformat.write(executed[0], tmp_path / "01_baseline.ipynb")
     seen = opens_without_a_network(export_html(tmp_path / "01_baseline.ipynb"))
-    assert seen["figures"] == 3 and seen["compare"] == 2 and seen["formulas"] > 10
+    assert seen["figures"] == 5 and seen["compare"] == 2 and seen["formulas"] > 10
     assert seen["pictures"] >= len(["original", "demo", "JPEG", "WebP", "the map"]) + 6
 
 
@@ -504,7 +504,11 @@ def test_its_figures_need_no_network(executed):
 
 
 def test_its_summary_is_of_finite_numbers(executed):
-    tables = [Cells(page).rows for page in outputs(executed[0], "text/html") if page.startswith("<table")]
+    tables = [
+        Cells(page).rows
+        for page in outputs(executed[0], "text/html")
+        if page.startswith(("<table", "<details"))
+    ]
     beside_peers, after_training = [
         rows for rows in tables if {"codec", "images", "bpp", "psnr"} <= set(rows[0])
     ]

@@ -515,7 +515,7 @@ def test_the_report_opens_with_runs_and_without(page, home):
     assert not [output for output in outputs if output.get("name") == "stderr"]
     printed = "".join(output.get("text", "") for output in outputs)
     figures = [output for output in outputs if "application/vnd.plotly.v1+json" in output.get("data", {})]
-    assert len(figures) == len(soup.select("[role=figure]")) == (4 if which == "with runs" else 3)
+    assert len(figures) == len(soup.select("[role=figure]")) == (5 if which == "with runs" else 4)
     assert "0 reproduced; 0 not reproduced; " in printed
     if which == "with runs":
         assert "begun: it has not been evaluated" in printed

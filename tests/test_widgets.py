@@ -193,6 +193,16 @@ document.title = JSON.stringify(tables.map(table => [...table.tBodies[0].rows].m
     return {(TABLE.columns[column], clicks): order for (column, clicks), order in zip(wanted, orders)}
 
 
+def test_a_table_can_be_folded_behind_words():
+    table = pd.DataFrame({"a": [1.0]})
+    folded = sortable(table, fold="All <figures>").data
+    assert (
+        folded.startswith("<details><summary>All &lt;figures&gt;</summary><table")
+        and "</table></details>" in folded
+    )
+    assert sortable(table).data.startswith("<table")
+
+
 def test_clicks_sort_and_missing_values_stay_last(sorted_orders):
     assert sorted_orders["name", 1] == "abcde"
     assert sorted_orders["name", 2] == "edcba"
