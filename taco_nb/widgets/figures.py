@@ -352,7 +352,7 @@ def _interval_panels(rows: pd.DataFrame, titles: Mapping[str, str], title: str) 
         **{**LAYOUT, "height": 170 + 45 * rows["label"].nunique(), "margin": _MARGIN | {"l": 130, "t": 80}},
         title={"text": title, "x": 0.5},
     )
-    figure.update_xaxes(nticks=4, tickangle=0)
+    figure.update_xaxes(nticks=4, tickangle=0, exponentformat="none")
     return figure
 
 
