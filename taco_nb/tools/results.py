@@ -141,7 +141,7 @@ def _measure_control() -> Tables:
 def _measure_siblings() -> Tables:
     """Compare the bundled codecs' recipe's runs from what is kept of them; nothing is encoded."""
     table = siblings()
-    names = [name for name in table["codec"].unique() if name not in _NOT_ALIKE and name != "demo"]
+    names = [name for name in table["codec"].unique() if name not in (*_NOT_ALIKE, "demo", "demo-constant")]
     found = against(table, [*((name, "demo") for name in names), ("demo", "demo-constant")])
     found["seeds"] = found["seeds"].map(lambda seeds: " ".join(f"{seed:.4g}" for seed in seeds))
     of_j = table[table["codec"].isin(_WEIGHTS_OF_J) & (table["seed"] == 1)].assign(dataset="kodak-256")
@@ -302,7 +302,7 @@ def _siblings_table(tables: Tables) -> str:
             seeds = [float(seed) for seed in str(row.seeds).split()]
             spread = f"; seeds {min(seeds):+.3f} to {max(seeds):+.3f}" if count > 1 else ""
             rows[-1].append(f"{row.effect:+.3f} ({row.low:+.3f} to {row.high:+.3f}{spread})")
-    return _markdown(["codec", "less its sibling", "seeds", *shown.values()], rows)
+    return _markdown(["codec", "minus its sibling", "seeds", *shown.values()], rows)
 
 
 def _joint_table(tables: Tables) -> str:
