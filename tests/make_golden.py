@@ -77,6 +77,7 @@ def main(which: str) -> None:
         checkpoint.save_weights(TINY, net, about, torch.float16)
         digests |= write("tiny", [(64, 64), (200, 130), (33, 1)])
     else:
+        digests = {file: digest for file, digest in digests.items() if file.startswith("tiny@")}
         for name in sources().keys() - {"tiny"}:
             digests |= write(name, [(192, 128)])
     DIGESTS.write_text(json.dumps(dict(sorted(digests.items())), indent=1) + "\n", encoding="utf-8")

@@ -370,7 +370,7 @@ def test_the_check_for_a_gpu_runs_on_a_processor(small_bench, tmp_path, capsys):
     assert found["device"] == "cpu" and found["packages"]["torch"]
     rows = {name: check["rows"] for name, check in found["checks"].items()}
     assert rows.keys() == gpu_check.CHECKS.keys() - set(gpu_check.ELSEWHERE)
-    assert len(rows["golden files"]) == 8 and len(rows["portable files"]) == 4
+    assert len(rows["golden files"]) == 10 and len(rows["portable files"]) == 4
     assert [row["arithmetic"] for row in rows["training"]] == ["the CPU in float32", "the CPU in bfloat16"]
     assert {row["codec"] for row in rows["beside ELIC"]} == {bench.REFERENCE, "exact", "fast"}
     table = (tmp_path / "gpu_check.md").read_text()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import command, fresh_process
+from conftest import PLAIN, command, fresh_process
 from test_training import assert_same_bits, paint, state_of
 from test_training_processes import ENVIRONMENT, experiment, launched
 
@@ -161,7 +161,7 @@ def test_the_readmes_batch_script_resubmits_what_it_did_not_finish(pictures, tmp
         ["bash", "-c", script], cwd=tmp_path, env=ENVIRONMENT | {"PATH": path, "SLURM_JOB_ID": "77"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
-    folder = tmp_path / "runs" / "paper-0.0016"
+    folder = tmp_path / "out" / "runs" / "paper-0.0016"
     while not (folder / "state.pt").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGUSR1)  # to the shell alone, as --signal=B: has it
@@ -271,6 +271,7 @@ def test_the_command_line_trains_goes_on_and_says_where_it_stands(pictures, tmp_
         "lmbda=0.02",
         "init=",
         "attention=linformer",
+        *(f"{name}={value}" for name, value in PLAIN.items()),
     ]
     changes = [word for setting in settings for word in ("--set", setting)]
     assert command("train", "--profile", "sample", *changes, *out, "--device", "cpu", "--max-hours", 0) == 0

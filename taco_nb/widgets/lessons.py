@@ -219,7 +219,9 @@ def fewer_keys(attention: Attention, counts: Sequence[int] = (38, 8, 4, 2, 1)) -
     figure.update_yaxes(range=[0, 1.02])
     figure.update_yaxes(title_text="weight", col=1)
     margin = {"l": 60, "r": 20, "t": 80, "b": 50}
-    figure.update_layout(**{**LAYOUT, "height": 340, "margin": margin}, title={"text": "One position's softmax", "x": 0.5})
+    figure.update_layout(
+        **{**LAYOUT, "height": 340, "margin": margin}, title={"text": "One position's softmax", "x": 0.5}
+    )
     return figure
 
 
