@@ -69,7 +69,7 @@ def golden_files(device: str, folder: Path) -> Iterator[Row]:
         name = path.name.partition("@")[0]
         codecs[name] = codecs.get(name) or load(name, device=device)
         yield {"file": path.name, "ok": codecs[name].decode(path).size == (192, 128)}
-    x, text = torch.rand(1, 3, 128, 192), torch.randn(1, 38, 64)
+    x, text = torch.rand(1, 3, 128, 192), torch.randn(1, 38, DEMO_SIZES.text_dim)
     strings = [
         load("demo", device=where).net.compress(x.to(where), text.to(where))["strings"]
         for where in ("cpu", device)
