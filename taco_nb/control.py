@@ -169,16 +169,8 @@ def effects(table: pd.DataFrame) -> pd.DataFrame:
                 if metric not in of_set:
                     continue
                 change = _change(metric, own, other.loc[own.index]).dropna()
-                low, high = interval_of(metric, change)
-                row = {
-                    "codec": codec,
-                    "dataset": dataset,
-                    "condition": condition,
-                    "metric": metric,
-                    "unit": unit,
-                }
-                row |= {"effect": change.mean(), "low": low, "high": high, "images": len(change)}
-                rows.append(row)
+                row = {"codec": codec, "dataset": dataset, "condition": condition, "metric": metric}
+                rows.append({**row, "unit": unit, **_mean(metric, change)})
     return pd.DataFrame(rows)
 
 
@@ -186,6 +178,12 @@ def _change(metric: str, before: pd.DataFrame, after: pd.DataFrame) -> pd.Series
     """Return what each picture's figure changed by; bytes in per cent."""
     change = after[metric] - before[metric]
     return 100 * change / before[metric] if metric == "bytes" else change
+
+
+def _mean(metric: str, change: pd.Series) -> dict[str, Any]:
+    """Return the mean of a metric's change over the pictures, its interval, and over how many pictures it is."""
+    low, high = interval_of(metric, change)
+    return {"effect": change.mean(), "low": low, "high": high, "images": len(change)}
 
 
 def said(found: pd.DataFrame, condition: str = "another's") -> str:
@@ -271,22 +269,9 @@ def against(table: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFra
             if metric not in own:
                 continue
             changes = [_change(metric, runs[sibling, seed], runs[codec, seed]) for seed in seeds]
-            change = sum(changes) / len(changes)
-            low, high = interval_of(metric, change)
-            row = {
-                "codec": codec,
-                "sibling": sibling,
-                "metric": metric,
-                "unit": unit,
-                "effect": change.mean(),
-            }
-            row |= {
-                "low": low,
-                "high": high,
-                "seeds": tuple(of.mean() for of in changes),
-                "images": len(change),
-            }
-            rows.append(row)
+            row = {"codec": codec, "sibling": sibling, "metric": metric, "unit": unit}
+            row |= _mean(metric, sum(changes) / len(changes))
+            rows.append(row | {"seeds": tuple(of.mean() for of in changes)})
     columns = ["codec", "sibling", "metric", "unit", "effect", "low", "high", "seeds", "images"]
     return pd.DataFrame(rows, columns=columns)
 

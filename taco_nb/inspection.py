@@ -114,9 +114,9 @@ class DecodingStep(NamedTuple):
 
     name: str
     bits: Tensor
-    """What each latent of this part takes, -log2 of its probability: (c, h, w/2), or (N, h/4, w/4) of z."""
+    """The bits of each latent of this part, -log2 of its probability: (c, h, w/2), or (N, h/4, w/4) of z."""
     picture: Image.Image
-    """What g_s makes of all that is known by now, while what is to come stands at the means of its Gaussians."""
+    """The picture that g_s makes of all that is known by now; what is to come stands at the means of its Gaussians."""
     symbols: Tensor
     """The integers of this part, of the same shape as `bits`."""
     means: Tensor | None = None

@@ -18,6 +18,7 @@ from taco_nb.errors import DataError, SettingError, TacoError
 from taco_nb.metrics.distortion import psnr
 from taco_nb.metrics.rate import bpp
 from taco_nb.widgets.compare import Compare, CompareView, badges_of
+from taco_nb.widgets.html_parts import shortened
 
 NONSENSE = "qwzx vbnk plmt"
 _CELL = 'style="text-align:right;font-variant-numeric:tabular-nums;padding:1px 8px"'
@@ -125,7 +126,7 @@ class CaptionLab(ipywidgets.VBox):
             rate = bpp(len(made.file), *self._image.size)
             cells = [f"{len(made.file):,}", f"{rate:.4f}", f"{made.psnr:.3f}"]
             cells += [f"{len(made.file) - len(first.file):+d}", f"{made.psnr - first.psnr:+.3f}"]
-            caption = made.caption if len(made.caption) <= 90 else f"{made.caption[:90]} …"
+            caption = shortened(made.caption)
             mark = ' style="font-weight:bold"' if made is current else ""
             rows.append(
                 f'<tr{mark}><td style="text-align:left;white-space:nowrap">{html.escape(made.name)}</td>'

@@ -80,6 +80,11 @@ def picture_tag(picture: Image.Image, alt: str) -> str:
     return f'<img {size} alt="{html.escape(alt, quote=True)}" src="{picture_url(picture)}">'
 
 
+def shortened(caption: str) -> str:
+    """Return the first 90 characters of a caption; a paragraph would fill the place of what it belongs to."""
+    return caption if len(caption) <= 90 else f"{caption[:90]} …"
+
+
 def sortable(table: pd.DataFrame, digits: int = 3, fold: str = "") -> HTML:
     """Return a table in HTML that sorts by the column whose heading is clicked.
 

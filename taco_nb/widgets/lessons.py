@@ -218,10 +218,8 @@ def fewer_keys(attention: Attention, counts: Sequence[int] = (38, 8, 4, 2, 1)) -
         )
     figure.update_yaxes(range=[0, 1.02])
     figure.update_yaxes(title_text="weight", col=1)
-    margin = {"l": 60, "r": 20, "t": 80, "b": 50}
-    figure.update_layout(
-        **{**LAYOUT, "height": 340, "margin": margin}, title={"text": "One position's softmax", "x": 0.5}
-    )
+    layout = LAYOUT | {"height": 340, "margin": LAYOUT["margin"] | {"t": 80}}
+    figure.update_layout(**layout, title={"text": "One position's softmax", "x": 0.5})
     return figure
 
 
@@ -273,7 +271,7 @@ def amdahl_bar(share: float, of: str = "time") -> Figure:
 def forest_of_changes(changes: pd.DataFrame) -> Figure:
     """Draw changes to a baseline in per cent, a line each: what was published, and what was measured, if it was.
 
-    `changes` comes from `taco_nb.report.published_changes`: label, published, measured (NaN where nothing was), low, high.
+    `changes` comes from `taco_nb.verdicts.published_changes`: label, published, measured (NaN where nothing was), low, high.
     """
     import plotly.graph_objects as go
 

@@ -13,6 +13,7 @@ from taco_nb.data.images import to_rgb, to_tensor
 from taco_nb.errors import TacoError
 from taco_nb.metrics.distortion import psnr
 from taco_nb.widgets.figures import training_curves
+from taco_nb.widgets.html_parts import shortened
 from taco_nb.widgets.pictures import side_by_side
 
 if TYPE_CHECKING:
@@ -72,8 +73,7 @@ class TrainingMonitor:
             picture,
         )
         self._first = self._first or now
-        said = self.caption if len(self.caption) <= 90 else f"{self.caption[:90]} …"
-        sheet = side_by_side({f"original\n{said}": self.image, **dict([self._first, now])})
+        sheet = side_by_side({f"original\n{shortened(self.caption)}": self.image, **dict([self._first, now])})
         return {"image/png": sheet._repr_png_(), "text/plain": now[0]}
 
 
