@@ -484,7 +484,7 @@ def test_it_shows_figures_and_pictures(executed):
     assert [figure["data-label"] for figure in captions.figures] == ["original", *presets]
     for figure in compared.figures + captions.figures:
         assert all(low < high for low, high in pixels(figure).getextrema())
-    assert len(json.dumps(notebook)) < 20_000_000
+    assert len(json.dumps(notebook)) < 15_000_000
 
 
 def test_its_page_opens_without_a_network(executed, tmp_path):
