@@ -369,7 +369,7 @@ def test_the_check_for_a_gpu_runs_on_a_processor(small_bench, tmp_path, capsys):
     found = json.loads((tmp_path / "gpu_check.json").read_text())
     assert found["device"] == "cpu" and found["packages"]["torch"]
     rows = {name: check["rows"] for name, check in found["checks"].items()}
-    assert rows.keys() == gpu_check.CHECKS.keys() - set(gpu_check.ELSEWHERE)
+    assert rows.keys() == {*gpu_check.FILES, *gpu_check.TIMED}
     assert len(rows["golden files"]) == 10 and len(rows["portable files"]) == 4
     assert [row["arithmetic"] for row in rows["training"]] == ["the CPU in float32", "the CPU in bfloat16"]
     assert {row["codec"] for row in rows["beside ELIC"]} == {bench.REFERENCE, "exact", "fast"}
@@ -383,7 +383,8 @@ def test_a_check_that_fails_is_named_and_stops_no_other(tmp_path, monkeypatch, c
         yield {"ok": True}
         raise RuntimeError("CUDA error: an illegal memory access\nand much more")
 
-    monkeypatch.setattr(gpu_check, "CHECKS", {"broken": broken, "sound": lambda *_: iter([{"ok": True}])})
+    monkeypatch.setattr(gpu_check, "FILES", {"broken": broken})
+    monkeypatch.setattr(gpu_check, "TIMED", {"sound": lambda *_: iter([{"ok": True}])})
     assert command("bench", "--gpu-check", "--device", "cpu", "--out", tmp_path) == 1
     table = (tmp_path / "gpu_check.md").read_text()
     assert "| broken | FAILED | error RuntimeError: CUDA error: an illegal memory access |" in table

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -151,59 +153,56 @@ def beside_elic(device: str, folder: Path) -> Iterator[Row]:
         }
 
 
-def _train(folder: Path, *words: str) -> subprocess.Popen:
-    words = ("--profile", "sample", "--set", "epochs=2", "--out", str(folder), "--device", "cuda", *words)
-    return subprocess.Popen(
-        [sys.executable, "-m", "taco_nb.training", *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def _run(*words: str) -> Row:
+    """Run a program of Python's, and return whether it went well, with the last line that it wrote if it did not."""
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
+    if done.returncode == 0:
+        return {"ok": True}
+    print(done.stderr, file=sys.stderr)
+    return {"ok": False, "error": (done.stderr.strip().splitlines() or ["nothing was said"])[-1]}
+
+
+def _training(folder: Path, device: str) -> list[str]:
+    words = ["taco_nb.training", "--profile", "sample", "--set", "epochs=2", "--out", str(folder)]
+    return [*words, "--device", device]
 
 
 def resumed(device: str, folder: Path) -> Iterator[Row]:
     """Kill a run once it has saved its state, and go on with it."""
     run, end = folder / "killed", time.monotonic() + 120
-    process = _train(run, "--save-minutes", "0")
+    words = [sys.executable, "-m", *_training(run, device), "--save-minutes", "0"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (run / STATE).is_file() and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    yield {"killed": process.returncode == -signal.SIGKILL, "ok": _train(run).wait() == 0}
+    yield {"killed": process.returncode == -signal.SIGKILL, **_run(*_training(run, device))}
 
 
 def two_at_once(device: str, folder: Path) -> Iterator[Row]:
     """Train two runs on one GPU at the same time."""
-    both = [_train(folder / name) for name in ("one", "other")]
-    yield {"ok": [process.wait() for process in both] == [0, 0]}
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(lambda name: _run(*_training(folder / name, device)), ("one", "other"))
 
 
 def notebooks(device: str, folder: Path) -> Iterator[Row]:
     """Run notebooks 03 and 05 with papermill, for two epochs of the bundled pictures."""
     for name, parameters in (("03_linformer", ["epochs", "2"]), ("05_timing", ["n_pairs", "5"])):
-        words = [
-            sys.executable,
-            "-m",
-            "papermill",
-            str(REPOSITORY / "notebooks" / f"{name}.ipynb"),
-            str(folder / name),
-        ]
+        words = ["papermill", str(REPOSITORY / "notebooks" / f"{name}.ipynb"), str(folder / f"{name}.ipynb")]
         words += ["-p", "profile", "sample", "-p", "device", device, "-p", "out_dir", str(folder / "runs")]
         began = time.monotonic()
-        done = subprocess.run([*words, "-p", *parameters], capture_output=True, text=True)
-        yield {"notebook": name, "s": time.monotonic() - began, "ok": done.returncode == 0}
+        yield {"notebook": name, **_run(*words, "-p", *parameters), "s": time.monotonic() - began}
 
 
-CHECKS: dict[str, Callable[[str, Path], Iterator[Row]]] = {
-    "golden files": golden_files,
-    "portable files": portable_files,
-    "training": training,
-    "beside ELIC": beside_elic,
+Check = Callable[[str, Path], Iterator[Row]]
+FILES: dict[str, Check] = {"golden files": golden_files, "portable files": portable_files}
+PROGRAMS: dict[str, Check] = {
     "resume after a kill": resumed,
     "two runs at once": two_at_once,
     "notebooks": notebooks,
 }
-ELSEWHERE = ("resume after a kill", "two runs at once", "notebooks")
-"""These start other programs. On a processor the tests do all of it, and take minutes."""
+"""These start other programs, all at the same time. On a processor the tests do all of it, and take minutes."""
+TIMED: dict[str, Check] = {"training": training, "beside ELIC": beside_elic}
 
 
 def gpu_check(device: str, out: Path) -> bool:
@@ -211,22 +210,17 @@ def gpu_check(device: str, out: Path) -> bool:
     check_device(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    began, results = time.monotonic(), {}
-    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng():
+    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(), ThreadPoolExecutor() as pool:
         torch.manual_seed(0)
-        for name, check in CHECKS.items():
-            if device == "cpu" and name in ELSEWHERE:
-                continue
-            at, rows = time.monotonic(), []
-            try:
-                if at - began > SECONDS:
-                    raise TimeoutError(f"not begun after {SECONDS} seconds")
-                for row in check(device, Path(scratch)):
-                    rows.append(row)
-            except Exception as error:  # whatever it is, it is the finding, and the other checks go on
-                rows.append({"ok": False, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
-            results[name] = {"seconds": time.monotonic() - at, "rows": rows}
-            print(f"{name}: {results[name]['seconds']:.1f} s", flush=True)
+        end = time.monotonic() + SECONDS
+        elsewhere = {
+            name: pool.submit(_outcome, name, check, device, scratch, end)
+            for name, check in PROGRAMS.items()
+            if device == "cuda"
+        }
+        results = {name: _outcome(name, check, device, scratch, end) for name, check in FILES.items()}
+        results |= {name: future.result() for name, future in elsewhere.items()}
+        results |= {name: _outcome(name, check, device, scratch, end) for name, check in TIMED.items()}
     about = provenance()
     about = {"device": device, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), **about}
     table = as_markdown(about, results)
@@ -236,6 +230,22 @@ def gpu_check(device: str, out: Path) -> bool:
     with atomic_write(out / "gpu_check.md", "w") as file:
         file.write(table)
     return not any(row["ok"] is False for result in results.values() for row in result["rows"])
+
+
+def _outcome(name: str, check: Check, device: str, scratch: str, end: float) -> Row:
+    """Return the rows of a check, and how long it took. An error is a row too: it is the finding, and the others go on."""
+    began, rows = time.monotonic(), []
+    try:
+        if began > end:
+            raise TimeoutError(f"not begun after {SECONDS} seconds")
+        for row in check(device, Path(scratch)):
+            rows.append(row)
+    except Exception as error:
+        traceback.print_exc()
+        rows.append({"ok": False, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
+    seconds = time.monotonic() - began
+    print(f"{name}: {seconds:.1f} s", flush=True)
+    return {"seconds": seconds, "rows": rows}
 
 
 def as_markdown(about: dict[str, Any], results: dict[str, Row]) -> str:
