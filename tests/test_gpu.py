@@ -243,9 +243,10 @@ def test_what_is_compiled_and_where(monkeypatch):
         (False, 1, "off"),
     ):
         monkeypatch.setattr("torch.utils._triton.has_triton", lambda has_triton=has_triton: has_triton)
-        assert loop.compile_mode("auto", cpu, processes) == "off"
-        assert loop.compile_mode("auto", gpu, processes) == expected
-        assert loop.compile_mode("default", cpu, processes) == "default"
+        assert loop.compile_mode("auto", cpu, processes, 5000) == "off"
+        assert loop.compile_mode("auto", gpu, processes, 500) == "off"
+        assert loop.compile_mode("auto", gpu, processes, 5000) == expected
+        assert loop.compile_mode("default", cpu, processes, 5) == "default"
     with pytest.raises(loop.SettingError, match="compile cannot be 'max'"):
         Resources(compile="max")
 

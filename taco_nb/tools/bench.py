@@ -35,6 +35,8 @@ REFERENCE = "Elic2022Official"
 CAPTION = "a cup of coffee on a wooden table"
 SIZE = (768, 512)
 """Width and height of a Kodak image."""
+CROPS = 8
+"""How many crops of 256x256 a GPU codes at once."""
 
 
 def photograph(width: int, height: int) -> Image.Image:
@@ -82,7 +84,7 @@ class Elic:
 def speed(device: str, repeats: int, training_repeats: int, bar: tqdm | None = None) -> pd.DataFrame:
     """Time ELIC and both modes in turn at encoding, at decoding and at a training step: a row per task and codec.
 
-    On a GPU, batches of 32 crops are coded too. A training step is forward pass, rate and distortion, backward pass and
+    On a GPU, batches of crops are coded too. A training step is forward pass, rate and distortion, backward pass and
     Adam, on one 256x256 crop on a processor and on eight on a GPU; "exact" trains in float32, and "fast" autocasts to
     bfloat16 where the device is quicker at it. `bar` moves by one after each of the tasks.
     """
@@ -102,15 +104,15 @@ def speed(device: str, repeats: int, training_repeats: int, bar: tqdm | None = N
     measure("encode", {name: partial(c.encode, image, CAPTION) for name, c in codecs.items()}, repeats, sizes)
     measure("decode", {name: partial(c.decode, files[name]) for name, c in codecs.items()}, repeats)
     if device == "cuda":  # ELIC codes the images of a batch one after the other
-        crops = [photograph(256, 256)] * 32
-        encode = {name: partial(c.encode_batch, crops, [CAPTION] * 32) for name, c in codecs.items()}
+        crops = [photograph(256, 256)] * CROPS
+        encode = {name: partial(c.encode_batch, crops, [CAPTION] * CROPS) for name, c in codecs.items()}
         batches = {name: run() for name, run in encode.items()}
         decode = {
             name: lambda c=c, batch=batches[name]: [x_hat.cpu() for x_hat in c.decode_batch(batch)]
             for name, c in codecs.items()
         }
-        measure("encode 32 crops", encode, repeats)
-        measure("decode 32 crops", decode, repeats)
+        measure(f"encode {CROPS} crops", encode, repeats)
+        measure(f"decode {CROPS} crops", decode, repeats)
     net, count = codecs["exact"].net, 8 if device == "cuda" else 1
     x = torch.rand(count, 3, 256, 256, device=device).to(memory_format=torch.channels_last)
     text = torch.randn(count, 38, net.config.text_dim, device=device)

@@ -74,6 +74,8 @@ PICTURES = 20
 """How often in a run TensorBoard gets a picture."""
 PICTURE_SIDE = 256
 """The side of that picture, or the training crops' where they are smaller, so that it costs no more than a few steps."""
+COMPILED_FROM = 2000
+"""The steps that a run must have to be compiled unasked: compiling takes minutes, and saves a part of a second per step."""
 COMPILE = ("auto", "off", "default", "reduce-overhead")
 EXPERIMENT, STATE, LOG = "experiment.json", "state.pt", "log.csv"
 
@@ -156,8 +158,8 @@ def fit(
     own where there are GPUs; in a process that a launcher such as accelerate's has started it is ignored. `num_workers`
     load the images of each process (None: none on a CPU, up to 8 on a GPU). `accumulation` says into how many pieces a
     process cuts its share of a batch, to need less memory. `compile` is "off", or a mode of `torch.compile`: "default", or
-    "reduce-overhead", which also records a GPU's work to replay it at once ("auto": that on a GPU where Triton is there,
-    else "off"); what is compiled rounds otherwise, by less than a thousandth of the loss.
+    "reduce-overhead", which also records a GPU's work to replay it at once ("auto": that for a long run on a GPU where Triton
+    is there, else "off"); what is compiled rounds otherwise, by less than a thousandth of the loss.
 
     `on_log` is called with each row of the log (see `taco_nb.widgets.training_monitor`), and once in the end where the
     run was finished already or was trained by several processes.
@@ -252,7 +254,7 @@ class Trainer:
             )
         self.conditioning = Conditioning(tower, *exp.text_settings.values(), self.keywords)
         self.loss = make_loss(exp, self.device)
-        self.compiled = compile_mode(resources.compile, self.device, self.group.size)
+        self.compiled = compile_mode(resources.compile, self.device, self.group.size, self.total)
         self.forward, self.means = self.net, self.loss.means
         self.embed = self.loss.joint.embed if exp.k_J else None
         if self.compiled != "off":
@@ -763,13 +765,16 @@ def with_half_kernels(network: nn.Module) -> nn.Module:
     return network
 
 
-def compile_mode(setting: str, device: torch.device, processes: int) -> str:
-    """Return how to compile: "off", or a mode of `torch.compile`.
+def compile_mode(setting: str, device: torch.device, processes: int, steps: int) -> str:
+    """Return how to compile for a run of so many steps: "off", or a mode of `torch.compile`.
 
-    Recorded work cannot exchange gradients between processes, so that "auto" records none where there are several.
+    "auto" compiles only where that saves more time than it takes. Recorded work cannot exchange gradients between processes,
+    so that "auto" records none where there are several.
     """
     if setting != "auto":
         return setting
+    if steps < COMPILED_FROM:
+        return "off"
     from torch.utils._triton import has_triton
 
     compiler = os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))  # Triton asks for one
