@@ -209,33 +209,42 @@ PROGRAMS: dict[str, Check] = {
     "notebooks": notebooks,
 }
 """These start other programs, all at the same time. On a processor the tests do all of it, and take minutes."""
-TIMED: dict[str, Check] = {"training": training, "beside ELIC": beside_elic}
+TIMED: dict[str, Check] = {"beside ELIC": beside_elic, "training": training}
+"""These have the machine to themselves. Compiling makes the last the longest."""
 
 
 def gpu_check(device: str, out: Path) -> bool:
-    """Run all checks, print their table, write gpu_check.json and gpu_check.md into `out`, and say whether all went well."""
+    """Run all checks, print their table, and say whether all went well.
+
+    gpu_check.json and gpu_check.md in the folder `out` are written after each check, so that what was found stays if the
+    rest is stopped.
+    """
     check_device(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(), ThreadPoolExecutor() as pool:
-        torch.manual_seed(0)
-        end = time.monotonic() + SECONDS
-        elsewhere = {
-            name: pool.submit(_outcome, name, check, device, scratch, end)
-            for name, check in PROGRAMS.items()
-            if device == "cuda"
-        }
-        results = {name: _outcome(name, check, device, scratch, end) for name, check in FILES.items()}
-        results |= {name: future.result() for name, future in elsewhere.items()}
-        results |= {name: _outcome(name, check, device, scratch, end) for name, check in TIMED.items()}
     about = provenance()
     about = {"device": device, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), **about}
-    table = as_markdown(about, results)
-    print(table)
-    with atomic_write(out / "gpu_check.json", "w") as file:
-        json.dump({**about, "checks": results}, file, indent=1)
-    with atomic_write(out / "gpu_check.md", "w") as file:
-        file.write(table)
+    results: dict[str, Row] = {}
+
+    def keep(name: str, result: Row) -> None:
+        results[name] = result
+        with atomic_write(out / "gpu_check.json", "w") as file:
+            json.dump({**about, "checks": results}, file, indent=1)
+        with atomic_write(out / "gpu_check.md", "w") as file:
+            file.write(as_markdown(about, results))
+
+    with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(), ThreadPoolExecutor() as pool:
+        torch.manual_seed(0)
+        arguments = device, scratch, time.monotonic() + SECONDS
+        programs = PROGRAMS if device == "cuda" else {}
+        elsewhere = {name: pool.submit(_outcome, name, run, *arguments) for name, run in programs.items()}
+        for name, run in FILES.items():
+            keep(name, _outcome(name, run, *arguments))
+        for name, future in elsewhere.items():
+            keep(name, future.result())
+        for name, run in TIMED.items():
+            keep(name, _outcome(name, run, *arguments))
+    print(as_markdown(about, results))
     return not any(row["ok"] is False for result in results.values() for row in result["rows"])
 
 
