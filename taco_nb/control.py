@@ -17,13 +17,14 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 
 from taco_nb.checkpoint import trained_as
@@ -44,9 +45,6 @@ from taco_nb.settings import check_count
 from taco_nb.text.conditioning import CONSTANT_CAPTION
 from taco_nb.text.tokens import clip_tokenizer
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 CONDITIONS = {
     "own": "each picture's own caption",
     "another's": "the caption of another picture",
@@ -56,14 +54,12 @@ CONDITIONS = {
     "nonsense": "words drawn at random, as many tokens as the own caption has",
 }
 TABLE = "control.csv"
-KINDS = ("free", "crossed")
-"""The two kinds of scenes."""
 EFFECTS = {
     "bytes": "bits, %", "psnr": "PSNR, dB", "ms_ssim": "MS-SSIM", "lpips": "LPIPS", "mini_distance": "mini_distance",
     "clip_score": "CLIP score", "mini_score": "mini_score",
 }  # fmt: skip
 """The metrics of which effects are given, each with its unit. All are differences, but for bits, which are in per cent."""
-_SAID = {"bytes": ("bits", "%"), "psnr": ("PSNR", "dB")}
+_SAID = ("bytes", "psnr")
 """The metrics that sentences are about."""
 
 
@@ -90,14 +86,12 @@ def control(
     Real files are written and decoded. With `out_dir` they are kept there, a folder per condition, beside control.csv.
     Raises `SettingError` for sets of fewer than two pictures, which have no other's caption, and what `evaluate` raises.
     """
-    import pandas as pd
-
     check_sets(sets)
     found, absent = find_networks()
     if absent:
         say_missing(tuple(absent))
     networks = {name: network.load(codec.device) for name, network in found.items() if name not in OF_SETS}
-    tables = []
+    rows = []
     total = len(conditions) * sum(map(len, sets))
     with (
         tempfile.TemporaryDirectory() if out_dir is None else nullcontext(out_dir) as folder,
@@ -107,15 +101,16 @@ def control(
             own = [source.captions(i)[0] for i in range(len(dataset))]
             for condition in conditions:
                 captions = captions_under(condition, own, seed)
+                digest = hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:12]
                 about = {"codec": codec.name, "dataset": dataset.name, "condition": condition}
-                digest = _digest(captions)
                 for batch in _batches(dataset):
                     samples = [dataset[i] for i in batch]
                     files = Path(folder, condition, dataset.name)
-                    rows, _ = measure(codec, samples, files, networks, read=[captions[i] for i in batch])
-                    tables += [{**about, **row, "captions": digest} for row in rows]
+                    read_here = [captions[i] for i in batch]
+                    measured, _ = measure(codec, samples, files, networks, read=read_here)
+                    rows += [{**about, **row, "captions": digest} for row in measured]
                     bar.update(len(batch))
-        table = pd.DataFrame(tables)
+        table = pd.DataFrame(rows)
         if out_dir is not None:
             write_csv(Path(folder, TABLE), table, (*TEXT, "condition", "captions"))
     return table
@@ -158,32 +153,34 @@ def effects(table: pd.DataFrame) -> pd.DataFrame:
     Columns: effect, the mean over the pictures of the difference to the same picture under its own caption, with `unit`;
     low and high, its 95 % bootstrap interval (NaN for fewer than ten pictures); and images, over how many it is.
     """
-    import pandas as pd
-
     rows = []
     for (codec, dataset), of_set in table.groupby(["codec", "dataset"], sort=False):
         own = of_set[of_set["condition"] == "own"].set_index("name")
-        for condition in (name for name in CONDITIONS if name != "own"):
+        for condition in CONDITIONS:
             other = of_set[of_set["condition"] == condition].set_index("name")
-            for metric, unit in EFFECTS.items() if len(other) else ():
-                if metric not in of_set:
-                    continue
-                change = _change(metric, own, other.loc[own.index]).dropna()
-                row = {"codec": codec, "dataset": dataset, "condition": condition, "metric": metric}
-                rows.append({**row, "unit": unit, **_mean(metric, change)})
+            if condition != "own" and len(other):
+                about = {"codec": codec, "dataset": dataset, "condition": condition}
+                rows += [{**about, **row} for row, _ in _changes([(own, other.loc[own.index])])]
     return pd.DataFrame(rows)
 
 
-def _change(metric: str, before: pd.DataFrame, after: pd.DataFrame) -> pd.Series:
-    """Return what each picture's figure changed by; bytes in per cent."""
-    change = after[metric] - before[metric]
-    return 100 * change / before[metric] if metric == "bytes" else change
+def _changes(
+    seeds: Sequence[tuple[pd.DataFrame, pd.DataFrame]],
+) -> Iterator[tuple[dict[str, Any], list[float]]]:
+    """Yield what every metric changes by: a row with its mean over pictures and seeds, and the mean of each seed by itself.
 
-
-def _mean(metric: str, change: pd.Series) -> dict[str, Any]:
-    """Return the mean of a metric's change over the pictures, its interval, and over how many pictures it is."""
-    low, high = interval_of(metric, change)
-    return {"effect": change.mean(), "low": low, "high": high, "images": len(change)}
+    `seeds` holds for each seed the figures of the pictures before the change and after it, a row per picture.
+    """
+    for metric, unit in EFFECTS.items():
+        if not seeds or metric not in seeds[0][0]:
+            continue
+        changes = [after[metric] - before[metric] for before, after in seeds]
+        if metric == "bytes":
+            changes = [100 * change / before[metric] for change, (before, _) in zip(changes, seeds)]
+        change = (sum(changes) / len(changes)).dropna()
+        low, high = interval_of(metric, change)
+        row = {"metric": metric, "unit": unit, "effect": change.mean(), "low": low, "high": high}
+        yield {**row, "images": len(change)}, [of_seed.mean() for of_seed in changes]
 
 
 def said(found: pd.DataFrame, condition: str = "another's") -> str:
@@ -200,7 +197,7 @@ def said(found: pd.DataFrame, condition: str = "another's") -> str:
 
 def _in_words(row: Any, low: float, high: float) -> str:
     """Say how large an effect on bits or PSNR is, if `low` and `high` are on one side of zero, or below what it lies."""
-    what, unit = _SAID[row.metric]
+    what, unit = EFFECTS[row.metric].split(", ")
     if math.isnan(low):
         return f"{what} by {row.effect:+.3f} {unit}, of {row.images} pictures, too few for an interval"
     if low == high == 0:
@@ -215,10 +212,6 @@ def _in_words(row: Any, low: float, high: float) -> str:
 def _batches(dataset: CaptionedImages) -> list[range]:
     """Return the pictures that go through the networks together: crops of one size by the batch, whole pictures alone."""
     return batch_ranges(len(dataset), BATCH_SIZE if dataset.crop else 1)
-
-
-def _digest(captions: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:12]
 
 
 def _nonsense(caption: str, rng: Random) -> str:
@@ -244,8 +237,6 @@ def siblings(data_dir: str | os.PathLike | None = None) -> pd.DataFrame:
     There is a row per run, picture and condition ("own", "another's"), with the columns of `control`. Runs that differ in
     their seeds alone have the same name in `codec`, and `seed` tells them apart.
     """
-    import pandas as pd
-
     table = pd.read_csv(bundled("checkpoints/results.csv", data_dir))
     run = table["codec"].str.extract(r"^(.+?)(?:-seed(\d+))?$")
     return table.assign(codec=run[0], seed=run[1].fillna("1").astype(int))
@@ -258,20 +249,17 @@ def against(table: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFra
     sibling, metric and unit; effect, the mean over pictures and over the seeds that both have; low and high, its 95 %
     bootstrap interval over the pictures; seeds, the mean of each seed by itself; and images.
     """
-    import pandas as pd
-
     own = table[table["condition"] == "own"]
     runs = {key: run.set_index("name") for key, run in own.groupby(["codec", "seed"])}
     rows = []
     for codec, sibling in pairs:
-        seeds = [seed for name, seed in runs if name == codec and (sibling, seed) in runs]
-        for metric, unit in EFFECTS.items() if seeds else ():
-            if metric not in own:
-                continue
-            changes = [_change(metric, runs[sibling, seed], runs[codec, seed]) for seed in seeds]
-            row = {"codec": codec, "sibling": sibling, "metric": metric, "unit": unit}
-            row |= _mean(metric, sum(changes) / len(changes))
-            rows.append(row | {"seeds": tuple(of.mean() for of in changes)})
+        seeds = [
+            (runs[sibling, seed], run)
+            for (name, seed), run in runs.items()
+            if name == codec and (sibling, seed) in runs
+        ]
+        for row, of_seeds in _changes(seeds):
+            rows.append({"codec": codec, "sibling": sibling, **row, "seeds": tuple(of_seeds)})
     columns = ["codec", "sibling", "metric", "unit", "effect", "low", "high", "seeds", "images"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -307,12 +295,16 @@ def listening(codec: Codec, scenes: int = 96, first: int = 0) -> pd.DataFrame:
 
     Raises `SettingError` unless scenes >= 2.
     """
-    import pandas as pd
-
     check_count(scenes, "The number of scenes", least=2)
     exp = trained_as(codec.about)
     long = exp is not None and exp.captions == "context"
-    turns = [_turn(first + i // 2, KINDS[i % 2], i // 2) for i in range(scenes)]
+    turns = []
+    for i in range(scenes):
+        # The kinds take turns, and of each kind every pair of the four shapes, in either order, in every twelve scenes.
+        kind, number = ("free", "crossed")[i % 2], i // 2
+        named, apart = number % 4, 1 + number // 4 % 3
+        shown = scene(first + number, kind == "crossed")
+        turns.append(_Turn(first + number, kind, shown, named, (named + apart) % 4))
     rows = []
     with progress_bar(total=scenes, desc=f"listening of {codec.name}", unit="scene") as bar:
         for batch in batch_ranges(scenes, BATCH_SIZE):
@@ -336,7 +328,7 @@ def listening(codec: Codec, scenes: int = 96, first: int = 0) -> pd.DataFrame:
 
 
 class _Turn(NamedTuple):
-    """A scene, the number of the shape that is named, and that of another one, which the other caption names."""
+    """This is a scene, the number of the shape that is named, and that of another one, which the other caption names."""
 
     seed: int
     kind: str
@@ -347,12 +339,6 @@ class _Turn(NamedTuple):
     def caption(self, k: int, long: bool) -> str:
         names = [self.shown.names[k]]
         return long_caption(self.shown, names) if long else short_caption(names, self.seed)
-
-
-def _turn(seed: int, kind: str, number: int) -> _Turn:
-    """Return a scene with the two shapes whose turn it is: each pair, in either order, has its turn in every twelve."""
-    named = number % 4
-    return _Turn(seed, kind, scene(seed, kind == "crossed"), named, (named + 1 + number // 4 % 3) % 4)
 
 
 def shape_psnr(shown: Scene, k: int, x_hat: torch.Tensor) -> float:
@@ -368,26 +354,19 @@ def heard(tables: pd.DataFrame) -> pd.DataFrame:
     Columns: codec, kind, listening, low, high, psnr_own, psnr_other, psnr_empty, bytes (of the files under the own caption),
     "bits, %" (of those under the other caption, against the own), scenes.
     """
-    import pandas as pd
-
     rows = []
     for (codec, kind), of in tables.groupby(["codec", "kind"], sort=False):
         low, high = interval(of["listening"])
         row = {"codec": codec, "kind": kind, "listening": of["listening"].mean(), "low": low, "high": high}
         row |= {name: of[name].mean() for name in ("psnr_own", "psnr_other", "psnr_empty")}
-        row |= {
-            "bytes": of["bytes_own"].mean(),
-            "bits, %": 100 * (of["bytes_other"].sum() / of["bytes_own"].sum() - 1),
-            "scenes": len(of),
-        }
-        rows.append(row)
+        row |= {"bytes": of["bytes_own"].mean()}
+        row |= {"bits, %": 100 * (of["bytes_other"].sum() / of["bytes_own"].sum() - 1)}
+        rows.append({**row, "scenes": len(of)})
     return pd.DataFrame(rows)
 
 
 def results_of_shapes(data_dir: str | os.PathLike | None = None) -> pd.DataFrame:
     """Return what `heard` gave for every run of the shapes' recipe, those of other seeds too, with their settings."""
-    import pandas as pd
-
     return pd.read_csv(bundled("shapes/results.csv", data_dir)).rename(columns={"dataset": "kind"})
 
 
@@ -398,12 +377,7 @@ def over_seeds(results: pd.DataFrame) -> pd.DataFrame:
     psnr_own, psnr_other and bytes.
     """
     plain = results.assign(codec=results["codec"].str.replace(r"-seed\d+$", "", regex=True))
-    return plain.groupby(["codec", "kind"], sort=False, as_index=False).agg(
-        seeds=("listening", "size"),
-        listening=("listening", "mean"),
-        low=("listening", "min"),
-        high=("listening", "max"),
-        psnr_own=("psnr_own", "mean"),
-        psnr_other=("psnr_other", "mean"),
-        bytes=("bytes", "mean"),
-    )
+    of_seeds = {"seeds": "size", "listening": "mean", "low": "min", "high": "max"}
+    columns = {name: ("listening", how) for name, how in of_seeds.items()}
+    columns |= {name: (name, "mean") for name in ("psnr_own", "psnr_other", "bytes")}
+    return plain.groupby(["codec", "kind"], sort=False, as_index=False).agg(**columns)

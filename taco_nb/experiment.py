@@ -43,7 +43,7 @@ DEMO_SIZES = Sizes(N=48, M=96, groups=(8, 8, 16, 16, 48), text_dim=128, context_
 @plain_errors
 @dataclass(frozen=True, config=STRICT)
 class Experiment:
-    """Model, text, data, training and seed of one run; the defaults are the published baseline's.
+    """This holds model, text, data, training and seed of one run; the defaults are the published baseline's.
 
     Raises `SettingError`, naming the field, for a value of the wrong type or out of range.
     """

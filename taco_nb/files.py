@@ -121,7 +121,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "wb", durable: bool = True
 
 
 class _RecordingFile(io.FileIO):
-    """A file that remembers why a write failed, because some writers hide it.
+    """This file remembers why a write failed, because some writers hide it.
 
     `torch.save` on a full disk, for instance, raises `RuntimeError: unexpected pos 11625920 vs 11625808`.
     """

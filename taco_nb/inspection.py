@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +26,7 @@ from taco_nb.model.precision import full_float32
 
 
 class Attention(NamedTuple):
-    """One of the adapter's attentions as it ran on one picture and one caption."""
+    """This is one of the adapter's attentions as it ran on one picture and one caption."""
 
     name: str
     """"Injector 8", "Extractor 14" or "Injector 15": the kind of layer, and its index in g_a."""
@@ -47,33 +50,32 @@ def _encoder_inputs(codec: Codec, image: Any, caption: str) -> tuple[Tensor, ...
     return pad(to_tensor(to_rgb(image))[None].to(codec.device)), *codec.conditioning([caption])
 
 
+def _latents(codec: Codec, image: Any, caption: str) -> Tensor:
+    """Return the latents y that the encoder makes of an image and its caption."""
+    with full_float32(codec.device.type):
+        return codec.net.g_a(*_encoder_inputs(codec, image, caption))
+
+
 @torch.inference_mode()
 def look_at_attention(codec: Codec, image: Any, caption: str) -> list[Attention]:
     """Return the encoder's three attentions on an image (as `Codec.encode` takes it) and its caption, in order."""
     records: list[Attention] = []
 
     def note(name: str, layer: Injector | Extractor, inputs: tuple) -> None:
-        x, text, *mask = inputs
+        x, text, *mask = inputs  # an Extractor has no mask
         grid = tuple(x.shape[2:])
         keys = (1, text.shape[1]) if isinstance(layer, Injector) else grid
-        mask = mask[0] if mask and isinstance(layer, Injector) else None
+        mask = mask[0] if mask else None
         # The attention itself never forms its matrix, which would take too much memory; we do, from the same inputs.
         weights = layer.cross_attn.weights(*layer.sequences(x, text), keys, mask)
         records.append(Attention(name, weights[0].float().cpu(), grid))
 
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda layer, inputs, i=i: note(f"{type(layer).__name__} {i}", layer, inputs)
-        )
-        for i, layer in enumerate(codec.net.g_a.analysis_transform)
-        if isinstance(layer, (Injector, Extractor))
-    ]
-    try:
-        with full_float32(codec.device.type):
-            codec.net.g_a(*_encoder_inputs(codec, image, caption))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks:
+        for i, layer in enumerate(codec.net.g_a.analysis_transform):
+            if isinstance(layer, (Injector, Extractor)):
+                hook = partial(note, f"{type(layer).__name__} {i}")
+                hooks.enter_context(layer.register_forward_pre_hook(hook))
+        _latents(codec, image, caption)
     return records
 
 
@@ -85,14 +87,9 @@ def text_contribution(codec: Codec, image: Any, caption: str) -> Tensor:
     """
     added: list[Tensor] = []
     injector = codec.net.g_a.analysis_transform[8]
-    hook = injector.cross_attn.register_forward_hook(lambda layer, inputs, output: added.append(output[0]))
-    x, *text = _encoder_inputs(codec, image, caption)
-    try:
-        with full_float32(codec.device.type):
-            codec.net.g_a(x, *text)
-    finally:
-        hook.remove()
-    return added[0].T.unflatten(1, (x.shape[2] // 4, x.shape[3] // 4)).float().cpu()
+    with injector.cross_attn.register_forward_hook(lambda layer, inputs, output: added.append(output[0])):
+        height, width = _latents(codec, image, caption).shape[2:]  # a sixteenth of the image's
+    return added[0].T.unflatten(1, (4 * height, 4 * width)).float().cpu()
 
 
 @torch.inference_mode()
@@ -110,7 +107,7 @@ def bit_map(codec: Codec, image: Any, caption: str) -> Tensor:
 
 
 class DecodingStep(NamedTuple):
-    """A part of a `.taco` file, in the order in which a decoder reads it: z first, then y, half group by half group."""
+    """This is a part of a `.taco` file, as a decoder reads them: z first, then y, half group by half group."""
 
     name: str
     bits: Tensor
@@ -131,8 +128,8 @@ def decoding_steps(codec: Codec, image: Any, caption: str) -> list[DecodingStep]
     """Return the parts of an image's file, and what is seen of the image after each: z, then ten half groups of y."""
     net, coder = codec.net, codec.net.integer_model()
     width, height = to_rgb(image).size
+    y = _latents(codec, image, caption)
     with full_float32(codec.device.type):
-        y = net.g_a(*_encoder_inputs(codec, image, caption))
         z = net.h_a(y)
     coded = coder.quantize(y, z)
     z_symbols = coded.z.reshape(z.shape)
@@ -234,11 +231,10 @@ def encoder_flops(exp: Experiment, side: int = 256) -> dict[str, float]:
 def cost_table(sides: Sequence[int], tokens: Sequence[int], dim: int, k: int) -> list[dict[str, Any]]:
     """Return the first Injector's operations, softmax beside Linformer, for image sides in pixels and numbers of tokens."""
     rows = []
-    for side in sides:
-        for count in tokens:
-            queries = (side // 4) ** 2
-            softmax, linformer = attention_flops(queries, count, dim), attention_flops(queries, count, dim, k)
-            row = {"image": f"{side} x {side}", "queries": queries, "tokens": count}
-            row |= {"softmax, MFLOP": softmax / 1e6, f"Linformer k={k}, MFLOP": linformer / 1e6}
-            rows.append({**row, "Linformer / softmax": linformer / softmax})
+    for side, count in itertools.product(sides, tokens):
+        queries = (side // 4) ** 2
+        softmax, linformer = attention_flops(queries, count, dim), attention_flops(queries, count, dim, k)
+        row = {"image": f"{side} x {side}", "queries": queries, "tokens": count}
+        row |= {"softmax, MFLOP": softmax / 1e6, f"Linformer k={k}, MFLOP": linformer / 1e6}
+        rows.append({**row, "Linformer / softmax": linformer / softmax})
     return rows

@@ -11,6 +11,7 @@ from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import plotly.io
 from pydantic import Field, StrictFloat, StrictInt, StrictStr
 from pydantic.dataclasses import dataclass
 
@@ -34,7 +35,7 @@ _INTERNAL = ("settings", "started_in", "began")
 @plain_errors
 @dataclass(frozen=True, config=STRICT)
 class Parameters:
-    """What a notebook was asked to do. None leaves a setting to the profile.
+    """These say what a notebook was asked to do. None leaves a setting to the profile.
 
     Raises `SettingError`, with one sentence, for a value of the wrong type or out of range.
     """
@@ -72,11 +73,9 @@ class Parameters:
 
         Without an `out_dir` it is the same for whoever starts the notebook: `taco_nb.files.default_runs`.
         """
-        return (
-            default_runs()
-            if self.out_dir is None
-            else (self.started_in / Path(self.out_dir).expanduser()).resolve()
-        )
+        if self.out_dir is None:
+            return default_runs()
+        return (self.started_in / Path(self.out_dir).expanduser()).resolve()
 
     @property
     def peers(self) -> Path:
@@ -143,18 +142,19 @@ def check_parameters(namespace: dict[str, Any], *own: str) -> Parameters:
     shared = [parameter.name for parameter in fields(Parameters)]
     known = [name for name in shared if name not in (*_INTERNAL, *_OF_SOME)]
     known += [name for name in own if name not in known]
-    given = {
-        name: namespace[name]
-        for name in _names_given(namespace, known)
-        if not name.startswith("_") and not isinstance(namespace[name], (types.ModuleType, type))
-        and not callable(namespace[name]) and (name in known or _PASSED not in namespace)
-    }  # fmt: skip
-    for name in given:
+    given = {}
+    for name in _names_given(namespace, known):
+        value = namespace[name]
+        if name.startswith("_") or callable(value) or isinstance(value, types.ModuleType):
+            continue
+        if name not in known and _PASSED in namespace:
+            continue
         try:
             check_known([name], known, "This notebook has no parameter")
         except SettingError:
             del namespace[name]
             raise
+        given[name] = value
     settings = {name: given.pop(name) for name in own if name in given and name not in shared}
     settings = {name: value for name, value in settings.items() if value is not None}
     parameters = Parameters(**given, settings=settings)
@@ -162,8 +162,15 @@ def check_parameters(namespace: dict[str, Any], *own: str) -> Parameters:
     parameters = replace(parameters, profile=profile)
     parameters.experiment().replace(**settings)
     check_device(parameters.device, parameters.num_processes)
-    _check_writable(parameters)
-    _embed_plotly()
+    try:
+        check_writable(parameters.runs)
+    except StorageError as error:
+        raise SettingError(
+            f"out_dir must be a folder that can be written to, but {parameters.out_dir or short_path(parameters.runs)!r} is "
+            f"not: {error.__cause__.strerror}."
+        ) from None
+    # Figures carry plotly's script with them, so that an executed notebook shows them without a network.
+    plotly.io.renderers.default = "plotly_mimetype+notebook"
     namespace[_PASSED] = True
     print(sentence)
     return parameters
@@ -179,29 +186,8 @@ def _names_given(namespace: dict[str, Any], known: Iterable[str]) -> list[str]:
     names: set[str] = set()
     for source in namespace.get("In", ()):
         with suppress(SyntaxError):
-            stored = {
-                node.id
-                for node in ast.walk(ast.parse(source))
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-            }
+            nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+            stored = {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
             if source.startswith("# Parameters\n") or not stored.isdisjoint(known):
                 names |= stored
     return [name for name in namespace if not names or name in names]
-
-
-def _check_writable(parameters: Parameters) -> None:
-    """Raise `SettingError` unless runs can be written below `out_dir`."""
-    try:
-        check_writable(parameters.runs)
-    except StorageError as error:
-        raise SettingError(
-            f"out_dir must be a folder that can be written to, but {parameters.out_dir or short_path(parameters.runs)!r} is "
-            f"not: {error.__cause__.strerror}."
-        ) from None
-
-
-def _embed_plotly() -> None:
-    """Let figures carry plotly's script with them, so that an executed notebook shows them without a network."""
-    import plotly.io
-
-    plotly.io.renderers.default = "plotly_mimetype+notebook"

@@ -24,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -47,9 +47,6 @@ _PROGRESS = "TACO_NB_PROGRESS"
 
 
 # What there is to compute on ------------------------------------------------------------------------------------------
-
-CUDNN_SINCE_TURING = 91100
-"""From this version, 9.11, on, cuDNN knows no GPU below compute capability 7.5 (Turing), says its release notes."""
 
 
 def check_device(device: str, num_processes: int = 1) -> None:
@@ -76,12 +73,10 @@ def _check_gpu(index: int) -> None:
 
     if torch.version.cuda is None:  # AMD's GPUs are counted otherwise
         return
-    built_for = [
-        int(found[1]) for arch in torch.cuda.get_arch_list() if (found := re.match(r"sm_(\d+)", arch))
-    ]
+    built_for = [int(arch) for arch in re.findall(r"sm_(\d+)", " ".join(torch.cuda.get_arch_list()))]
     oldest = min(built_for, default=0)
-    if (torch.backends.cudnn.version() or 0) >= CUDNN_SINCE_TURING:
-        oldest = max(oldest, 75)
+    if (torch.backends.cudnn.version() or 0) >= 91100:
+        oldest = max(oldest, 75)  # cuDNN 9.11 dropped all before Turing, as its release notes say
     major, minor = torch.cuda.get_device_capability(index)
     if 10 * major + minor < oldest:
         raise SettingError(
@@ -214,7 +209,7 @@ def ignore_stop_signals(_: int = 0) -> None:
 
 
 class Group:
-    """The processes that share a piece of work: this one alone, or those that a launcher has started together.
+    """These processes share a piece of work: this one alone, or those that a launcher has started together.
 
     They speak over gloo, on the processor, so that no GPU has to be waited for.
     """
@@ -223,46 +218,40 @@ class Group:
         import torch
 
         self.rank, self.size = state.process_index, state.num_processes
-        self._gloo = None
+        self.is_main = self.rank == 0
         if self.size > 1:
             # The default of half an hour is too short to wait for one that has more to do, or that waits for a lock.
             self._gloo = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
 
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
     def wait(self) -> None:
         """Return when every process has come here."""
-        self.largest(0)
+        self._brought(None)
 
     def largest(self, number: int) -> int:
         """Return the largest of the numbers that the processes bring, the same in all of them."""
-        if self._gloo is None:
-            return number
-        import torch
-
-        brought = torch.tensor(number)
-        torch.distributed.all_reduce(brought, torch.distributed.ReduceOp.MAX, self._gloo)
-        return int(brought)
+        return max(self._brought(number))
 
     def all_equal(self, number: int) -> bool:
         """Say whether all processes bring the same number."""
-        return self.largest(number) == -self.largest(-number)
+        return len(set(self._brought(number))) == 1
 
     def from_main(self, value: Any) -> Any:
         """Return the value that the main process brings, in every process."""
-        if self._gloo is None:
-            return value
-        import torch
+        return self._brought(value)[0]
 
-        values = [value]
-        torch.distributed.broadcast_object_list(values, group=self._gloo)
-        return values[0]
+    def _brought(self, value: Any) -> list[Any]:
+        """Return the values that the processes bring, by rank, as soon as all have brought theirs."""
+        if self.size == 1:
+            return [value]
+        from torch.distributed import all_gather_object
+
+        values = [None] * self.size
+        all_gather_object(values, value, group=self._gloo)
+        return values
 
     @contextmanager
     def alone_in(self, folder: Path, doing: str, wait: bool = False) -> Iterator[None]:
-        """As the function `alone_in`, for all: the main process holds the lock, and all raise what it raises."""
+        """Hold the lock of a folder for all: the main process calls `alone_in`, and all raise what it raises."""
         with ExitStack() as stack:
             refusal = None
             if self.is_main:
@@ -363,11 +352,9 @@ def _ask_to_stop(launcher: subprocess.Popen, home: Path, count: int) -> bool:
 
     if len(list(home.glob("listening-*"))) < count:
         return False
-    try:
+    with suppress(psutil.NoSuchProcess):  # they have ended by themselves
         for child in psutil.Process(launcher.pid).children():
             child.send_signal(STOP_SIGNALS[-1])
-    except psutil.NoSuchProcess:
-        pass  # they have ended by themselves
     return True
 
 
@@ -375,9 +362,8 @@ def _end(launcher: subprocess.Popen, home: Path, count: int) -> None:
     """Leave nothing running, whatever has happened here: not even after Ctrl-C, and Ctrl-C again while they save."""
     try:
         if launcher.poll() is None and _ask_to_stop(launcher, home, count):
-            launcher.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-        pass
+            with suppress(subprocess.TimeoutExpired):
+                launcher.wait(PATIENCE)
     finally:
         if launcher.poll() is None:
             launcher.terminate()  # which makes the launcher kill its processes
@@ -392,14 +378,13 @@ def _error(home: Path) -> TacoError:
         if isinstance(found := getattr(errors, kind, None), type) and issubclass(found, TacoError):
             return found(message)
     complaints = (home / "complaints").read_text(encoding="utf-8", errors="replace")
-    if killed := re.search(
-        r"Signal \d+ \((SIG(?!TERM)\w+)\)", complaints
-    ):  # by SIGTERM the launcher ends the others
+    # The launcher says which signal has killed a process. By SIGTERM it ends the others itself.
+    if killed := re.search(r"Signal \d+ \((SIG(?!TERM)\w+)\)", complaints):
         reason = f"was killed by {killed[1]}"
+    elif told:
+        reason = "died: " + ": ".join(told[0]).partition("\n")[0]
     else:
-        reason = "died: " + (
-            ": ".join(told[0]).partition("\n")[0] if told else complaints.strip().rpartition("\n")[2]
-        )
+        reason = "died: " + complaints.strip().rpartition("\n")[2]
     return ProcessError(f"One of the processes {reason}. What was saved is kept, and the same call goes on.")
 
 

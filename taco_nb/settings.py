@@ -54,7 +54,7 @@ def plain_errors(cls: Class) -> Class:
 @plain_errors
 @dataclass(frozen=True, config=STRICT)
 class Sizes:
-    """The widths of a TACO, by default the paper's. Raises `SettingError` for widths that do not fit together."""
+    """These are the widths of a TACO, by default the paper's. Raises `SettingError` for widths that do not fit together."""
 
     N: Annotated[StrictInt, Field(ge=2)] = 192
     """Channels of the transforms g_a, g_s, h_a and h_s."""

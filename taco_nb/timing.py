@@ -30,6 +30,7 @@ from taco_nb.model import TACO, ModelConfig
 from taco_nb.model.adapter import Injector, make_attentions
 from taco_nb.provenance import provenance
 from taco_nb.settings import Attention
+from taco_nb.training.loss import bits_per_pixel
 
 ATTENTIONS = get_args(Attention)
 MIB = 1 << 20
@@ -74,9 +75,10 @@ def time_in_turn(
     first, rows = np.array(milliseconds[next(iter(runs))]), {}
     for name, times in milliseconds.items():
         q25, median, q75 = map(float, np.quantile(times, (0.25, 0.5, 0.75)))
-        row = {"median_ms": median, "mean_ms": float(np.mean(times)), "q25_ms": q25, "q75_ms": q75}
-        speedup = float(np.median(first / times))
-        rows[name] = {"speedup": speedup, **row, "runs": len(times), "peak_mib": peaks[name]}
+        rows[name] = {
+            "speedup": float(np.median(first / times)), "median_ms": median, "mean_ms": float(np.mean(times)),
+            "q25_ms": q25, "q75_ms": q75, "runs": len(times), "peak_mib": peaks[name],
+        }  # fmt: skip
     return rows
 
 
@@ -134,7 +136,7 @@ def _inference(module: nn.Module, x: Tensor, text: Tensor) -> Callable[[], Any]:
 
 
 def encoder_run(config: ModelConfig, device: str | None, side: int) -> Callable[[], Any]:
-    """Return a run of the encoder on a picture of `side` x `side` pixels and a text; with None as device on fake tensors."""
+    """Return a run of the encoder on a picture of `side` x `side` pixels and a text. Fake tensors need None as device."""
     return _inference(_on(device, TACO(config).g_a), *_image_and_text(config, device, side))
 
 
@@ -160,17 +162,15 @@ def training_step(net: nn.Module, x: Tensor, *text: Tensor, bfloat16: bool = Fal
     x is (B, 3, H, W), and text (B, T, text_dim) if `net` reads one. `bfloat16` autocasts the forward pass. The learning
     rate is zero, so that every repetition starts from the same weights.
     """
-    optimizer = torch.optim.Adam(
-        [p for name, p in net.named_parameters() if not name.endswith("quantiles")], 0.0
-    )
+    weights = [p for name, p in net.named_parameters() if not name.endswith("quantiles")]
+    optimizer = torch.optim.Adam(weights, lr=0.0)
 
     def step() -> None:
         net.train()
         optimizer.zero_grad()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
             out = net(x, *text)
-        rate = sum(-likelihoods.log2().sum() for likelihoods in out["likelihoods"].values()) / x[:, 0].numel()
-        ((out["x_hat"] - x).square().mean() + rate).backward()
+        ((out["x_hat"] - x).square().mean() + bits_per_pixel(out)).backward()
         optimizer.step()
 
     return step
@@ -180,7 +180,7 @@ def training_step(net: nn.Module, x: Tensor, *text: Tensor, bfloat16: bool = Fal
 
 
 class Widened(nn.Module):
-    """An Injector over `factor` times as many channels, as the report timed it.
+    """This is an Injector over `factor` times as many channels, as the report timed it.
 
     The image is widened by concatenating copies of its features, the text by the Injector's own linear layer. The first N
     channels of the result are kept. x (B, N, H, W) -> (B, N, H, W).
@@ -273,12 +273,12 @@ def attention_shares(lengths: pd.DataFrame) -> pd.DataFrame:
     Linformer's median time over softmax's.
     """
     by_part = lengths.set_index(["side", "tokens", "part", "attention"]).unstack(["part", "attention"])
-    time_, flop = by_part["median_ms"], by_part["gflop"]
+    ms, gflop = by_part["median_ms"], by_part["gflop"]
     shares = {
-        "time_share": time_["attention"]["softmax"] / time_["encoder"]["softmax"],
-        "flop_share": flop["attention"]["softmax"] / flop["encoder"]["softmax"],
-        "attention_ratio": time_["attention"]["linformer"] / time_["attention"]["softmax"],
-        "encoder_ratio": time_["encoder"]["linformer"] / time_["encoder"]["softmax"],
+        "time_share": ms["attention"]["softmax"] / ms["encoder"]["softmax"],
+        "flop_share": gflop["attention"]["softmax"] / gflop["encoder"]["softmax"],
+        "attention_ratio": ms["attention"]["linformer"] / ms["attention"]["softmax"],
+        "encoder_ratio": ms["encoder"]["linformer"] / ms["encoder"]["softmax"],
     }
     return pd.DataFrame(shares).reset_index()
 
@@ -295,16 +295,15 @@ def exponents(lengths: pd.DataFrame) -> pd.DataFrame:
     one value was measured is left out.
     """
     rows = []
-    alone = lengths[lengths["part"] == "attention"].assign(positions=lengths["side"] ** 2)
+    alone = lengths[lengths["part"] == "attention"]
     for name, table in alone.groupby("attention", sort=False):
-        for over, column, part in (
-            ("tokens", "tokens", table[table["side"] == table["side"].max()]),
-            ("image positions", "positions", table[table["tokens"] == table["tokens"].min()]),
-        ):
+        largest, fewest = (table["side"] == table["side"].max()), (table["tokens"] == table["tokens"].min())
+        for over, part in (("tokens", table[largest]), ("image positions", table[fewest])):
             if len(part) > 1:
+                size = part["tokens"] if over == "tokens" else part["side"] ** 2
                 row = {"attention": name, "over": over}
-                row["time ~ size^"] = exponent(part[column], part["median_ms"])
-                row["operations ~ size^"] = exponent(part[column], part["gflop"])
+                row["time ~ size^"] = exponent(size, part["median_ms"])
+                row["operations ~ size^"] = exponent(size, part["gflop"])
                 rows.append(row)
     return pd.DataFrame(rows)
 
@@ -347,10 +346,10 @@ def conclusion(widths: pd.DataFrame, lengths: pd.DataFrame) -> str:
     """
     table = attention_shares(lengths)
     usual = table.loc[table["tokens"].idxmin()]
-    of = lengths[(lengths["side"] == usual["side"]) & (lengths["tokens"] == usual["tokens"])]
-    attention = of[(of["part"] == "attention") & (of["attention"] == "softmax")]["median_ms"].item()
-    narrow = widths[(widths["width"] == widths["width"].min()) & (widths["pass"] == "inference")]
-    share = attention / narrow[narrow["attention"] == "softmax"]["median_ms"].item()
+    of_parts = lengths.set_index(["part", "attention", "side", "tokens"])["median_ms"]
+    of_networks = widths.set_index(["pass", "attention", "width"])["median_ms"]
+    attention = of_parts["attention", "softmax", usual["side"], usual["tokens"]]
+    share = attention / of_networks["inference", "softmax", widths["width"].min()]
     most = 1 / (1 - min(share, 0.99))  # Amdahl's law, for attention that takes no time
     by = widths.pivot(index=["pass", "width"], columns="attention", values=["median_ms", "q25_ms", "q75_ms"])
     ratio = by["median_ms"]["linformer"] / by["median_ms"]["softmax"]

@@ -59,12 +59,9 @@ between two steps, and the same command goes on with it. The exit status is 0 in
     help="Compute a batch in N pieces, to need less memory.",
 )
 @click.option(
-    "--compile",
-    type=click.Choice(["auto", "off", "default", "reduce-overhead"]),
-    default="auto",
-    show_default=True,
+    "--compile", type=click.Choice(["auto", "off", "default", "reduce-overhead"]), default="auto", show_default=True,
     help="How PyTorch compiles the networks; auto: as it is quickest on a GPU, and not at all on a CPU.",
-)
+)  # fmt: skip
 @click.option("--status", is_flag=True, help="Train nothing; say how far the run has come.")
 @click.pass_context
 def train_command_line(
@@ -90,9 +87,8 @@ def train_command_line(
 
         if status:
             context.exit(_status(out))
-        run = fit(
-            _experiment(out, profile, experiment, changes, data_dir), out, data_dir=data_dir, **resources
-        )
+        exp = _experiment(out, profile, experiment, changes, data_dir)
+        run = fit(exp, out, data_dir=data_dir, **resources)
         if run.finished and os.environ.get("RANK", "0") == "0":
             click.echo(f"Finished: {run.total_steps} steps, in {run.dir}.")
         if torch.distributed.is_initialized():
@@ -137,11 +133,8 @@ def _status(folder: Path) -> int:
             click.echo(f"{folder}: {run.steps} of {run.total_steps} steps, finished.")
             return 0
     saved = saved_steps(folder)
-    click.echo(
-        f"{folder}: {saved[0]} of {saved[1]} steps."
-        if saved
-        else f"{folder}: begun, and nothing is saved yet."
-    )
+    how_far = f"{saved[0]} of {saved[1]} steps" if saved else "begun, and nothing is saved yet"
+    click.echo(f"{folder}: {how_far}.")
     return UNFINISHED
 
 

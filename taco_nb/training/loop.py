@@ -20,12 +20,13 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
@@ -54,14 +55,13 @@ from taco_nb.processes import (
     stop_requests,
 )
 from taco_nb.settings import check_count
-from taco_nb.text import Conditioning, KeywordWeights, text_tower
+from taco_nb.text import Conditioning, KeywordWeights, clip_model, text_tower
 from taco_nb.text.chat_keywords import chat_keywords
 from taco_nb.text.tokens import tokenized
 from taco_nb.training.loss import JointLoss, TacoLoss
 from taco_nb.training.muon import Muon
 
 if TYPE_CHECKING:
-    import pandas as pd
     from torch.utils.tensorboard import SummaryWriter
 
 DECAYS = (45 / 50, 48 / 50)
@@ -86,7 +86,7 @@ EXPERIMENT, STATE, LOG = "experiment.json", "state.pt", "log.csv"
 
 @dataclass(frozen=True)
 class Run:
-    """A run that `fit` has left in a folder, and how to read it."""
+    """A run is what `fit` leaves in a folder. This says how far it has come, and reads what is there."""
 
     dir: Path
     experiment: Experiment
@@ -108,8 +108,6 @@ class Run:
     @property
     def log(self) -> pd.DataFrame:
         """The means of the loss's terms over every few steps, with step, epoch, learning rate and seconds."""
-        import pandas as pd
-
         return pd.read_csv(self.dir / LOG)
 
 
@@ -201,7 +199,7 @@ def fit(
 
 
 class Trainer:
-    """A run in this process, alone or as one of several that share every batch. It writes nothing before `run`.
+    """This trains a run, alone or as one of several processes that share every batch. It writes nothing before `run`.
 
     `timed` is called with the name of each part of a step, for a context in which that part runs: a stopwatch.
     """
@@ -221,6 +219,7 @@ class Trainer:
         self.device = accelerator.device if on_gpu else torch.device("cpu")
         self.arithmetic = arithmetic(self.device, exp.precision)
 
+        # The data, in batches that all processes know and share.
         self.pairs = training_pairs(
             exp.train_data, exp.crop, resources.data_dir, exp.seed, exp.dataset_captions
         )
@@ -239,6 +238,7 @@ class Trainer:
             pin_memory=on_gpu,
         )
 
+        # The network and its two optimizers.
         net = initial_net(exp, resources.data_dir, say=self.group.is_main)
         net = net.to(self.device, memory_format=torch.channels_last).train()
         optimizers = make_optimizers(exp, net)
@@ -247,6 +247,7 @@ class Trainer:
             self.net, self.optimizer, self.aux_optimizer = accelerator.prepare(net, *optimizers)
         self.bare_net = net  # without what accelerate has put around it
 
+        # What the encoder reads, and what the loss asks: both by frozen networks.
         self.keywords = fit_keywords(exp, self.pairs, resources.data_dir)
         tower = text_tower(exp.text_encoder, length=exp.text_tokens, device=str(self.device))
         if tower.dim != net.config.text_dim:
@@ -272,19 +273,23 @@ class Trainer:
 
         `started` is when the time began to count, by `time.monotonic`. `requests` is the list of `stop_requests`.
         """
-        self._begin()
+        is_main, name, stopped = self.group.is_main, self.folder.name, None
+        if is_main:  # claim the folder for the experiment
+            with atomic_write(self.folder / EXPERIMENT, "w") as file:
+                file.write(self.exp.to_json())
+            processes = "1 process" if self.group.size == 1 else f"{self.group.size} processes"
+            print(f"Training {name} in {processes} on {self.arithmetic}.")
+        self._restore()
         log_every, picture_every = max(1, min(LOG_STEPS, self.total // 40)), max(1, self.total // PICTURES)
-        is_main, what, stopped = self.group.is_main, f"training {self.folder.name}", None
         saved = before = time.monotonic()
         peak = is_main and peak_flops(self.device, self.exp.precision)
-        share = training_flops(self.exp) / peak if peak else None
-        counted = self.step, self.seconds
-        with ExitStack() as stack:
-            bar = progress_bar(
-                total=self.total, initial=self.step, desc=what, unit="step", disable=not is_main
-            )
-            stack.enter_context(bar)
-            board = stack.enter_context(self._open_tensorboard()) if is_main else None
+        # What an image would take if a GPU kept what its data sheet promises.
+        least_seconds = training_flops(self.exp) / peak if peak else None
+        counted = self.step, self.seconds  # up to where images per second have been shown
+        bar = progress_bar(
+            total=self.total, initial=self.step, desc=f"training {name}", unit="step", disable=not is_main
+        )
+        with bar, self._tensorboard() if is_main else nullcontext() as board:
             for batch in self.batches_to_come():
                 self.train_step(*batch)
                 bar.update()
@@ -295,14 +300,14 @@ class Trainer:
                     row = self._log_row()  # by all processes, so that all see a run that diverges
                     images = sum(map(self.batches.size, range(counted[0], self.step)))
                     rate, counted = images / (self.seconds - counted[1]), (self.step, self.seconds)
-                    shown = {name: f"{row[name]:.4g}" for name in ("loss", "bpp", "mse")}
-                    shown |= {"images/s": f"{rate:.1f}"}
-                    # The share of the GPUs' promised operations that the network's own are, as nanoGPT has it.
-                    shown |= {"MFU": f"{rate * share / self.group.size:.0%}"} if share else {}
+                    shown = {term: f"{row[term]:.4g}" for term in ("loss", "bpp", "mse")}
+                    shown["images/s"] = f"{rate:.1f}"
+                    if least_seconds:  # the share of that which is reached, as nanoGPT has it
+                        shown["MFU"] = f"{rate * least_seconds / self.group.size:.0%}"
                     bar.set_postfix(shown)
                     if is_main:
-                        for name in row.keys() - {"step", "seconds"}:
-                            board.add_scalar(f"training/{name}", row[name], self.step)
+                        for term in row.keys() - {"step", "seconds"}:
+                            board.add_scalar(f"training/{term}", row[term], self.step)
                     if is_main and on_log:
                         on_log(self._run(), self.rows, self._codec)
                 if is_main and (self.step % picture_every == 0 or last):
@@ -315,7 +320,7 @@ class Trainer:
                     break
             if is_main:
                 self._save()
-                self._export()
+                self._export()  # an unfinished run is a codec, too
         if is_main and stopped and self.step < self.total:
             again = ["taco-nb", "train", "--out", str(self.folder)]
             again += ["--data-dir", str(self.resources.data_dir)] if self.resources.data_dir else []
@@ -323,15 +328,6 @@ class Trainer:
             print(f"{so_far}; the same call, or {shlex.join(again)}, goes on.")
         self.accelerator.free_memory()
         return self._run()
-
-    def _begin(self) -> None:
-        """Claim the folder for the experiment, say what computes it, and go on from the state that is there."""
-        if self.group.is_main:
-            with atomic_write(self.folder / EXPERIMENT, "w") as file:
-                file.write(self.exp.to_json())
-            several = "" if self.group.size == 1 else "es"
-            print(f"Training {self.folder.name} in {self.group.size} process{several} on {self.arithmetic}.")
-        self._restore()
 
     def batches_to_come(self) -> Iterator[tuple[Tensor, list[str]] | tuple[Tensor, list[str], Tensor]]:
         """Yield this process's share of every batch from the present step on: images (n, 3, H, W) of bytes and n captions.
@@ -386,31 +382,20 @@ class Trainer:
         self.sums.update({"loss": self.loss.total(terms), **terms, "aux": aux_loss.detach(), "steps": 1})
 
     def _pieces(self, x: Tensor, captions: Sequence[str], weight: Tensor | None) -> list[_Piece]:
-        """Cut this process's share of the next batch into pieces, each with all that frozen networks say of it."""
-        size = self.batches.size(self.step)
-        own = split_evenly(size, self.group.size)[self.group.rank]
+        """Cut this process's share of the next batch into pieces, each with its text as the encoder reads it."""
+        size, own = self.batches.size(self.step), self.batches.own(self.step)
         x = x.to(self.device, non_blocking=True).float() / 255
         x = x.contiguous(memory_format=torch.channels_last)
         weight = None if weight is None else weight.to(self.device, non_blocking=True)
         pieces = []
         for part in split_evenly(len(captions), min(self.resources.accumulation, len(captions))):
-            said = captions[part.start : part.stop]
-            piece = _Piece(
-                x[part.start : part.stop],
-                share=len(part) / size if own else 0.0,
-                noise_seeds=[mixed_seed(self.exp.seed, self.step, own.start + i) for i in part],
-                weight=None if weight is None else weight[part.start : part.stop],
-            )
+            at = slice(part.start, part.stop)
             with self.timed("text"):
-                piece.text, piece.mask = self.conditioning(said)
-                if self.exp.k_J:
-                    # J reads captions by the same tower, which need not run again where these are its states.
-                    plain = set(self.exp.text_settings.values()) == {"truncate", "none"}
-                    piece.caption_embeddings = self.loss.joint.embed_text(said, piece.text if plain else None)
-            if self.exp.k_J:
-                with self.timed("losses"), self.accelerator.autocast(), torch.no_grad():
-                    piece.embeddings = self.embed(piece.x)
-            pieces.append(piece)
+                text, mask = self.conditioning(captions[at])
+            share = len(part) / size if own else 0.0
+            seeds = [mixed_seed(self.exp.seed, self.step, own.start + i) for i in part]
+            of_pixels = None if weight is None else weight[at]
+            pieces.append(_Piece(x[at], captions[at], of_pixels, text, mask, share, seeds))
         return pieces
 
     def _reconstruct(self, piece: _Piece) -> dict[str, Any]:
@@ -432,27 +417,31 @@ class Trainer:
         graph, and goes backward from its slope (GradCache: Gao et al. 2021, arXiv:2101.06983). A single piece keeps the
         graph of the first time.
         """
+        # J reads captions by the encoder's tower, which need not run again where the text is its states as they are.
+        plain = set(self.exp.text_settings.values()) == {"truncate", "none"}
+        with self.timed("text"):
+            embed_text = self.loss.joint.embed_text
+            text = [embed_text(piece.captions, piece.text if plain else None) for piece in pieces]
+        with self.timed("losses"), self.accelerator.autocast(), torch.no_grad():
+            original = [self.embed(piece.x) for piece in pieces]
         with torch.set_grad_enabled(len(pieces) == 1):
             outs = [self._reconstruct(piece) for piece in pieces]
         if len(pieces) == 1:
             pieces[0].out = outs[0]
-        image = self._of_whole_batch(torch.cat([out["seen"] for out in outs]).detach()).requires_grad_()
-        original = self._of_whole_batch(torch.cat([piece.embeddings for piece in pieces]))
-        text = self._of_whole_batch(torch.cat([piece.caption_embeddings for piece in pieces]))
-        joint = JointLoss.of_embeddings(image, original, text)
+        image = self._of_whole_batch([out["seen"].detach() for out in outs]).requires_grad_()
+        joint = JointLoss.of_embeddings(image, self._of_whole_batch(original), self._of_whole_batch(text))
         (slope,) = torch.autograd.grad(joint, image)
-        at = split_evenly(len(image), self.group.size)[self.group.rank].start
+        at = self.batches.own(self.step).start
         for piece in pieces:
             piece.slope = slope[at : at + len(piece.x)] if piece.share else torch.zeros_like(outs[0]["seen"])
             at += len(piece.x)
         return joint.detach()
 
-    def _of_whole_batch(self, own: Tensor) -> Tensor:
-        """Put together the rows of all processes, of which this one brings a row for each of its images, (n, d) -> (B, d)."""
-        size = self.batches.size(self.step)
-        mine = split_evenly(size, self.group.size)[self.group.rank]
-        rows = own.new_zeros(size, own.shape[1])
-        rows[mine.start : mine.stop] = own[: len(mine)]
+    def _of_whole_batch(self, of_pieces: Sequence[Tensor]) -> Tensor:
+        """Put together the rows (n, d) of all pieces in all processes, a row per image of the batch: (B, d)."""
+        own, at = torch.cat(of_pieces), self.batches.own(self.step)
+        rows = own.new_zeros(self.batches.size(self.step), own.shape[1])
+        rows[at.start : at.stop] = own[: len(at)]
         # Each row is zero in all processes but its own.
         return self.accelerator.reduce(rows, "sum")
 
@@ -478,9 +467,7 @@ class Trainer:
 
     def _log_row(self) -> dict[str, float]:
         """Add a row to the log: the means since the last one."""
-        sums = self._finite_sums()
-        count = self.sums.pop("steps")
-        means = {name: total / count for name, total in sums.items()}
+        means = {name: total / self.sums["steps"] for name, total in self._finite_sums().items()}
         self.sums.clear()
         epoch = self.step / len(self.batches)
         row = {"step": self.step, "epoch": epoch, **means, "lr": self.learning_rate, "seconds": self.seconds}
@@ -488,12 +475,13 @@ class Trainer:
         return row
 
     def _finite_sums(self) -> dict[str, float]:
-        """Return the sums of the terms since the last row of the log, which a GPU has to be waited for once to tell.
+        """Return the sums of the terms since the last row of the log.
 
         A run that has diverged is kept out of the log, and from being saved over the state it had before.
         """
         tensors = {name: total for name, total in self.sums.items() if name != "steps"}
         largest = torch._foreach_norm(list(self.net.parameters()), math.inf)
+        # A GPU has to be waited for to tell a number, so all are fetched at once.
         *sums, weight = torch.stack([*tensors.values(), torch.stack(largest).max()]).tolist()
         sums = dict(zip(tensors, sums))
         if not all(map(math.isfinite, (*sums.values(), weight))):
@@ -504,24 +492,22 @@ class Trainer:
             )
         return sums
 
-    def _open_tensorboard(self) -> SummaryWriter:
-        """Open the run's event files, for `tensorboard --logdir runs`, and the picture that they are to show.
-
-        What a run that was killed had logged beyond the state it resumes from is not shown twice.
-        """
+    def _tensorboard(self) -> SummaryWriter:
+        """Open the run's event files, for `tensorboard --logdir runs`."""
         from torch.utils.tensorboard import SummaryWriter
 
-        # This bundled picture is there whatever data sets are, and no run is trained on it.
-        (dataset,) = datasets("sample", data_dir=self.resources.data_dir, limit=1)
-        self.sample = dataset.centre_crop(min(PICTURE_SIDE, self.exp.crop))[0]
+        # What a run that was killed had logged beyond the state it resumes from is not shown twice.
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
 
     @torch.no_grad()
     def _picture(self) -> Tensor:
-        """Return the picture and, beside it, what the network makes of it, (3, H, 2W)."""
+        """Return a picture for TensorBoard and, beside it, what the network makes of it, (3, H, 2W)."""
+        # This bundled picture is there whatever data sets are, and no run is trained on it.
+        (dataset,) = datasets("sample", data_dir=self.resources.data_dir, limit=1)
+        sample = dataset.centre_crop(min(PICTURE_SIDE, self.exp.crop))[0]
+        x = to_tensor(sample.image)[None].to(self.device)
         self.bare_net.eval()
-        x = to_tensor(self.sample.image)[None].to(self.device)
-        x_hat = self.bare_net(x, *self.conditioning([self.sample.captions[0]]))["x_hat"].clamp(0, 1)
+        x_hat = self.bare_net(x, *self.conditioning([sample.captions[0]]))["x_hat"].clamp(0, 1)
         self.bare_net.train()
         return torch.cat([x, x_hat], -1)[0]
 
@@ -541,8 +527,6 @@ class Trainer:
         }
         with atomic_write(self.folder / STATE) as file:
             torch.save(state, file)
-        import pandas as pd
-
         columns = ["step", "epoch", *self.loss.names, "aux", "lr", "seconds"]
         with atomic_write(self.folder / LOG, "w") as file:
             pd.DataFrame(self.rows, columns=columns).to_csv(file, index=False)
@@ -575,7 +559,7 @@ class Trainer:
         """Write the weights as a codec."""
         about = {
             "name": self.folder.name,
-            "experiment": json.loads(self.exp.to_json()),
+            "experiment": asdict(self.exp),
             "steps": self.step,
             "total_steps": self.total,
             "hours": self.seconds / 3600,
@@ -591,28 +575,25 @@ class _Piece:
     """These are n images that are computed together, with all that stays the same however often they are."""
 
     x: Tensor
+    captions: Sequence[str]
+    weight: Tensor | None
+    """This says how much the squared error of each pixel counts, where pixels are not all alike: (n, 1, H, W)."""
+    text: Tensor
+    mask: Tensor | None
     share: float
     """How much of the whole batch they are; 0 for an image that only keeps busy a process that has none of its own."""
-    noise_seeds: list[int]
-    weight: Tensor | None = None
-    """This says how much the squared error of each pixel counts, where pixels are not all alike: (n, 1, H, W)."""
-    text: Tensor | None = None
-    mask: Tensor | None = None
-    caption_embeddings: Tensor | None = None
-    """How CLIP sees the captions, for J: (n, d)."""
-    embeddings: Tensor | None = None
-    """How CLIP sees the images, for J: (n, d)."""
-    slope: Tensor | None = field(default=None, repr=False)
-    """The slope of J in how CLIP sees the reconstructions: (n, d)."""
+    noise_seeds: Sequence[int]
+    slope: Tensor | None = None
+    """The slope of J in how CLIP sees the reconstructions, (n, d), from `_joint`."""
     out: dict[str, Any] | None = None
-    """What the network makes of it, with its graph, where that is known already."""
+    """What the network makes of it, with its graph, where `_joint` has found that already."""
 
 
 # Batches, noise and weights -------------------------------------------------------------------------------------------
 
 
 class Batches(Sampler):
-    """The batches of one epoch, as indices, in an order that depends on (seed, epoch) alone, without the first `skip`.
+    """These are the batches of one epoch, as indices, in an order that (seed, epoch) alone decide, without the first `skip`.
 
     Where several `processes` share each batch, the one of this `rank` gets its part. Where an epoch's last batch has fewer
     images than there are processes, those without an image get the first, and compute it without effect: all must take
@@ -631,6 +612,10 @@ class Batches(Sampler):
     def size(self, step: int) -> int:
         """Return how many images the batch of a step has; the step counts from the start of the run."""
         return min(self.batch_size, self.count - step % len(self) * self.batch_size)
+
+    def own(self, step: int) -> range:
+        """Return which images of a step's batch are this process's."""
+        return split_evenly(self.size(step), self.processes)[self.rank]
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
@@ -675,9 +660,8 @@ def initial_net(exp: Experiment, data_dir: str | os.PathLike | None = None, say:
 
     Weights that find no partner are named in a line, if `say`. Raises `CheckpointError` if most do not.
     """
-    torch.default_generator.manual_seed(
-        exp.seed
-    )  # not torch.manual_seed, which sets those of all GPUs as well
+    # Not torch.manual_seed, which sets the generators of all GPUs as well.
+    torch.default_generator.manual_seed(exp.seed)
     net = TACO(exp.model_config())
     if exp.init:
         new, unused = checkpoint.load_fitting(net, checkpoint.find(exp.init, data_dir))
@@ -737,13 +721,8 @@ def fit_keywords(
 
 def make_loss(exp: Experiment, device: torch.device) -> TacoLoss:
     """Return the loss of `exp`, with the frozen networks that its terms need. Raises `MissingWeightsError`."""
-    perceptual = joint = None
-    if exp.k_P:
-        perceptual = METRICS[exp.perceptual].load(device)
-    if exp.k_J:
-        from taco_nb.text import clip_model
-
-        joint = JointLoss(*clip_model(exp.text_encoder, device=str(device)))
+    perceptual = METRICS[exp.perceptual].load(device) if exp.k_P else None
+    joint = JointLoss(*clip_model(exp.text_encoder, device=str(device))) if exp.k_J else None
     if exp.precision == "bfloat16":
         if perceptual:
             perceptual.model = with_half_kernels(perceptual.model)

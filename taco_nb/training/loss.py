@@ -45,24 +45,18 @@ class TacoLoss:
             raise SettingError(
                 f"k_P={k_P} needs a perceptual distance and k_J={k_J} needs CLIP, but one of them was not given."
             )
-        self.lmbda, self.k_P, self.k_J = lmbda, k_P, k_J
-        self.perceptual, self.joint = perceptual, joint
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the terms, with their sum first."""
-        return [
-            "loss",
-            "bpp",
-            "mse",
-            *([self.perceptual.name] if self.k_P else []),
-            *["joint"] * bool(self.k_J),
-        ]
+        self.perceptual, self.joint = perceptual if k_P else None, joint if k_J else None
+        self.weights = {"bpp": 1.0, "mse": lmbda * 255**2}
+        if self.perceptual:
+            self.weights[self.perceptual.name] = k_P
+        if self.joint:
+            self.weights["joint"] = k_J
+        self.names = ["loss", *self.weights]
 
     def __call__(self, out: dict[str, Any], x: Tensor, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return the terms and their sum for a network's output `out`: {"loss", "bpp", "mse", ...}."""
         terms = self.means(out, x)
-        if self.k_J:
+        if self.joint:
             terms["joint"] = self.joint(out["x_hat"], x, captions)
         return {"loss": self.total(terms), **terms}
 
@@ -73,16 +67,13 @@ class TacoLoss:
         """
         mse = F.mse_loss(out["x_hat"], x) if weight is None else (weight * (out["x_hat"] - x) ** 2).mean()
         terms = {"bpp": bits_per_pixel(out), "mse": mse}
-        if self.k_P:
+        if self.perceptual:
             terms[self.perceptual.name] = self.perceptual.distance(out["x_hat"], x).float().mean()
         return terms
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum of the terms that are there."""
-        weights = {"bpp": 1.0, "mse": self.lmbda * 255**2, "joint": self.k_J}
-        if self.k_P:
-            weights[self.perceptual.name] = self.k_P
-        return sum(weights[name] * term for name, term in terms.items())
+        return sum(self.weights[name] * term for name, term in terms.items())
 
 
 def bits_per_pixel(out: dict[str, Any]) -> Tensor:

@@ -8,16 +8,16 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from taco_nb.experiment import Experiment
+from taco_nb.model import TACO
 from taco_nb.model.precision import quick_training
 from taco_nb.training.loop import Resources, Trainer, make_accelerator
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 PARTS = ("data", "text", "model", "losses", "backward", "optimizer")
 WARM_UP_STEPS = 2
@@ -39,16 +39,13 @@ def step_times(
     networks, forward; "backward" goes back through both; "optimizer" is both optimizers. "other" is what lies between.
     On a GPU each part is waited for, which a real run does not do: there the parts overlap, and a step is shorter.
     """
-    import pandas as pd
-    from tqdm.auto import tqdm
-
     resources = Resources(data_dir, device, num_workers=num_workers, accumulation=accumulation)
     accelerator = make_accelerator(device, exp.precision)
     gpus = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(gpus), quick_training(accelerator.device):
         watch = _Stopwatch(accelerator.device)
         trainer = Trainer(exp, Path(os.devnull), resources, accelerator, timed=watch)
-        warm_up = min(WARM_UP_STEPS, trainer.total - 1)
+        warm_up = min(WARM_UP_STEPS, trainer.total - 1)  # the first steps choose algorithms, and fill caches
         steps = min(steps, trainer.total - warm_up)
         batches = trainer.batches_to_come()
         for step in tqdm(range(warm_up + steps), desc="timing steps", unit="step"):
@@ -74,12 +71,10 @@ def activation_memory(exp: Experiment, images: int, device: str = "cpu") -> int:
     of a piece, and `accumulation` makes pieces smaller. Weights, gradients and Adam's two moments take 16 bytes a parameter
     besides.
     """
-    from taco_nb.model import TACO
-
     net = TACO(exp.model_config()).train().to(device, memory_format=torch.channels_last)
     kept: dict[int, int] = {weight.untyped_storage().data_ptr(): 0 for weight in net.parameters()}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept.setdefault(storage.data_ptr(), storage.nbytes())
         return tensor
@@ -88,13 +83,12 @@ def activation_memory(exp: Experiment, images: int, device: str = "cpu") -> int:
     text = torch.randn(images, exp.text_tokens, net.config.text_dim, device=device)
     autocast = torch.autocast(device, torch.bfloat16, enabled=exp.precision == "bfloat16")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
-        out = net(x, text)
-    del out
+        net(x, text)
     return sum(kept.values())
 
 
 class _Stopwatch:
-    """Seconds by the name of a part; those of a part that runs several times are added up.
+    """This counts seconds by the name of a part; those of a part that runs several times are added up.
 
     `torch.profiler` would note each of some 23,000 operations in a step, and take longer to add them up than the steps take.
     On a GPU it tells when kernels ran; a stopwatch that waits for the GPU tells how long a part took.
