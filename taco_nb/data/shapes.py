@@ -172,4 +172,4 @@ def _form(form: str, side: int) -> Tensor:
         return 8 * torch.maximum(x.abs(), y.abs()) <= 7 * side
     if form == "triangle":
         return 2 * x.abs() <= y + side
-    return torch.minimum(x.abs(), y.abs()) * 3 <= side
+    return torch.minimum(x.abs(), y.abs()) * 3 <= side  # a cross, whose bars are a third of the side wide

@@ -40,6 +40,7 @@ def unsqueeze(anchors: Tensor, others: Tensor) -> Tensor:
     """Undo `squeeze`: put two halves (B, C, H, W/2) back on their checkerboard (B, C, H, W)."""
     B, C, H, W = anchors.shape
     a, o = (t.reshape(B, C, H // 2, 2, W) for t in (anchors, others))
+    # even rows begin with one of the others, odd rows with an anchor
     even = torch.stack((o[:, :, :, 0], a[:, :, :, 0]), dim=-1)
     odd = torch.stack((a[:, :, :, 1], o[:, :, :, 1]), dim=-1)
     return torch.stack((even, odd), dim=3).reshape(B, C, H, 2 * W)
@@ -74,6 +75,7 @@ def anchor_kernels(weight: Tensor) -> tuple[Tensor, Tensor]:
     kernels = []
     for odd in (0, 1):
         kernel = weight.new_zeros(*weight.shape[:3], 3)
+        # rows of the kernel at an even distance have two taps on anchors, the others three
         kernel[:, :, 0::2, odd : odd + 2] = weight[:, :, 0::2, 1::2]
         kernel[:, :, 1::2] = weight[:, :, 1::2, 0::2]
         kernels.append(kernel)

@@ -32,14 +32,16 @@ def in_strips(
     """
     kept = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     images, height, strip = x.shape[0], x.shape[2], STRIP.get(x.device.type, 1 << 30)
-    image = max(1, height * x.shape[3] * widest * kept.itemsize)
-    together = max(1, int(strip / image))
+    image = max(1, height * x.shape[3] * widest * kept.itemsize)  # in bytes, of the widest tensor
+    together = max(1, int(strip / image))  # images in a part
+    # rows of x in a strip, of which `down` make one row of the output
     rows = max(4 * halo, math.ceil(height / math.ceil(image / strip) / down) * down)
     if torch.is_grad_enabled() or (together >= images and rows >= height):
         return layers(x)
     out = None
     for first, top in product(range(0, images, together), range(0, height, rows)):
         these, above, bottom = slice(first, first + together), min(halo, top), min(top + rows, height)
+        # rows that only the halo has made are cut off again, above here and below in the last line
         part = layers(x[these, :, top - above : bottom + halo])[:, :, above * up // down :]
         if out is None:
             shape = (images, part.shape[1], height * up // down, part.shape[3])
