@@ -48,7 +48,8 @@ class Coco(CaptionedImages):
             raise SettingError(f"MS-COCO has no split {split!r} here: choose one of {', '.join(splits)}.")
         read = _karpathy if karpathy else _annotations
         super().__init__(name or f"coco-{split}", read(Path(root), split))
-        names = ["dataset_coco.json"] if karpathy else [f"captions_{split}{y}.json" for y in ("2014", "")]
+        own = [f"captions_{split}{year}.json" for year in ("2014", "")]
+        names = ["dataset_coco.json"] if karpathy else own
         self.captions_file = next((n for n in names if Path(root, "annotations", n).exists()), names[0])
 
 
