@@ -198,7 +198,7 @@ def find(source: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
     named = (shelf / f"{source}.safetensors" for shelf in shelves if Path(source).name == str(source))
     if codec := next(filter(Path.is_file, named), None):
         if sha256(codec) != card_of(codec)["sha256"]:
-            raise CheckpointError(f"{codec} is not what its card describes, by its SHA-256: get it again.")
+            raise CheckpointError(f"{codec} is not what its card describes (SHA-256 differs): get it again.")
         return codec
     names = ", ".join(sorted(p.stem for shelf in shelves for p in shelf.glob("*.safetensors"))) or "none"
     raise CheckpointError(
