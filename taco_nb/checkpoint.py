@@ -19,7 +19,7 @@ from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.experiment import Experiment
 from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.model import TACO, ModelConfig
-from taco_nb.model.taco import modern_key
+from taco_nb.model.taco import CODER_TABLES, modern_key
 
 WEIGHTS = "weights.safetensors"
 SHELVES = ("checkpoints", "shapes")
@@ -27,7 +27,6 @@ SHELVES = ("checkpoints", "shapes")
 _FORMAT = "taco_nb weights 2"
 INTEGERS = "integer_model"
 """The key in a safetensors file under which `IntegerModel.state` is kept, as bytes."""
-_GAUSSIAN_TABLES = ("_offset", "_quantized_cdf", "_cdf_length")
 _scalar = np.float64(0).__reduce__()[0]
 _NUMPY_SCALARS = [
     (_scalar, "numpy.core.multiarray.scalar"),  # as NumPy 1 names it in a pickle,
@@ -53,13 +52,12 @@ def save_weights(
     net.tables()
     state = {}
     for key, value in net.state_dict().items():
-        if key in {f"gaussian_conditional.{table}" for table in _GAUSSIAN_TABLES}:
+        if key in {f"gaussian_conditional.{table}" for table in CODER_TABLES}:
             continue
         is_kernel = value.ndim > 1 and not key.startswith("entropy_bottleneck")
         # a copy, since safetensors refuses tensors that share memory
-        state[key] = (
-            value.cpu().to(dtype if is_kernel else value.dtype).clone(memory_format=torch.contiguous_format)
-        )
+        kind = dtype if is_kernel else value.dtype
+        state[key] = value.cpu().to(kind).clone(memory_format=torch.contiguous_format)
     if dtype != torch.float32:
         written = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
         net = TACO(net.config)
@@ -95,12 +93,9 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         or not isinstance(state, dict)
         or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
     ):
-        raise CheckpointError(
-            f"{path} holds no state dict, neither by itself nor under the key 'state_dict'."
-        )
-    facts = {
-        key: content[key] for key in ("epoch", "best_psnr") if isinstance(content.get(key), (int, float))
-    }
+        raise CheckpointError(f"{path} holds no state dict, neither by itself nor under 'state_dict'.")
+    numbers = {key: content.get(key) for key in ("epoch", "best_psnr")}
+    facts = {key: value for key, value in numbers.items() if isinstance(value, (int, float))}
     return state, {"name": path.name, **facts}
 
 
@@ -109,9 +104,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-        about = dict(
-            json.loads(metadata.get("about", "{}")), config=json.loads(metadata.get("config", "null"))
-        )
+        about = json.loads(metadata.get("about", "{}"))
+        about["config"] = json.loads(metadata.get("config", "null"))
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}.") from None
     return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, about
@@ -161,9 +155,8 @@ def card_of(codec: Path) -> dict[str, Any]:
         if not isinstance(content["sha256"], str) or not isinstance(content["experiment"], dict):
             raise ValueError("its entries are of another kind")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"The card {card} of {codec.name} cannot be read: {error!r}. Get both again."
-        ) from None
+        message = f"The card {card} of {codec.name} cannot be read: {error!r}. Get both again."
+        raise CheckpointError(message) from None
     return content
 
 
@@ -205,9 +198,7 @@ def find(source: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
     named = (shelf / f"{source}.safetensors" for shelf in shelves if Path(source).name == str(source))
     if codec := next(filter(Path.is_file, named), None):
         if sha256(codec) != card_of(codec)["sha256"]:
-            raise CheckpointError(
-                f"{codec} is not the file that its card describes (SHA-256 differs): get it again."
-            )
+            raise CheckpointError(f"{codec} is not what its card describes (SHA-256 differs): get it again.")
         return codec
     names = ", ".join(sorted(p.stem for shelf in shelves for p in shelf.glob("*.safetensors"))) or "none"
     raise CheckpointError(

@@ -62,7 +62,7 @@ MAX_PIXELS = 1 << 26
 
 
 class Header(NamedTuple):
-    """The fields of a `.taco` file that come before its strings."""
+    """These are the fields of a `.taco` file that come before its strings."""
 
     fingerprint: bytes
     width: int
@@ -71,7 +71,7 @@ class Header(NamedTuple):
 
 
 class Codec:
-    """A trained network, the text tower its encoder reads captions through, and the file format around both.
+    """A codec is a trained network, the text tower its encoder reads captions through, and the file format around both.
 
     The text settings are an `Experiment`'s, `keywords` the JSON of the run's fitted `KeywordWeights`. The tower is loaded
     when a caption is first encoded, since a decoder never needs it. `about` is what is known of the weights, for labels
@@ -115,7 +115,7 @@ class Codec:
 
     @cached_property
     def tower(self) -> TextTower:
-        """The frozen text tower. Raises `MissingWeightsError` where its weights are not to be had."""
+        """Return the frozen text tower. Raises `MissingWeightsError` where its weights are not to be had."""
         from taco_nb.text import text_tower
 
         tower = text_tower(self.text_encoder, length=self.text_tokens, device=str(self.device))
@@ -128,7 +128,7 @@ class Codec:
 
     @cached_property
     def conditioning(self) -> Conditioning:
-        """The object that turns captions into the encoder's tokens. Raises `MissingWeightsError` as `tower` does."""
+        """Return what turns captions into the encoder's tokens. Raises `MissingWeightsError` as `tower` does."""
         from taco_nb.text import Conditioning, KeywordWeights
         from taco_nb.text.chat_keywords import chat_keywords
 
@@ -139,10 +139,7 @@ class Codec:
 
     @property
     def fingerprint(self) -> bytes:
-        """Four bytes that name the weights of the decoder. Those of the encoder may differ without harm.
-
-        They follow the weights: what is kept is checked against `TACO.decoder_stamp` at every use.
-        """
+        """Return four bytes that name the weights of the decoder as they are. The encoder's may differ without harm."""
         return self._integers()[1]
 
     def _integers(self) -> tuple[IntegerModel, bytes]:
@@ -153,9 +150,8 @@ class Codec:
             digest = hashlib.sha256(model.digest())
             for name, weight in self.net.decoder_weights().items():
                 if name.startswith("g_s."):
-                    digest.update(
-                        name.encode() + weight.detach().cpu().contiguous().numpy().astype("<f4").tobytes()
-                    )
+                    values = weight.detach().cpu().contiguous().numpy().astype("<f4")
+                    digest.update(name.encode() + values.tobytes())
             self._fingerprinted = model, digest.digest()[:4]
         return self._fingerprinted
 
@@ -178,14 +174,11 @@ class Codec:
         """
         for caption in captions:
             if not isinstance(caption, str):
-                raise SettingError(
-                    f"A caption is text, but this one is {caption!r}. An image without one takes ''."
-                )
+                raise SettingError(f"A caption is text, not {caption!r}. An image without one takes ''.")
         pictures = [to_rgb(image) for image in images]
         if len(pictures) != len(captions):
-            raise SettingError(
-                f"Every image has one caption, but these are {len(pictures)} and {len(captions)}."
-            )
+            counts = f"{len(pictures)} and {len(captions)}"
+            raise SettingError(f"Every image has one caption, but there are {counts}.")
         size = _common_size("images", [picture.size for picture in pictures])
         if not _fits(*size):
             raise SettingError(
@@ -279,9 +272,7 @@ def read_header(data: bytes | str | os.PathLike) -> tuple[Header, bytes, bytes]:
     if not data.startswith(MAGIC):
         raise DamagedFileError("This is not a .taco file, or its first bytes are damaged.")
     if len(data) < 20 or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
-        raise DamagedFileError(
-            f"These {len(data)} bytes were truncated or altered: the checksum at their end is wrong."
-        )
+        raise DamagedFileError(f"These {len(data)} bytes were truncated or altered: their checksum is wrong.")
     if data[4] != VERSION:
         reader = READERS.get(data[4], "a newer taco-nb, perhaps")
         raise DamagedFileError(
@@ -294,9 +285,7 @@ def read_header(data: bytes | str | os.PathLike) -> tuple[Header, bytes, bytes]:
     except IndexError:
         raise DamagedFileError("The header is cut short: damaged or forged.") from None
     if not width or not height or not _fits(width, height):
-        raise DamagedFileError(
-            f"The header announces {width}x{height} pixels; 1 to {MAX_PIXELS} are possible."
-        )
+        raise DamagedFileError(f"The header announces {width}x{height} pixels, not 1 to {MAX_PIXELS}.")
     strings = data[at + 4 : -4]
     if at + 8 > len(data) or z_length > len(strings):
         raise DamagedFileError("The header announces more bytes than there are: damaged or forged.")

@@ -134,7 +134,7 @@ def decoding_steps(codec: Codec, image: Any, caption: str) -> list[DecodingStep]
     coded = coder.quantize(y, z)
     z_symbols = coded.z.reshape(z.shape)
     z_hat = z_symbols + coder.medians()
-    hyper = coder.hyper(z_hat)
+    hyper = coder.h_s(z_hat)
 
     def seen(known: int) -> tuple[list[tuple[Step, Tensor, Tensor]], Image.Image]:
         """Decode the first `known` half groups, and guess the others."""

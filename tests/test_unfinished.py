@@ -45,7 +45,7 @@ class Counted(CaptionedImages):
 
     def __init__(self, dataset: CaptionedImages, at_most: int | None = None):
         super().__init__(dataset.name, dataset._entries)
-        self._crop, self.asked, self.at_most = dataset.crop, [], at_most
+        self.crop, self.asked, self.at_most = dataset.crop, [], at_most
 
     def __getitem__(self, i: int):
         if len(self.asked) == self.at_most:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ STAGING = ".fetch"
 
 
 class _Known(NamedTuple):
-    """A data set that has a name: its folder in the data folder, what that folder must hold, and how it is read."""
+    """A data set that has a name has a folder in the data folder, things that it must hold, and a way to be read."""
 
     folder: str
     holds: str
@@ -56,39 +57,29 @@ def _kodak_crops(root: Path) -> CaptionedImages:
     return crops
 
 
+def _clic(root: Path) -> CaptionedImages:
+    return CaptionedFolder(root, root / "captions_ofa.json", name="clic")
+
+
+def _restval(root: Path) -> CaptionedImages:
+    return Coco(root, "restval", karpathy=True, name="coco").centre_crop(256)
+
+
+_SAMPLE = "images/*.png and annotations/captions_{}.json"
+_SAMPLE_TRAIN = _Known("sample", _SAMPLE.format("train"), partial(Coco, split="train", name="sample-train"))
 _KODAK = "kodim01.png to kodim24.png, or the same as .webp, and captions_ofa.json"
-_SAMPLE_TRAIN = _Known(
-    "sample",
-    "images/*.png and annotations/captions_train.json",
-    lambda root: Coco(root, "train", name="sample-train"),
-)
 _EVALUATION = {
-    "sample": _Known(
-        "sample",
-        "images/*.png and annotations/captions_val.json",
-        lambda root: Coco(root, "val", name="sample"),
-    ),
+    "sample": _Known("sample", _SAMPLE.format("val"), partial(Coco, split="val", name="sample")),
     "sample-train": _SAMPLE_TRAIN,
     "kodak": _Known("kodak", _KODAK, _kodak),
     "kodak-256": _Known("kodak", _KODAK, _kodak_crops),
-    "clic": _Known(
-        "clic",
-        "the 428 PNG images of CLIC 2020's test set and captions_ofa.json",
-        lambda root: CaptionedFolder(root, root / "captions_ofa.json", name="clic"),
-    ),
-    "coco": _Known(
-        "coco",
-        "val2014/*.jpg and dataset_coco.json",
-        lambda root: Coco(root, "restval", karpathy=True, name="coco").centre_crop(256),
-    ),
+    "clic": _Known("clic", "the 428 PNG images of CLIC 2020's test set and captions_ofa.json", _clic),
+    "coco": _Known("coco", "val2014/*.jpg and dataset_coco.json", _restval),
 }
+_COCO_TRAIN = "train2014/*.jpg and annotations/captions_train2014.json"
 _TRAINING = {
     "sample": _SAMPLE_TRAIN,
-    "coco": _Known(
-        "coco",
-        "train2014/*.jpg and annotations/captions_train2014.json",
-        lambda root: Coco(root, "train", name="coco-train"),
-    ),
+    "coco": _Known("coco", _COCO_TRAIN, partial(Coco, split="train", name="coco-train")),
 }
 
 

@@ -27,7 +27,7 @@ NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 class Sample(NamedTuple):
-    """An image of a data set: its file name, the 8-bit RGB picture, and one or more captions."""
+    """A sample is an image of a data set: its file name, the 8-bit RGB picture, and one or more captions."""
 
     name: str
     image: Image.Image
@@ -35,7 +35,7 @@ class Sample(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A sample's name, file and captions. `short_side` is in pixels, or None if no annotation gives it."""
+    """An entry is a sample's name, file and captions. `short_side` is in pixels, or None if no annotation gives it."""
 
     name: str
     path: Path
@@ -44,12 +44,13 @@ class Entry(NamedTuple):
 
 
 class CaptionedImages(Dataset):
-    """Image files with captions, in the order of their names; each file is opened only when it is asked for.
+    """These are image files with captions, in the order of their names; each is opened only when it is asked for.
 
     `dataset[i]` is a `Sample`. It raises `DataError`, naming the file, if the image cannot be read; how images are read is
-    said in `taco_nb.data.images.to_rgb`. `name` is the data set's name, and `skipped` says how many images `centre_crop`
-    has left out. `captioned` is the kind of the captions: "published" if they came with the data set, "context", or
-    "replaced" if they were taken from another file, and `captions_file` is the name of the file they come from.
+    said in `taco_nb.data.images.to_rgb`. `name` is the data set's name. `crop` is the side of the central square that is
+    taken of every image, or None if images are whole, and `skipped` says how many images `centre_crop` has left out.
+    `captioned` is the kind of the captions: "published" if they came with the data set, "context", or "replaced" if they
+    were taken from another file, and `captions_file` is the name of the file they come from.
     """
 
     def __init__(self, name: str, entries: Iterable[Entry]):
@@ -57,8 +58,8 @@ class CaptionedImages(Dataset):
         self.skipped = 0
         self.captioned = "published"
         self.captions_file = ""
+        self.crop: int | None = None
         self._entries = sorted(entries)
-        self._crop: int | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -71,18 +72,13 @@ class CaptionedImages(Dataset):
             raise DataError(
                 f"{error} Replace it with a sound copy, or remove it and its captions from the data set."
             ) from error
-        if self._crop is not None:
-            image = _centre(image, self._crop, path)
+        if self.crop is not None:
+            image = _centre(image, self.crop, path)
         return Sample(name, image, captions)
 
     @property
-    def crop(self) -> int | None:
-        """The side of the central square that is taken of every image, or None if images are whole."""
-        return self._crop
-
-    @property
     def names(self) -> tuple[str, ...]:
-        """The file names, in order."""
+        """Return the file names, in order."""
         return tuple(entry.name for entry in self._entries)
 
     def path(self, i: int) -> Path:
@@ -96,7 +92,7 @@ class CaptionedImages(Dataset):
     def short_side(self, i: int) -> int:
         """Return the pixels on the shorter side of image i: from the annotations, or else from the file's header."""
         entry = self._entries[i]
-        return self._crop or entry.short_side or short_side(entry.path)
+        return self.crop or entry.short_side or short_side(entry.path)
 
     def head(self, count: int) -> CaptionedImages:
         """Return a view of the first `count` images, or of all if there are fewer; `SettingError` unless count >= 1."""
@@ -118,7 +114,7 @@ class CaptionedImages(Dataset):
         if not view._entries:
             raise DataError(f"No image of {self.name} has both sides >= {side}.")
         view.skipped = self.skipped + len(self) - len(view)
-        view._crop = side
+        view.crop = side
         return view
 
     def recaptioned(self, source: str | os.PathLike) -> CaptionedImages:
@@ -155,7 +151,7 @@ class CaptionedImages(Dataset):
 
 
 class CaptionedFolder(CaptionedImages):
-    """A folder of images with their captions in a JSON file, the form in which TACO publishes its captions.
+    """This is a folder of images with their captions in a JSON file, the form in which TACO publishes its captions.
 
     `captions` is a JSON file of `{"file.png": "caption"}` or `{"file.png": ["one", "another"]}`; the two may be mixed,
     and "" is a caption. Every image that lies directly in `root` needs an entry, and every entry an image. An image is
@@ -194,9 +190,8 @@ class CaptionedFolder(CaptionedImages):
 def _captions_by_name(source: Path) -> dict[str, tuple[str, ...]]:
     content = read_json(source)
     if not isinstance(content, dict):
-        raise DataError(
-            f'{source} must hold an object {{"file.png": "caption", ...}}, not a {type(content).__name__}.'
-        )
+        kind = type(content).__name__
+        raise DataError(f'{source} must hold an object {{"file.png": "caption", ...}}, not a {kind}.')
     by_name = {}
     for name, captions in content.items():
         captions = [captions] if isinstance(captions, str) else captions
@@ -283,9 +278,8 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError as error:
         raise DataError(f"There is no captions file {path}.") from error
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
-        ) from error
+        where = f"line {error.lineno}, column {error.colno}"
+        raise DataError(f"{path} is not JSON: {error.msg} at {where}.") from error
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}.") from error
 
@@ -316,7 +310,5 @@ def _centre(image: Image.Image, side: int, path: Path) -> Image.Image:
     # Where a margin is odd, round() splits it as torchvision's CenterCrop does, to an even offset.
     left, top = round((image.width - side) / 2), round((image.height - side) / 2)
     if left < 0 or top < 0:
-        raise DataError(
-            f"{path} is {image.width}x{image.height}: smaller than {side}, and than its annotation says."
-        )
+        raise DataError(f"{path} is {image.width}x{image.height}, smaller than {side} and than annotated.")
     return image.crop((left, top, left + side, top + side))

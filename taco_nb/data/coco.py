@@ -31,7 +31,7 @@ KARPATHY_SPLITS = ("train", "restval", "val", "test")
 
 
 class Coco(CaptionedImages):
-    """A split of MS-COCO 2014 (Chen et al. 2015, arXiv:1504.00325), or of images described in its format.
+    """This is a split of MS-COCO 2014 (Chen et al. 2015, arXiv:1504.00325), or of images described in its format.
 
     The split "train" or "val" reads `annotations/captions_{split}2014.json` with images in `{split}2014/`, or, if there is
     no such file, `annotations/captions_{split}.json` with images in `images/`. With karpathy=True the split is "train",
@@ -48,14 +48,13 @@ class Coco(CaptionedImages):
             raise SettingError(f"MS-COCO has no split {split!r} here: choose one of {', '.join(splits)}.")
         read = _karpathy if karpathy else _annotations
         super().__init__(name or f"coco-{split}", read(Path(root), split))
-        names = (
-            ["dataset_coco.json"] if karpathy else [f"captions_{split}{year}.json" for year in ("2014", "")]
-        )
+        own = [f"captions_{split}{year}.json" for year in ("2014", "")]
+        names = ["dataset_coco.json"] if karpathy else own
         self.captions_file = next((n for n in names if Path(root, "annotations", n).exists()), names[0])
 
 
 class TrainPairs(Dataset):
-    """TACO's training set: every (image, caption) pair is a sample, cropped at random, neither resized nor flipped.
+    """In TACO's training set every (image, caption) pair is a sample, cropped at random, neither resized nor flipped.
 
     `pairs[i]` is (x, caption), with x uint8 of shape (3, crop, crop): as floats the batches of eight workers would not fit
     into the 64 MB of shared memory that Docker gives. Images with a side shorter than `crop` are left out, and `skipped`
@@ -94,9 +93,8 @@ class TrainPairs(Dataset):
                 f"{error} With the copy a run that has begun goes on; without the image, begin a new run in another out_dir."
             ) from error
         if min(image.size) < self.crop:
-            raise DataError(
-                f"{name} in {self.dataset.name} is {image.width}x{image.height}, less than annotated."
-            )
+            size = f"{image.width}x{image.height}"
+            raise DataError(f"{name} in {self.dataset.name} is {size}, less than annotated.")
         position = np.random.default_rng((self.seed, int(self._epoch), i))
         left = int(position.integers(image.width - self.crop, endpoint=True))
         top = int(position.integers(image.height - self.crop, endpoint=True))
@@ -123,9 +121,7 @@ def _annotations(root: Path, split: str) -> list[Entry]:
         listed.append((key, Entry(name, folder / name, tuple(captions.pop(key, ())), _short_side(image))))
     entries = _entries(listed, root, source)
     if captions:
-        raise DataError(
-            f"{source} has captions for image ids that it does not list: {few(map(str, captions))}."
-        )
+        raise DataError(f"{source} captions image ids that it does not list: {few(map(str, captions))}.")
     return entries
 
 
@@ -139,9 +135,8 @@ def _karpathy(root: Path, split: str) -> list[Entry]:
             folder = _get(image, "filepath", str, where)
             if folder not in ("train2014", "val2014"):
                 raise DataError(f"{where} (id {key}): filepath must be train2014 or val2014, not {folder!r}.")
-            captions = tuple(
-                _get(sentence, "raw", str, at) for at, sentence in _records(image, "sentences", where)
-            )
+            sentences = _records(image, "sentences", where)
+            captions = tuple(_get(sentence, "raw", str, at) for at, sentence in sentences)
             if folder not in sides:
                 sides[folder] = _annotated_sides(root / "annotations" / f"captions_{folder}.json")
             listed.append((key, Entry(name, root / folder / name, captions, sides[folder].get(name))))

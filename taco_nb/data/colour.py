@@ -75,9 +75,8 @@ def _by_formula(
     if gamma is not None and (not 0 < gamma < 10 or abs(gamma / SRGB_GAMMA - 1) < 0.05):
         gamma = None
     try:
-        to_linear_srgb = np.linalg.inv(_to_xyz(SRGB_CHROMATICITIES)) @ _to_xyz(
-            chromaticities or SRGB_CHROMATICITIES
-        )
+        to_xyz = _to_xyz(chromaticities or SRGB_CHROMATICITIES)
+        to_linear_srgb = np.linalg.inv(_to_xyz(SRGB_CHROMATICITIES)) @ to_xyz
     except (np.linalg.LinAlgError, ZeroDivisionError, ValueError):
         to_linear_srgb = np.eye(3)
 

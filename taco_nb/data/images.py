@@ -52,13 +52,10 @@ def to_rgb(image: str | os.PathLike | Image.Image | np.ndarray | torch.Tensor) -
         return _flatten(_from_array(image))
     if isinstance(image, torch.Tensor):
         if image.is_floating_point() and image.numel() and not (image.min() >= 0 and image.max() <= 1):
-            raise DataError(
-                "The image tensor holds NaN or values outside [0, 1]: divide by 255 or clamp it first."
-            )
+            raise DataError("The image tensor has NaN or values outside [0, 1]: divide by 255 or clamp it.")
         return to_image(image)
-    raise DataError(
-        f"{type(image).__name__} is not an image: give a path, a Pillow image, an array or a tensor."
-    )
+    kind = type(image).__name__
+    raise DataError(f"{kind} is not an image: give a path, a Pillow image, an array or a tensor.")
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The shapes: a small world in which a caption must matter, made from a seed, with no files.
+"""The shapes are a small world in which a caption must matter, made from a seed, with no files.
 
 A scene is a picture of 64x64 pixels: four textured shapes, one in each quarter, on a textured ground. Its caption names one
 of them, sometimes two, and the loss weighs the pixels of what is named `NAMED_WEIGHT` times the others. The picture does not
@@ -48,7 +48,7 @@ HELD_OUT = 1_000_000
 
 
 class Scene(NamedTuple):
-    """A picture (3, 64, 64) of bytes, its four shapes' names, such as "red circle", and their masks (4, 64, 64)."""
+    """A scene is a picture (3, 64, 64) of bytes, four shapes' names, such as "red circle", and their masks (4, 64, 64)."""
 
     image: Tensor
     names: tuple[str, str, str, str]
@@ -92,7 +92,7 @@ def long_caption(shown: Scene, names: Sequence[str]) -> str:
 
 
 class ShapesPairs(Dataset):
-    """The training pairs of this world: (picture of bytes, caption, weight (1, 64, 64) of each pixel's squared error).
+    """Training pairs of this world are (picture of bytes, caption, weight (1, 64, 64) of each pixel's squared error).
 
     Pair i of an epoch depends on (seed, epoch, i) alone, and no scene of a seed below `HELD_OUT` is among them. `captions`
     are the "published" ones, which are short, or paragraphs, "context". `dataset` tells what captions can say. Raises
@@ -124,7 +124,7 @@ class ShapesPairs(Dataset):
 
 
 class Vocabulary:
-    """All that short captions with one name can say, as a data set tells its captions: `names` and `captions(i)`."""
+    """This tells all that short captions with one name can say, as a data set does: by `names` and `captions(i)`."""
 
     names = tuple(f"{colour} {form}" for colour in COLOURS for form in FORMS)
 
@@ -172,4 +172,4 @@ def _form(form: str, side: int) -> Tensor:
         return 8 * torch.maximum(x.abs(), y.abs()) <= 7 * side
     if form == "triangle":
         return 2 * x.abs() <= y + side
-    return torch.minimum(x.abs(), y.abs()) * 3 <= side
+    return torch.minimum(x.abs(), y.abs()) * 3 <= side  # a cross, whose bars are a third of the side wide

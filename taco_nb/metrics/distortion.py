@@ -1,4 +1,4 @@
-"""Pixels: PSNR and MS-SSIM, of the 8-bit picture that a user gets or of the decoder's floats as TACO published."""
+"""PSNR and MS-SSIM compare pixels: of the 8-bit picture that a user gets, or of the decoder's floats as TACO published."""
 
 from __future__ import annotations
 
@@ -73,7 +73,6 @@ def _float_batches(x: Tensor, x_hat: Tensor) -> tuple[Tensor, Tensor]:
             f"not {tuple(x.shape)} and {tuple(x_hat.shape)}."
         )
     if not (x.is_floating_point() and x_hat.is_floating_point()):
-        raise SettingError(
-            f"Distortion takes floats in [0,1], not {x.dtype} and {x_hat.dtype}; divide by 255."
-        )
+        kinds = f"{x.dtype} and {x_hat.dtype}"
+        raise SettingError(f"Distortion takes floats in [0,1], not {kinds}; divide by 255.")
     return tuple(picture.float().reshape(-1, *picture.shape[-3:]) for picture in (x, x_hat))

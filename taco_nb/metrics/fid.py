@@ -1,4 +1,4 @@
-"""FID: how far the features of decoded pictures, as a cloud, lie from those of the originals (Heusel et al., NIPS 2017).
+"""FID says how far the features of decoded pictures, as a cloud, lie from the originals' (Heusel et al., NIPS 2017).
 
 Both clouds are taken for Gaussians, with means mu and covariances S, whose Fréchet distance is
 
@@ -35,7 +35,7 @@ ROWS = 2048  # at least so many features are added to the sums together
 
 
 class Inception:
-    """The Inception network, frozen: 8-bit pictures in, features out.
+    """The frozen Inception network turns 8-bit pictures into features.
 
     `source` is the file of weights that torch-fidelity publishes, or a module to use in the network's place, which takes
     uint8 batches (B,3,H,W) and gives (B, d) or a tuple that holds it. Raises `CheckpointError` for a damaged file.
@@ -89,7 +89,7 @@ def _larger_parts(pairs: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tens
 
 
 class _GivenFeatures(nn.Module):
-    """Stands where torchmetrics expects a network, since the features are computed, and kept, already."""
+    """This stands where torchmetrics expects a network, since the features are computed, and kept, already."""
 
     def __init__(self, features: int):
         super().__init__()
@@ -103,13 +103,10 @@ def _load_inception(path: Path) -> nn.Module:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     try:
-        return FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
-        )
+        return FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(path))
     except Exception as error:  # torch and pickle each have errors of their own for a bad file
-        raise CheckpointError(
-            f"{path} is not the Inception network of torch-fidelity, or is damaged: {error}"
-        ) from error
+        message = f"{path} is not the Inception network of torch-fidelity, or is damaged: {error}"
+        raise CheckpointError(message) from error
 
 
 def patches(x: Tensor, size: int = PATCH_SIZE) -> Tensor:

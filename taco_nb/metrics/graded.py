@@ -1,4 +1,4 @@
-"""Distortions from hardly visible to gross: a distance that orders them as people would has passed a first test."""
+"""Pictures are distorted from hardly visibly to grossly: a distance that orders them as people would passes a first test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CLIP score and CMMD, both measured in CLIP's joint space, where pictures and captions are unit vectors.
+"""CLIP score and CMMD are both measured in CLIP's joint space, where pictures and captions are unit vectors.
 
 **CLIP score** says how well a picture goes with its caption, without a reference (Hessel et al., EMNLP 2021):
 100 * max(cos, 0) of CLIP ViT-B/32's embeddings of both. Hessel et al. scale by 2.5 instead of 100, and begin each caption
@@ -50,7 +50,7 @@ BLOCK = 2048  # vectors whose kernel with as many others is in memory at once
 
 
 class ClipScore:
-    """Both halves of CLIP, frozen, which score pictures against their captions.
+    """Both halves of a frozen CLIP score pictures against their captions.
 
     `clip` is an open_clip model, `tokenizer` its own: captions -> ids (B, 77).
     """
@@ -76,7 +76,7 @@ class ClipScore:
 
 
 class CmmdEmbedding:
-    """CLIP's image half, frozen, which embeds pictures as CMMD's official program does. `clip` is an open_clip model."""
+    """The image half of a frozen CLIP embeds pictures as CMMD's official program does. `clip` is an open_clip model."""
 
     def __init__(self, clip: nn.Module, device: str | torch.device = "cpu"):
         self.device = torch.device(device)

@@ -1,4 +1,4 @@
-"""The networks that metrics look through: those whose weights are on this machine, and what is missing for the others."""
+"""Metrics look through networks: here are those whose weights are on this machine, and what is missing for the others."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ import torch
 from torch import nn
 
 from taco_nb.errors import SettingError
-from taco_nb.metrics import fid, joint_space, perception
+from taco_nb.metrics import fid, perception
+from taco_nb.metrics.joint_space import (
+    CLIP_SCORE_PROTOCOL,
+    CMMD_PROTOCOL,
+    MINI_MMD_PROTOCOL,
+    MINI_SCORE_PROTOCOL,
+    ClipScore,
+    CmmdEmbedding,
+)
+from taco_nb.metrics.perception import MINI_PROTOCOL, MiniDistance
 from taco_nb.pretrained import ALEXNET, CLIP_B32, CLIP_L14, INCEPTION, MINI, Pretrained
 
 
 class Metric(NamedTuple):
-    """A metric that looks through a network: what it is called, how it is measured, and how its network is loaded."""
+    """This says what a metric is called, how it is measured, and how the network that it looks through is loaded."""
 
     title: str
     protocol: str
@@ -25,41 +34,33 @@ class Metric(NamedTuple):
     load: Callable[[torch.device], Any]
 
 
-def _score_in(clip: Pretrained, device: torch.device) -> joint_space.ClipScore:
+def _scoring(clip: Pretrained, device: torch.device) -> ClipScore:
     from taco_nb.text.clip import clip_model
 
-    return joint_space.ClipScore(*clip_model(clip.name, device), device)
+    return ClipScore(*clip_model(clip.name, device), device)
 
 
-def _embedding_in(clip: Pretrained, device: torch.device) -> joint_space.CmmdEmbedding:
+def _seen_by(clip: Pretrained, kind: Callable, device: torch.device) -> CmmdEmbedding | MiniDistance:
     from taco_nb.text.clip import clip_model
 
-    return joint_space.CmmdEmbedding(clip_model(clip.name, device)[0], device)
-
-
-def _load_mini_distance(device: torch.device) -> perception.MiniDistance:
-    from taco_nb.text.clip import clip_model
-
-    return perception.MiniDistance(clip_model(MINI.name, device)[0], device)
+    return kind(clip_model(clip.name, device)[0], device)
 
 
 METRICS = {
     "lpips": Metric("LPIPS", perception.PROTOCOL, ALEXNET, perception.Lpips),
     "fid": Metric("FID", fid.PROTOCOL, INCEPTION, lambda device: fid.Inception(INCEPTION.path, device)),
-    "cmmd": Metric("CMMD", joint_space.CMMD_PROTOCOL, CLIP_L14, partial(_embedding_in, CLIP_L14)),
-    "clip_score": Metric(
-        "CLIP score", joint_space.CLIP_SCORE_PROTOCOL, CLIP_B32, partial(_score_in, CLIP_B32)
-    ),
-    "mini_distance": Metric("mini_distance", perception.MINI_PROTOCOL, MINI, _load_mini_distance),
-    "mini_mmd": Metric("mini_mmd", joint_space.MINI_MMD_PROTOCOL, MINI, partial(_embedding_in, MINI)),
-    "mini_score": Metric("mini_score", joint_space.MINI_SCORE_PROTOCOL, MINI, partial(_score_in, MINI)),
+    "cmmd": Metric("CMMD", CMMD_PROTOCOL, CLIP_L14, partial(_seen_by, CLIP_L14, CmmdEmbedding)),
+    "clip_score": Metric("CLIP score", CLIP_SCORE_PROTOCOL, CLIP_B32, partial(_scoring, CLIP_B32)),
+    "mini_distance": Metric("mini_distance", MINI_PROTOCOL, MINI, partial(_seen_by, MINI, MiniDistance)),
+    "mini_mmd": Metric("mini_mmd", MINI_MMD_PROTOCOL, MINI, partial(_seen_by, MINI, CmmdEmbedding)),
+    "mini_score": Metric("mini_score", MINI_SCORE_PROTOCOL, MINI, partial(_scoring, MINI)),
 }
 OF_SETS = ("fid", "cmmd", "mini_mmd")
 """The metrics that compare a set of pictures with another. Each picture gives features, and only a whole set a figure."""
 
 
 class Network(NamedTuple):
-    """A network that can be had: a name that stays the same as long as its weights do, and how it is loaded."""
+    """A network that can be had has a name, which stays the same as long as its weights do, and a way to be loaded."""
 
     weights: str
     load: Callable[[torch.device], Any]
@@ -74,9 +75,7 @@ def find_networks() -> tuple[dict[str, Network], dict[str, str]]:
     for name, metric in METRICS.items():
         needed = metric.pretrained
         if needed.path is None:
-            absent[name] = (
-                f"the weights of {needed.name} are not on this machine; to have them, run: {needed.command}"
-            )
+            absent[name] = f"{needed.name} is not on this machine; to have its weights, run: {needed.command}"
         else:
             found[name] = Network(f"{needed.name}, {needed.path.stat().st_size:,} bytes", metric.load)
     return found, absent
@@ -88,9 +87,8 @@ def given_networks(networks: Mapping[str, Any]) -> tuple[dict[str, Network], dic
     Raises `SettingError` for a metric that does not exist.
     """
     if unknown := networks.keys() - METRICS.keys():
-        raise SettingError(
-            f"No metric is called {unknown.pop()!r}; those with a network are {', '.join(METRICS)}."
-        )
+        known = ", ".join(METRICS)
+        raise SettingError(f"No metric is called {unknown.pop()!r}; those with a network are {known}.")
     found = {
         name: Network(f"given, SHA-256 {state_digest(network.model)}", partial(placed, network))
         for name, network in networks.items()

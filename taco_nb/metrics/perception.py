@@ -1,4 +1,4 @@
-"""How far apart two pictures look: LPIPS, as its library and as TACO feed it, and the distance that needs no download.
+"""Two distances say how far apart pictures look: LPIPS, as its library and as TACO feed it, and one without a download.
 
 Both compare the features that a network trained on other tasks has at several depths. LPIPS weighs them by what people
 said of pairs of pictures; `MiniDistance` weighs them all alike, so its values compare with each other and with nothing
@@ -31,7 +31,7 @@ MIN_SIDE = 31  # below this AlexNet's second pooling has nothing left to pool
 
 
 class Lpips:
-    """LPIPS with an AlexNet backbone, frozen: the distance of two pictures' deep features (Zhang et al., CVPR 2018).
+    """LPIPS is the distance of two pictures' features in a frozen AlexNet (Zhang et al., CVPR 2018).
 
     The library expects pixels in [-1,1]. TACO's training and evaluation hand it pixels in [0,1] as they are, so the
     values that the paper and the report print are another, smaller quantity. Both are kept, under different names:
@@ -56,9 +56,7 @@ class Lpips:
         Raises `SettingError` for other or unequal shapes.
         """
         if x.ndim != 3:
-            raise SettingError(
-                f"LPIPS takes one picture (3,H,W), not {tuple(x.shape)}; for a batch call `distance`."
-            )
+            raise SettingError(f"LPIPS takes one picture (3,H,W), not {tuple(x.shape)}: see `distance`.")
         x, x_hat = x[None].to(self.device), x_hat[None].to(self.device)
         if x.shape == x_hat.shape and min(x.shape[-2:]) < MIN_SIDE:
             return {"lpips": math.nan, "lpips_01": math.nan}
@@ -85,7 +83,7 @@ class Lpips:
 
 
 class MiniDistance:
-    """The distance of two pictures' features in the image half of the bundled CLIP, frozen.
+    """This is the distance of two pictures' features in the image half of the bundled CLIP, frozen.
 
     At each of its four depths (1/4 to 1/32 of the side) features are scaled to unit length at every position, as LPIPS
     does. Their squared differences are summed over channels, averaged over positions, and summed over depths, all with
@@ -117,13 +115,9 @@ class MiniDistance:
                 f"The distance needs two batches of one shape (B,3,H,W) with sides of at least {MINI_MIN_SIDE} pixels, not "
                 f"{tuple(x.shape)} and {tuple(x_hat.shape)}."
             )
-        trunk = self.model.visual.trunk
-        depths = (
-            trunk.forward_intermediates(standardized(pictures), intermediates_only=True)[
-                1:
-            ]  # without the stem
-            for pictures in (x_hat, x)
-        )
+        features = self.model.visual.trunk.forward_intermediates
+        # without the first depth, the stem
+        depths = (features(standardized(y), intermediates_only=True)[1:] for y in (x_hat, x))
         return sum(
             (normalize(a.float(), dim=1) - normalize(b.float(), dim=1)).square().sum(1).mean((1, 2))
             for a, b in zip(*depths)

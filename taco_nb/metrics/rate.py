@@ -1,4 +1,4 @@
-"""Bits: the rate of one file, and the average gap between two rate-distortion curves.
+"""This module counts bits: the rate of one file, and the average gap between two rate-distortion curves.
 
 Bjøntegaard's measure integrates that gap over the range that both curves cover, with the rate on a logarithmic axis
 (G. Bjøntegaard, "Calculation of average PSNR differences between RD-curves", ITU-T VCEG-M33, 2001). Two ways of
@@ -37,9 +37,7 @@ def bpp(n_bytes: int, width: int, height: int) -> float:
     Raises `SettingError` for a negative size or a picture without pixels.
     """
     if n_bytes < 0 or width < 1 or height < 1:
-        raise SettingError(
-            f"A file of {n_bytes} bytes for {width}x{height} pixels has no bpp: sizes must be positive."
-        )
+        raise SettingError(f"{n_bytes} bytes for {width}x{height} pixels have no bpp: sizes are positive.")
     return 8 * n_bytes / (width * height)
 
 
@@ -64,9 +62,7 @@ def bd_rate(
     other = _curve(rate, quality, "compared", method)
     direction = _direction(*anchor, "anchor")
     if direction != _direction(*other, "compared"):
-        raise SettingError(
-            "Quality rises with the rate on one curve and falls on the other: is it the same measure?"
-        )
+        raise SettingError("Quality rises with the rate on one curve only: is it the same measure on both?")
     _check_overlap(anchor[1], other[1], "quality")
     # The package draws log-rate over quality, and wants the points by rising quality.
     by_quality = [values[::direction] for values in (*anchor, *other)]
@@ -110,28 +106,23 @@ def rate_at(rate: Sequence[float], quality: Sequence[float], wanted: float) -> f
     rate, quality = _curve(rate, quality, "given", "pchip")
     direction = _direction(rate, quality, "given")
     if not quality.min() <= wanted <= quality.max():
-        raise SettingError(
-            f"The curve runs from {quality.min():.6g} to {quality.max():.6g}; {wanted:.6g} is not on it."
-        )
+        ends = f"{quality.min():.6g} to {quality.max():.6g}"
+        raise SettingError(f"The curve runs from {ends}; {wanted:.6g} is not on it.")
     return math.exp(float(PchipInterpolator(direction * quality, np.log(rate))(direction * wanted)))
 
 
 def _curve(rate, quality, name: str, method: str) -> tuple[np.ndarray, np.ndarray]:
     """Check a curve and return it as (rate, quality), by ascending rate."""
     if method not in _FEWEST_POINTS:
-        raise SettingError(
-            f"There is no method {method!r} for Bjøntegaard's measure; choose from {sorted(_FEWEST_POINTS)}."
-        )
+        known = sorted(_FEWEST_POINTS)
+        raise SettingError(f"There is no method {method!r} for Bjøntegaard's measure; choose from {known}.")
     rate, quality = np.asarray(rate, dtype=float), np.asarray(quality, dtype=float)
     if rate.ndim != 1 or rate.shape != quality.shape:
-        raise SettingError(
-            f"The {name} curve needs one quality for each rate, but their shapes are {rate.shape} and {quality.shape}."
-        )
+        shapes = f"{rate.shape} and {quality.shape}"
+        raise SettingError(f"The {name} curve needs one quality for each rate, but the shapes are {shapes}.")
     fewest = _FEWEST_POINTS[method]
     if len(rate) < fewest:
-        raise SettingError(
-            f"The {name} curve has {len(rate)} points; method {method!r} needs at least {fewest}."
-        )
+        raise SettingError(f"The {name} curve has {len(rate)} points; {method!r} needs at least {fewest}.")
     if not (np.isfinite(rate).all() and np.isfinite(quality).all() and (rate > 0).all()):
         raise SettingError(
             f"The {name} curve needs finite qualities and finite rates above 0; leave out other points."

@@ -1,4 +1,4 @@
-"""The network: images and text features in, latents, likelihoods and bit strings out. Nothing here reads a file."""
+"""The network turns images and text features into latents, likelihoods and bit strings. Nothing here reads a file."""
 
 import warnings
 

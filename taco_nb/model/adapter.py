@@ -1,4 +1,4 @@
-"""TACO's text adapter (Lee et al., ICML 2024, arXiv:2403.02944, Section 3.1): how the caption reaches the encoder.
+"""The caption reaches the encoder through TACO's text adapter (Lee et al., ICML 2024, arXiv:2403.02944, Section 3.1).
 
 Following ViT-Adapter (Chen et al., ICLR 2023), an `Injector` lets image positions look at the text, and an `Extractor`
 lets the text look at the image. Both live in g_a only: the decoder never needs the caption.
@@ -32,7 +32,7 @@ def make_attentions(config: ModelConfig) -> tuple[CrossAttention, CrossAttention
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """An image (B, C, H, W) as a sequence (B, H*W, C); free of copies for a channels_last image."""
+    """Return an image (B, C, H, W) as a sequence (B, H*W, C); free of copies for a channels_last image."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -58,7 +58,7 @@ class Injector(nn.Module):
         return out.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
     def sequences(self, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """What the attention sees: image queries (B, H*W, N) and text keys (B, T, N)."""
+        """Return what the attention sees: image queries (B, H*W, N) and text keys (B, T, N)."""
         return self.image_norm(to_tokens(x)), self.text_norm(self.text_feature_dim_proj(text))
 
 
@@ -82,5 +82,5 @@ class Extractor(nn.Module):
         return queries + self.cross_attn(queries, keys_values, tuple(x.shape[2:]))
 
     def sequences(self, x: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """What the attention sees: text queries (B, T, text_dim) and image keys (B, H*W, text_dim)."""
+        """Return what the attention sees: text queries (B, T, text_dim) and image keys (B, H*W, text_dim)."""
         return self.text_norm(text), self.image_norm(self.image_feature_dim_proj(to_tokens(x)))

@@ -1,4 +1,4 @@
-"""The settings of the network."""
+"""The network's settings are declared here, and read off a state dict."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from taco_nb.settings import STRICT, Attention, Count, LinformerSharing, Sizes, 
 @plain_errors
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig(Sizes):
-    """The sizes and the attention of a TACO, by default the paper's. Raises `SettingError` for what does not fit together."""
+    """Set the sizes and the attention of a TACO, by default the paper's. Raises `SettingError` for what does not fit."""
 
     attention: Attention = "softmax"
     """The kind of all three attentions in the adapter."""

@@ -1,26 +1,26 @@
-"""ELIC's entropy model: uneven channel groups, a checkerboard in each (He et al., CVPR 2022, Sections 3.2 and 3.3).
+"""ELIC's entropy model has uneven channel groups, and a checkerboard in each (He et al., CVPR 2022, Sections 3.2 and 3.3).
 
     anchors (A) are coded first, given the hyper latents and the groups before;      . A . A
     then the others (.), given also a 5x5 look at the anchors around them.           A . A .
                                                                                      . A . A
                                                                                      A . A .
 
-The order of coding is written down once, in `walk`; the forward pass, compression and decompression differ only in what
-they do at each of its steps, and the floating-point networks and their integer form only in the networks they bring.
+The order of coding is written down once, in `LatentCoder.walk`; the forward pass, compression and decompression differ only
+in what they do at each of its steps, and the floating-point networks and their integer form only in the networks they bring.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from compressai.models.utils import conv
 from torch import Tensor, nn
 
-from taco_nb.model.layers import conv, relu_stack
+from taco_nb.model.layers import relu_stack
 
 _ENDS = torch.tensor([0.11, 256.0], dtype=torch.float32).log()
 SCALE_TABLE = torch.linspace(*_ENDS, 64, dtype=torch.float32).exp().tolist()
@@ -32,22 +32,22 @@ def squeeze(x: Tensor, anchor: bool) -> Tensor:
     B, C, H, W = x.shape
     cells = x.reshape(B, C, H // 2, 2, W // 2, 2)
     first = 1 if anchor else 0  # the column of a cell of 2x2 that the even row contributes
-    return torch.stack((cells[:, :, :, 0, :, first], cells[:, :, :, 1, :, 1 - first]), dim=3).reshape(
-        B, C, H, W // 2
-    )
+    halves = cells[:, :, :, 0, :, first], cells[:, :, :, 1, :, 1 - first]
+    return torch.stack(halves, dim=3).reshape(B, C, H, W // 2)
 
 
 def unsqueeze(anchors: Tensor, others: Tensor) -> Tensor:
     """Undo `squeeze`: put two halves (B, C, H, W/2) back on their checkerboard (B, C, H, W)."""
     B, C, H, W = anchors.shape
     a, o = (t.reshape(B, C, H // 2, 2, W) for t in (anchors, others))
+    # even rows begin with one of the others, odd rows with an anchor
     even = torch.stack((o[:, :, :, 0], a[:, :, :, 0]), dim=-1)
     odd = torch.stack((a[:, :, :, 1], o[:, :, :, 1]), dim=-1)
     return torch.stack((even, odd), dim=3).reshape(B, C, H, 2 * W)
 
 
 class LocalContext(nn.Conv2d):
-    """A 5x5 look at the anchors from the other positions: anchors (B, c, h, w/2), squeezed, -> (B, 2c, h, w/2)."""
+    """Look at the squeezed anchors (B, c, h, w/2) from the other positions, by 5x5: -> (B, 2c, h, w/2)."""
 
     def __init__(self, c: int):
         super().__init__(c, 2 * c, 5, padding=2)
@@ -75,6 +75,7 @@ def anchor_kernels(weight: Tensor) -> tuple[Tensor, Tensor]:
     kernels = []
     for odd in (0, 1):
         kernel = weight.new_zeros(*weight.shape[:3], 3)
+        # rows of the kernel at an even distance have two taps on anchors, the others three
         kernel[:, :, 0::2, odd : odd + 2] = weight[:, :, 0::2, 1::2]
         kernel[:, :, 1::2] = weight[:, :, 1::2, 0::2]
         kernels.append(kernel)
@@ -92,89 +93,34 @@ def interleave_rows(even: Tensor, odd: Tensor) -> Tensor:
     return torch.stack((even, odd), dim=3).flatten(2, 3)
 
 
-class ChannelContext(nn.Module):
-    """What the groups already coded, (B, sum of their channels, h, w), say of the next: (B, 2c, h, w)."""
-
-    def __init__(self, before: int, c: int, widths: tuple[int, int]):
-        super().__init__()
-        # spelled as in the reference's state dicts
-        self.fushion = relu_stack(
-            conv(before, widths[0], 5, 1), conv(widths[0], widths[1], 5, 1), conv(widths[1], 2 * c, 5, 1)
-        )
-
-    def forward(self, y_hat: Tensor) -> Tensor:
-        return self.fushion(y_hat)
+def channel_context(before: int, c: int, widths: tuple[int, int]) -> nn.Module:
+    """Return what the groups already coded, (B, `before`, h, w), say of the next: (B, 2c, h, w)."""
+    a, b = widths
+    # "fushion" is how the reference's state dicts spell it
+    return relu_stack("fushion", conv(before, a, 5, 1), conv(a, b, 5, 1), conv(b, 2 * c, 5, 1))
 
 
-class EntropyParameters(nn.Module):
-    """All that is known of a half group, concatenated over channels -> its scales and means, (B, 2c, h, w/2)."""
-
-    def __init__(self, in_channels: int, c: int):
-        super().__init__()
-        out = 2 * c
-        self.fusion = relu_stack(
-            conv(in_channels, out * 5 // 3, 1, 1),
-            conv(out * 5 // 3, out * 4 // 3, 1, 1),
-            conv(out * 4 // 3, out, 1, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fusion(x)
+def entropy_parameters(known: int, c: int) -> nn.Module:
+    """Return the network from what is known of a half group, (B, `known`, h, w/2), to scales and means (B, 2c, h, w/2)."""
+    out = 2 * c
+    a, b = out * 5 // 3, out * 4 // 3
+    return relu_stack("fusion", conv(known, a, 1, 1), conv(a, b, 1, 1), conv(b, out, 1, 1))
 
 
 @dataclass(frozen=True)
 class Step:
-    """One of the ten steps of the walk: half of the channels `channels` of y."""
+    """Each of the ten steps of the walk is half of the channels `channels` of y."""
 
     channels: slice
     anchor: bool
 
 
-Network = Callable[[Tensor], Tensor]
 Visit = Callable[[Step, Tensor, Tensor], Tensor]
-
-
-class ContextNetworks(Protocol):
-    """The networks that `walk` asks, for every group of channels; group 0 has no channel context."""
-
-    groups: Sequence[int]
-    local_context: Sequence[Network]
-    channel_context: Mapping[str, Network]
-    entropy_parameters_anchor: Sequence[Network]
-    entropy_parameters_nonanchor: Sequence[Network]
-
-
-def walk(networks: ContextNetworks, hyper: Tensor, visit: Visit) -> Tensor:
-    """Visit the ten half groups of y in coding order, and return the y_hat (B, M, h, w) that the visits have made.
-
-    `hyper` is h_s's output, (B, 2M, h, w). `visit(step, scales, means)` gets the Gaussian parameters of a half group,
-    (B, c, h, w/2) each, and returns that half of y_hat: the context of everything that comes after it.
-    """
-    half_hyper = {anchor: squeeze(hyper, anchor) for anchor in (True, False)}
-    y_hat: list[Tensor] = []
-    first = 0
-    for k, c in enumerate(networks.groups):
-        channels = slice(first, first + c)
-        first += c
-        # what the groups before say, at all positions at once
-        context = [networks.channel_context[str(k)](torch.cat(y_hat, 1))] if k else []
-        known = {
-            anchor: [*(squeeze(t, anchor) for t in context), half_hyper[anchor]] for anchor in (True, False)
-        }
-
-        parameters = networks.entropy_parameters_anchor[k](torch.cat(known[True], 1))
-        anchors = visit(Step(channels, True), *parameters.chunk(2, 1))
-
-        local = networks.local_context[k](anchors)
-        parameters = networks.entropy_parameters_nonanchor[k](torch.cat([local, *known[False]], 1))
-        others = visit(Step(channels, False), *parameters.chunk(2, 1))
-
-        y_hat.append(unsqueeze(anchors, others))
-    return torch.cat(y_hat, 1)
+"""What is done at a step, given its scales and means; see `LatentCoder.walk`."""
 
 
 class SpaceChannelModel(nn.Module):
-    """The probability model of y and z; `groups` are the channel counts of y's groups, summing to M.
+    """This is the probability model of y and z; `groups` are the channel counts of y's groups, summing to M.
 
     `context_widths` are the two inner widths of the channel context networks (224 and 128 in the reference).
     """
@@ -182,24 +128,18 @@ class SpaceChannelModel(nn.Module):
     def __init__(self, N: int, M: int, groups: tuple[int, ...], context_widths: tuple[int, int]):
         super().__init__()
         self.groups = groups
-        before = [sum(groups[:k]) for k in range(len(groups))]
         self.local_context = nn.ModuleList([LocalContext(c) for c in groups])
         self.channel_context = nn.ModuleDict(
-            {str(k): ChannelContext(before[k], c, context_widths) for k, c in enumerate(groups) if k}
+            {str(k): channel_context(sum(groups[:k]), c, context_widths) for k, c in enumerate(groups) if k}
         )
-        known = [2 * M + (2 * c if k else 0) for k, c in enumerate(groups)]
-        self.entropy_parameters_anchor = nn.ModuleList(
-            [EntropyParameters(n, c) for n, c in zip(known, groups)]
-        )
-        self.entropy_parameters_nonanchor = nn.ModuleList(
-            [EntropyParameters(n + 2 * c, c) for n, c in zip(known, groups)]
-        )
+        # the hyper parameters, and from the second group on what the channel context says
+        known = [(2 * M + (2 * c if k else 0), c) for k, c in enumerate(groups)]
+        anchors = [entropy_parameters(n, c) for n, c in known]
+        others = [entropy_parameters(n + 2 * c, c) for n, c in known]  # which have the local context as well
+        self.entropy_parameters_anchor = nn.ModuleList(anchors)
+        self.entropy_parameters_nonanchor = nn.ModuleList(others)
         self.entropy_bottleneck = EntropyBottleneck(N)
         self.gaussian_conditional = GaussianConditional(SCALE_TABLE)
-
-    def walk(self, hyper: Tensor, visit: Visit) -> Tensor:
-        """Visit the ten half groups of y in coding order with these networks, as the function `walk` explains."""
-        return walk(self, hyper, visit)
 
     def likelihoods_of_z(self, z: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return the likelihoods of z (B, N, h, w), rounded, or under noise in training, as CompressAI's bottleneck does.
@@ -228,8 +168,3 @@ class SpaceChannelModel(nn.Module):
     def medians(self) -> Tensor:
         """Return the numbers around which z is rounded, (1, N, 1, 1)."""
         return self.entropy_bottleneck.quantiles[:, 0, 1].reshape(1, -1, 1, 1)
-
-
-def ste_round(x: Tensor) -> Tensor:
-    """Round x, with the identity for a gradient (the straight-through estimator)."""
-    return x + (x.round() - x).detach()

@@ -1,4 +1,4 @@
-"""Why learned codecs fail to decode elsewhere, and how this one does not.
+"""Learned codecs fail to decode on other machines. Here is why, and how this one does not.
 
 **The problem.** The coder gives every latent a probability that two ends must know alike: sender and receiver each run
 the same networks, on what has been coded so far, and get a mean and a scale. A sum of floating-point numbers depends on
@@ -50,29 +50,21 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import count
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from compressai._CXX import pmf_to_quantized_cdf
-from compressai.entropy_models import EntropyBottleneck
 from torch import Tensor, nn
 
 from taco_nb.errors import CheckpointError
 from taco_nb.model import rans
-from taco_nb.model.entropy import (
-    SCALE_TABLE,
-    Step,
-    Visit,
-    anchor_kernels,
-    interleave_rows,
-    rows_around,
-    walk,
-)
+from taco_nb.model.entropy import SCALE_TABLE, Step, anchor_kernels, interleave_rows, rows_around
 from taco_nb.model.kernels import LIMIT, ByteKernel, FloatKernel, bytes_are_exact, power
 from taco_nb.model.latents import LatentCoder, Tables
 from taco_nb.model.precision import full_float32
@@ -97,6 +89,7 @@ _LEAST_CHANNELS = 4
 _LARGE, _FEW_CHUNKS = 1 << 22, 3
 """...but into this few at most where the networks together have so many weights that chunks would cost time."""
 _CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_ANY_CHUNKS = _CHUNKS[-1]
 _DRAWN = (6, 6)
 """Height and width of the z that is drawn to find ranges: that of a picture of 384x384 pixels."""
 _DAMAGE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, RuntimeError, zlib.error)
@@ -109,7 +102,7 @@ _LARGEST_STATE = 1 << 26
 
 
 class Convolution(NamedTuple):
-    """A kind of convolution of one image, on any device, with weights (out, in, kh, kw)."""
+    """This is a kind of convolution of one image, on any device, with weights (out, in, kh, kw)."""
 
     kind: str
     """"plain" (padded to keep the size), "transposed" (multiplies the size by `stride`), or "anchors" (`look_at_anchors`)."""
@@ -152,18 +145,15 @@ class Convolution(NamedTuple):
         A sum has a case for each sign of a weight, unless inputs are `signed`, and for each position modulo the stride of
         a transposed convolution, which meets only some taps.
         """
-        parts = [weight.abs()] if signed else [weight.clamp(min=0), (-weight).clamp(min=0)]
+        signs = [weight.abs()] if signed else [weight.clamp(min=0), (-weight).clamp(min=0)]
         phases = [slice(first, None, self.stride) for first in range(self.stride)]
-        return torch.stack([_sums(p[:, :, a, b]) for p in parts for a in phases for b in phases], dim=2)
-
-
-def _sums(weight: Tensor) -> Tensor:
-    """Return the sums over a kernel's positions, (out, in): of integers, in float64, hence exact."""
-    return weight.sum((2, 3), dtype=torch.float64)
+        # of integers, in float64, hence exact
+        sums = [w[:, :, a, b].sum((2, 3), dtype=torch.float64) for w in signs for a in phases for b in phases]
+        return torch.stack(sums, dim=2)
 
 
 class Kernel(NamedTuple):
-    """The weights of one convolution, on the CPU: weight (out, in, kh, kw) in float32, bias (out) in float64."""
+    """These are the weights of one convolution, on the CPU: weight (out, in, kh, kw) in float32, bias (out) in float64."""
 
     convolution: Convolution
     weight: Tensor
@@ -183,7 +173,7 @@ class Kernel(NamedTuple):
 
 
 class ExactLayer:
-    """One convolution on integers, its requantisation and its clamp: integers (1, in, h, w) -> (1, out, h', w').
+    """This is a convolution on integers, its requantisation and its clamp: (1, in, h, w) -> (1, out, h', w').
 
     p, q and r are the exponents of the module's docstring; `signed` says whether inputs may be negative, `relu` whether
     outputs may not. Raises `CheckpointError` where the bound is not kept, which only a forged file's exponents do.
@@ -202,16 +192,13 @@ class ExactLayer:
         weight = (kernel.weight * _scales(q, 0) * _scales(-p, 1)).round()
         bias = (kernel.bias * power(q)).round()
         half = power(q - r - 1)
-        if not (self._worst(weight, signed, bits) + bias.abs() + half <= LIMIT).all():
+        worst = _worst(self.convolution.loads(weight, signed), chunks, bits)
+        if not (worst + bias.abs() + half <= LIMIT).all():
             raise CheckpointError("The integer form of these weights is damaged: its sums can leave float32.")
         # of 14 and 24 bits at most, since inputs have ten at least
         self.weight, self.bias = weight.to(torch.int16), bias.int()
-
-    def _worst(self, weight: Tensor, signed: bool, bits: int) -> Tensor:
-        """Return the largest magnitude that a sum over some inputs can reach, for each output channel, in any chunk."""
-        loads = self.convolution.loads(weight, signed)
-        sums = [loads[:, channels].sum(1).amax(1) for channels in _cuts(loads.shape[1], self.chunks)]
-        return torch.stack(sums).amax(0) * (1 << bits)
+        self._kernels: list[FloatKernel | ByteKernel] = []
+        self._device: torch.device | None = None  # that the kernels are laid out for
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.device != self._device:
@@ -220,25 +207,22 @@ class ExactLayer:
         inputs = self.convolution.inputs(x)
         return self.convolution.arranged([kernel(part) for kernel, part in zip(self._kernels, inputs)])
 
-    _kernels: list[FloatKernel | ByteKernel]
-    _device: torch.device | None = None
-
     def _prepared(self, device: torch.device) -> list[FloatKernel | ByteKernel]:
         """Lay the integers out as this device convolves them."""
-        kernels, shift = [], self.q - self.r
+        shift, ends = self.q - self.r, (self.low, self.high)
         bias = self.bias.double() + power(shift - 1)  # with a half, so that floor rounds
-        stride, ends = (2, 1) if self.convolution.kind == "anchors" else (1, 1), (self.low, self.high)
+        at_anchors = self.convolution.kind == "anchors"  # whose rows are padded already, and taken in turn
+        quick = device.type == "cpu" and torch.backends.mkldnn.enabled and bytes_are_exact()
+        kernels = []
         for weight in self.convolution.plain(self.weight.float()):
-            padding = 0 if self.convolution.kind == "anchors" else weight.shape[2] // 2
-            times = len(weight) // len(bias)
-            each, by = (values.repeat_interleave(times) for values in (bias, shift))
-            quick = device.type == "cpu" and torch.backends.mkldnn.enabled and bytes_are_exact()
-            if quick and ByteKernel.fits(weight, each, by, padding, self.bits):
-                kernel = ByteKernel(weight, each, by, ends, stride, padding, self.bits, self.signed)
+            stride, padding = ((2, 1), 0) if at_anchors else ((1, 1), weight.shape[2] // 2)
+            # a transposed convolution has several outputs for each channel
+            common = (weight, *(v.repeat_interleave(len(weight) // len(v)) for v in (bias, shift)))
+            if quick and ByteKernel.fits(*common, padding, self.bits):
+                kernels.append(ByteKernel(*common, ends, stride, padding, self.bits, self.signed))
             else:
                 cuts = _cuts(weight.shape[1], self.chunks)
-                kernel = FloatKernel(weight, each, by, ends, cuts, stride, padding, device)
-            kernels.append(kernel)
+                kernels.append(FloatKernel(*common, ends, cuts, stride, padding, device))
         return kernels
 
 
@@ -246,6 +230,12 @@ def _cuts(channels: int, chunks: int) -> list[slice]:
     """Return `chunks` ranges of nearly equal length that cover the channels."""
     ends = [i * channels // chunks for i in range(chunks + 1)]
     return [slice(a, b) for a, b in zip(ends, ends[1:])]
+
+
+def _worst(loads: Tensor, chunks: int, bits: int) -> Tensor:
+    """Return the largest magnitude that a sum over the inputs of any chunk can reach, for each output channel."""
+    sums = [loads[:, channels].sum(1).amax(1) for channels in _cuts(loads.shape[1], chunks)]
+    return torch.stack(sums).amax(0) * (1 << bits)
 
 
 def _scales(exponents: Tensor, dim: int) -> Tensor:
@@ -261,13 +251,15 @@ def _exponent(values: Tensor) -> Tensor:
 # Choosing the exponents ----------------------------------------------------------------------------------------------
 
 
-def grid_for(largest: Tensor, bits: int = 0, margin: int = 0) -> Tensor:
-    """Return exponents p at which values of these magnitudes, by channel, come to `LARGEST` at most, margin included."""
+def grid_for(largest: Tensor, bits: int = BITS) -> Tensor:
+    """Return exponents p at which values of these magnitudes, by channel, stay below 2^bits."""
     largest = torch.maximum(largest, largest.max() / _QUIETEST)
-    return ((bits or BITS) - _exponent(largest * (margin or _MARGIN))).clamp(-60, 20)
+    return (bits - _exponent(largest)).clamp(-60, 20)
 
 
-def sums_for(kernel: Kernel, p: Tensor, bits: int, signed: bool, most: int = 1 << 20) -> tuple[Tensor, int]:
+def sums_for(
+    kernel: Kernel, p: Tensor, bits: int, signed: bool, most: int = _ANY_CHUNKS
+) -> tuple[Tensor, int]:
     """Return the exponents q of a layer's sums, as large as the bound allows, and the number of its chunks.
 
     There are `most` chunks at most, and as few as leave half of the output channels weights of `_KERNEL_RMS` grid steps,
@@ -275,24 +267,24 @@ def sums_for(kernel: Kernel, p: Tensor, bits: int, signed: bool, most: int = 1 <
     decides alike.
     """
     scaled = kernel.weight * _scales(-p, 1)
-    places = 18 - _exponent(scaled.abs().amax((1, 2, 3)))  # at which the largest weight has 18 bits
-    places = places.clamp(max=60)  # a channel of zeros has none
+    # the exponents at which the largest weight of a channel has 18 bits; a channel of zeros has none
+    places = (18 - _exponent(scaled.abs().amax((1, 2, 3)))).clamp(max=60)
     fine = (scaled * _scales(places, 0)).round()
     loads = kernel.convolution.loads(fine, signed)
     bias = (kernel.bias.abs() * power(places)).ceil()
+    # in parts, since float64 takes room
     squares = torch.cat([part.double().square().mean((1, 2, 3)) for part in fine.split(16)])
-    taps = kernel.weight[0, 0].numel()
+    inputs, taps = loads.shape[1], kernel.weight[0, 0].numel()
+    most = max(1, min(most, inputs // _LEAST_CHANNELS))
     found = None
-    most = max(1, min(most, loads.shape[1] // _LEAST_CHANNELS))
     for chunks in _CHUNKS:
         if chunks > most and found:
             break
-        cuts = _cuts(loads.shape[1], chunks)
-        worst = torch.stack([loads[:, cut].sum(1).amax(1) for cut in cuts]).amax(0) * (1 << bits) + bias
         # rounding a weight adds half a step at most; 2^12 is more than the half of an output's step
-        rounding = max(cut.stop - cut.start for cut in cuts) * taps * 2 ** (bits - 1) + 2**12
-        if rounding >= LIMIT / 2 and chunks < loads.shape[1]:
+        rounding = math.ceil(inputs / chunks) * taps * 2 ** (bits - 1) + 2**12
+        if rounding >= LIMIT / 2 and chunks < inputs:
             continue
+        worst = _worst(loads, chunks, bits) + bias
         q = places + _exponent((LIMIT - rounding) / worst.clamp(min=1)) - 1
         found = q, chunks
         if (squares * power(2 * (q - places))).sort().values[len(q) // 2] >= _KERNEL_RMS**2:
@@ -302,8 +294,7 @@ def sums_for(kernel: Kernel, p: Tensor, bits: int, signed: bool, most: int = 1 <
     q, chunks = found
     # weights that all round one way can use up what was set aside for rounding: then one bit less
     loads = kernel.convolution.loads((scaled * _scales(q, 0)).round(), signed)
-    worst = torch.stack([loads[:, cut].sum(1).amax(1) for cut in _cuts(loads.shape[1], chunks)]).amax(0)
-    full = worst * (1 << bits) + (kernel.bias * power(q)).abs() + 2**12 > LIMIT
+    full = _worst(loads, chunks, bits) + (kernel.bias * power(q)).abs() + 2**12 > LIMIT
     return q - full.long(), chunks
 
 
@@ -311,111 +302,99 @@ def sums_for(kernel: Kernel, p: Tensor, bits: int, signed: bool, most: int = 1 <
 
 
 class ExactNetwork:
-    """Convolutions with ReLUs between them, on integers: one of the networks that a decoder repeats.
+    """One of the networks that a decoder repeats: convolutions on integers, with ReLUs between them.
 
     Its input is either a tensor of real numbers, which it puts on a grid itself, or the outputs of other networks side by
     side, the `sources`, whose grids it knows. Its output is integers on the grid `grid`; with `places`, the binary places
-    that its output channels are to have, it is the real numbers that they stand for.
+    that its output channels are to have, it is the real numbers that they stand for. `largest` are the magnitudes of a
+    real input, by channel, where they are known beforehand.
 
     Exponents come from a saved `state`, or else are derived at the first call, from the ranges of what is put in.
     """
 
     def __init__(
-        self, convolutions: list[nn.Module], sources: list[ExactNetwork] | None = None, places: Tensor | None = None,
+        self, stack: nn.Module, sources: Sequence[ExactNetwork] = (), places: Tensor | None = None,
         largest: Tensor | None = None, kind: str = "plain",
     ):  # fmt: skip
-        self.convolutions, self.kind = convolutions, kind  # in floating point, until the layers are there
-        self.sources, self.places = sources, places
-        self.input: Tensor | None = None
-        self.input_bits = LATENT_BITS if largest is None else BITS
-        if largest is not None:  # of the real input, by channel, where that is known beforehand
-            self.input = grid_for(largest, BITS, margin=1)
+        # in floating point, until the layers are there
+        self.convolutions = [layer for layer in stack if hasattr(layer, "weight")]
+        self.sources, self.places, self.kind = sources, places, kind
         self.layers: list[ExactLayer] = []
+        self.most_chunks = _ANY_CHUNKS
+        self.input_bits = BITS if sources or largest is not None else LATENT_BITS
+        self.input: Tensor | None = None  # the grid of a real input
+        if largest is not None:
+            self._put_input_on(grid_for(largest))
 
     @property
     def grid(self) -> Tensor:
         return self.layers[-1].r
 
-    def _input_grid(self) -> Tensor:
-        return self.input if self.sources is None else torch.cat([source.grid for source in self.sources])
-
     def __call__(self, x: Tensor) -> Tensor:
-        if not self.layers:
-            return self._derive(x)
-        if self.sources is None:
-            x = self._on_grid(x)
-        for layer in self.layers:
-            x = layer(x)
-        return x if self.places is None else x * self._step
-
-    def _on_grid(self, x: Tensor) -> Tensor:
-        """Round real numbers to integers of the input's grid: one exact product, an addition, a floor, the same anywhere."""
-        if self._scale is None or self._scale.device != x.device:
-            self._scale = power(self.input).float().view(1, -1, 1, 1).to(x.device)
-        return (x * self._scale).add_(0.5).floor_().clamp_(-(1 << self.input_bits), 1 << self.input_bits)
-
-    most_chunks = 1 << 20
-    _scale: Tensor | None = None
-    _step: Tensor | None = None
-
-    def _derive(self, x: Tensor) -> Tensor:
-        """Choose the exponents of every layer by what it makes of x, and return the output."""
-        if self.sources is None:
+        if not self.sources:
             if self.input is None:
-                self.input = grid_for(x.abs().amax((0, 2, 3)), LATENT_BITS)
-            x = self._on_grid(x)
-        layers: list[ExactLayer] = []
-        p = self._input_grid()
-        for i, convolution in enumerate(self.convolutions):
-            kernel = Kernel.of(convolution, self.kind)  # one at a time, since float64 takes room
-            q, chunks = sums_for(kernel, p, self._bits(i), i == 0, self.most_chunks)
-            r = self.places if i == len(self.convolutions) - 1 else None
-            if r is None:
-                # the layer with a grid as fine as its sums' shows what they are
-                fine = self._layer(i, kernel, p, q, q - 1, chunks, largest=1 << 40)
-                r = grid_for(fine(x).abs().amax((0, 2, 3)).double() / power(fine.r))
-            layers.append(self._layer(i, kernel, p, q, r, chunks))
-            x, p = layers[-1](x), layers[-1].r
-        self._finish(layers)
+                self._put_input_on(grid_for(_MARGIN * x.abs().amax((0, 2, 3)), LATENT_BITS))
+            # one exact product, an addition and a floor round to an integer, the same anywhere
+            x = (x * self._scale).add_(0.5).floor_().clamp_(-(1 << self.input_bits), 1 << self.input_bits)
+        if self.convolutions:
+            x = self._build(x)
+        else:
+            for layer in self.layers:
+                x = layer(x)
         return x if self.places is None else x * self._step
 
-    def _layer(
-        self, i: int, kernel: Kernel, p: Tensor, q: Tensor, r: Tensor, chunks: int, largest: int = 0
-    ) -> ExactLayer:
-        last, signed = i == len(self.convolutions) - 1, i == 0
-        if not largest:
+    def _put_input_on(self, grid: Tensor) -> None:
+        self.input, self._scale = grid, _by_channel(power(grid))
+
+    def _build(self, x: Tensor | None, kept: Sequence | None = None) -> Tensor | None:
+        """Make the layers of the exponents `kept`, or else choose these by what each layer makes of the integers x.
+
+        Returns what the last layer makes of x.
+        """
+        p = torch.cat([source.grid for source in self.sources]) if self.sources else self.input
+        for i, convolution in enumerate(self.convolutions):
+            last, bits = i == len(self.convolutions) - 1, self.input_bits if i == 0 else BITS
+            kernel = Kernel.of(convolution, self.kind)  # one at a time, since float64 takes room
+            layer_of = partial(ExactLayer, kernel, p, bits=bits, signed=i == 0, relu=not last)
+            if kept is not None:
+                q, r = (torch.tensor(exponents, dtype=torch.long) for exponents in kept[i][:2])
+                chunks = kept[i][2]
+            else:
+                q, chunks = sums_for(kernel, p, bits, i == 0, self.most_chunks)
+                r = self.places if last else None
+                if r is None:
+                    # the layer with a grid as fine as its sums' shows what they are
+                    fine = layer_of(q, q - 1, chunks, largest=1 << 40)
+                    r = grid_for(_MARGIN * fine(x).abs().amax((0, 2, 3)).double() / power(fine.r))
             largest = _LARGEST_PARAMETER if last and self.places is not None else (1 << BITS) - 1
-        bits = self._bits(i)
-        return ExactLayer(kernel, p, q, r, chunks, bits=bits, signed=signed, relu=not last, largest=largest)
+            self.layers.append(layer_of(q, r, chunks, largest=largest))
+            p = self.layers[-1].r
+            x = x if x is None else self.layers[-1](x)
+        self.convolutions, self._step = [], _by_channel(power(-p))
+        return x
 
-    def _bits(self, i: int) -> int:
-        """Return the binary digits of layer i's inputs."""
-        return self.input_bits if i == 0 and self.sources is None else BITS
-
-    def _finish(self, layers: list[ExactLayer]) -> None:
-        self.layers, self.convolutions = layers, []
-        self._step = power(-self.grid).float().view(1, -1, 1, 1)
-
-    def to(self, device: torch.device) -> None:
-        self._step = self._step.to(device)
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take the exponents that `state` returned. Its sources are restored before."""
+        if not self.sources:
+            self._put_input_on(torch.tensor(state["input"], dtype=torch.long))
+        if len(state["layers"]) != len(self.convolutions):
+            raise ValueError("another number of layers")
+        self._build(None, state["layers"])
 
     def state(self) -> dict[str, Any]:
         """Return all exponents, as JSON holds them."""
         layers = [[layer.q.tolist(), layer.r.tolist(), layer.chunks] for layer in self.layers]
         return {"input": None if self.input is None else self.input.tolist(), "layers": layers}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take the exponents that `state` returned. Its sources are restored before."""
-        if self.sources is None:
-            self.input = torch.tensor(state["input"], dtype=torch.long)
-        p, layers = self._input_grid(), []
-        if len(state["layers"]) != len(self.convolutions):
-            raise ValueError("another number of layers")
-        for i, (convolution, (q, r, chunks)) in enumerate(zip(self.convolutions, state["layers"])):
-            q, r = (torch.tensor(exponents, dtype=torch.long) for exponents in (q, r))
-            layers.append(self._layer(i, Kernel.of(convolution, self.kind), p, q, r, chunks))
-            p = layers[-1].r
-        self._finish(layers)
+    def to(self, device: torch.device) -> None:
+        """Move what is not moved with the first call: the steps of real inputs and outputs."""
+        self._step = self._step.to(device)
+        if not self.sources:
+            self._scale = self._scale.to(device)
+
+
+def _by_channel(values: Tensor) -> Tensor:
+    return values.float().view(1, -1, 1, 1)
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -442,19 +421,31 @@ def gaussian_pmfs() -> list[list[float]]:
     return rows
 
 
-def _bottleneck_rows(model: EntropyBottleneck) -> tuple[list[list[int]], list[int]]:
-    """Return the tables of z, from the bottleneck's weights in float64, whatever tables it holds."""
-    model = deepcopy(model).cpu().double()
-    model.update(force=True)
-    rows = [row[:n] for row, n in zip(model.quantized_cdf.tolist(), model.cdf_length.tolist())]
-    return rows, model.offset.tolist()
+_KEPT = ("medians", "thresholds", "y", "y_offsets", "z", "z_offsets")
+
+
+def _tables_for(net: TACO) -> dict[str, list]:
+    """Return the integers that are saved beside the networks' exponents; of tables, their symbols' frequencies."""
+    y = [pmf_to_quantized_cdf(row, 16) for row in gaussian_pmfs()]
+    # from the bottleneck's weights in float64, whatever tables it holds
+    bottleneck = deepcopy(net.entropy_bottleneck).cpu().double()
+    bottleneck.update(force=True)
+    z = [row[:n] for row, n in zip(bottleneck.quantized_cdf.tolist(), bottleneck.cdf_length.tolist())]
+    return {
+        "medians": (net.medians().flatten().double() * 2**MEAN_BITS).round().long().tolist(),
+        "thresholds": [round(scale * 2**SCALE_BITS) for scale in scale_steps()[:-1]],
+        "y": [np.diff(row).tolist() for row in y],
+        "y_offsets": [1 - len(row) // 2 for row in gaussian_pmfs()],
+        "z": [np.diff(row).tolist() for row in z],
+        "z_offsets": bottleneck.offset.tolist(),
+    }
 
 
 # The model -----------------------------------------------------------------------------------------------------------
 
 
 class IntegerModel(LatentCoder):
-    """All that a decoder of `net`'s latents repeats, on integers. It does not follow later changes of the weights.
+    """This is all that a decoder of `net`'s latents repeats, on integers. It does not follow later changes of the weights.
 
     Exponents and tables come from `state`, as `IntegerModel.state` returned them, or else are derived from the weights, the
     same on every machine. Raises `CheckpointError` for a state that is not these weights'.
@@ -464,76 +455,63 @@ class IntegerModel(LatentCoder):
     """With it, and means below 2^12 of 10 binary places, float32 holds y_hat exactly."""
 
     def __init__(self, net: TACO, state: bytes | None = None):
-        self.groups, self.y_channels = net.groups, net.config.M
-        self._device = torch.device("cpu")  # until all is set up
+        self.groups = net.groups
         try:
             kept = None if state is None else _unpacked(state)
-            self._set_up(net, kept)
-            if kept is not None:
+            self._set_up_tables(net.config.N, _tables_for(net) if kept is None else kept)
+            self._set_up_networks(net)
+            if kept is None:
+                self._derive()
+            else:
                 for name, network in self._networks():
                     network.restore(kept["networks"][name])
-            else:
-                self._derive()
         except CheckpointError:
             raise
         except _DAMAGE as error:
             raise CheckpointError(f"The integer form of these weights is damaged: {error!r}.") from None
         # other devices than these have no float64, or unknown convolutions
         device = net.medians().device
-        self._device = device if device.type in ("cpu", "cuda") else torch.device("cpu")
+        device = device if device.type in ("cpu", "cuda") else torch.device("cpu")
         for _, network in self._networks():
-            network.to(self._device)
-        self._medians, self._thresholds = (t.to(self._device) for t in (self._medians, self._thresholds))
+            network.to(device)
+        self._medians, self._thresholds = self._medians.to(device), self._thresholds.to(device)
 
-    def _set_up(self, net: TACO, kept: Mapping[str, Any] | None) -> None:
-        N = net.config.N
-        if kept is not None:
-            y_rows, y_offsets, z_rows, z_offsets = (
-                kept[name] for name in ("y", "y_offsets", "z", "z_offsets")
-            )
-            y_rows, z_rows = ([np.cumsum([0, *row]).tolist() for row in rows] for rows in (y_rows, z_rows))
-            medians, thresholds = kept["medians"], kept["thresholds"]
-        else:
-            y_rows = [pmf_to_quantized_cdf(row, 16) for row in gaussian_pmfs()]
-            y_offsets = [1 - len(row) // 2 for row in gaussian_pmfs()]
-            z_rows, z_offsets = _bottleneck_rows(net.entropy_bottleneck)
-            medians = (net.medians().flatten().double() * 2**MEAN_BITS).round().long().tolist()
-            thresholds = [round(scale * 2**SCALE_BITS) for scale in scale_steps()[:-1]]
+    def _set_up_tables(self, N: int, kept: Mapping[str, list]) -> None:
+        """Take the integers that `_tables_for` returns."""
+        self._kept = {name: kept[name] for name in _KEPT}
+        y, z = ([np.cumsum([0, *row]).tolist() for row in kept[name]] for name in ("y", "z"))
         self._tables = Tables(
-            rans.CodingTables(y_rows, y_offsets, len(SCALE_TABLE)), rans.CodingTables(z_rows, z_offsets, N)
+            rans.CodingTables(y, kept["y_offsets"], len(SCALE_TABLE)),
+            rans.CodingTables(z, kept["z_offsets"], N),
         )
-        self._medians = torch.tensor(medians).float().view(1, -1, 1, 1) / 2**MEAN_BITS
-        self._thresholds = torch.tensor(thresholds).float() / 2**SCALE_BITS
+        self._medians = _by_channel(torch.tensor(kept["medians"])) / 2**MEAN_BITS
+        self._thresholds = torch.tensor(kept["thresholds"]).float() / 2**SCALE_BITS
         if self._medians.shape[1] != N or len(self._thresholds) != len(SCALE_TABLE) - 1:
             raise ValueError("medians or thresholds of another model")
 
-        z_first = torch.tensor(z_offsets)
-        z_last = z_first + torch.tensor(self._tables.z.lengths) - 3
-        z_range = torch.maximum(z_first.abs(), z_last.abs()).double() + self._medians.flatten().abs()
-
-        def convolutions(stack: nn.Module) -> list[nn.Module]:
-            return [layer for layer in stack if hasattr(layer, "weight")]
-
-        self.h_s = ExactNetwork(convolutions(net.h_s.increase), largest=z_range)
+    def _set_up_networks(self, net: TACO) -> None:
+        first = torch.tensor(self._tables.z.offsets)
+        last = first + torch.tensor(self._tables.z.lengths) - 3
+        z_range = torch.maximum(first.abs(), last.abs()).double() + self._medians.flatten().abs()
+        self.h_s = ExactNetwork(net.h_s.increase, largest=z_range)
         self.local_context = [ExactNetwork([layer], kind="anchors") for layer in net.local_context]
-        self.channel_context = {
-            k: ExactNetwork(convolutions(context.fushion)) for k, context in net.channel_context.items()
-        }
+        self.channel_context = {k: ExactNetwork(part.fushion) for k, part in net.channel_context.items()}
         self.entropy_parameters_anchor, self.entropy_parameters_nonanchor = [], []
         for k, c in enumerate(self.groups):
-            places = torch.tensor([SCALE_BITS] * c + [MEAN_BITS] * c)
+            anchors, others = (
+                net.entropy_parameters_anchor[k].fusion,
+                net.entropy_parameters_nonanchor[k].fusion,
+            )
             known = [*([self.channel_context[str(k)]] if k else []), self.h_s]
-            for ours, theirs, sources in (
-                (self.entropy_parameters_anchor, net.entropy_parameters_anchor, known),
-                (self.entropy_parameters_nonanchor, net.entropy_parameters_nonanchor,
-                 [self.local_context[k], *known]),
-            ):  # fmt: skip
-                ours.append(ExactNetwork(convolutions(theirs[k].fusion), sources, places))
+            places = torch.tensor([SCALE_BITS] * c + [MEAN_BITS] * c)
+            self.entropy_parameters_anchor.append(ExactNetwork(anchors, known, places))
+            known = [self.local_context[k], *known]
+            self.entropy_parameters_nonanchor.append(ExactNetwork(others, known, places))
 
-        parts = (net.h_s, net.local_context, net.channel_context, net.entropy_parameters_anchor,
-                 net.entropy_parameters_nonanchor)  # fmt: skip
-        if sum(weight.numel() for part in parts for weight in part.parameters()) > _LARGE:
-            for _, network in self._networks():
+        networks = [network for _, network in self._networks()]
+        layers = [layer for network in networks for layer in network.convolutions]
+        if sum(weight.numel() for layer in layers for weight in layer.parameters()) > _LARGE:
+            for network in networks:
                 network.most_chunks = _FEW_CHUNKS
 
     def _networks(self) -> Iterator[tuple[str, ExactNetwork]]:
@@ -546,21 +524,15 @@ class IntegerModel(LatentCoder):
     @torch.inference_mode()
     def _derive(self) -> None:
         """Draw latents from the model itself, and so lead every network through its first call."""
-        bits = _PseudoRandom()
+        calls = count(1)
         z_indexes = self.z_indexes(self._medians.shape[1] * _DRAWN[0] * _DRAWN[1])
-        z = _draw(self._tables.z, z_indexes, bits).view(1, -1, *_DRAWN)
+        z = _draw(self._tables.z, z_indexes, next(calls)).view(1, -1, *_DRAWN)
 
         def visit(step: Step, scales: Tensor, means: Tensor) -> Tensor:
-            return _draw(self._tables.y, self.y_indexes(scales), bits).view(means.shape) + means
+            return _draw(self._tables.y, self.y_indexes(scales), next(calls)).view(means.shape) + means
 
         with full_float32("cpu"):
-            self.walk(self.hyper(z + self._medians), visit)
-
-    def hyper(self, z_hat: Tensor) -> Tensor:
-        return self.h_s(z_hat)
-
-    def walk(self, hyper: Tensor, visit: Visit) -> Tensor:
-        return walk(self, hyper, visit)
+            self.walk(self.h_s(z + self._medians), visit)
 
     def medians(self) -> Tensor:
         return self._medians
@@ -577,17 +549,8 @@ class IntegerModel(LatentCoder):
 
     def _written(self) -> bytes:
         """Return exponents and tables as JSON."""
-        tables = self._tables
-        kept = {
-            "networks": {name: network.state() for name, network in self._networks()},
-            "medians": _integers(self._medians.flatten() * 2**MEAN_BITS),
-            "thresholds": _integers(self._thresholds * 2**SCALE_BITS),
-            "y": [np.diff(row).tolist() for row in tables.y.cdfs],
-            "y_offsets": tables.y.offsets,
-            "z": [np.diff(row).tolist() for row in tables.z.cdfs],
-            "z_offsets": tables.z.offsets,
-        }
-        return json.dumps(kept, separators=(",", ":")).encode()
+        networks = {name: network.state() for name, network in self._networks()}
+        return json.dumps({"networks": networks, **self._kept}, separators=(",", ":")).encode()
 
     def digest(self) -> bytes:
         """Return a SHA-256 of every integer that decoding the latents depends on."""
@@ -600,10 +563,6 @@ class IntegerModel(LatentCoder):
         return digest.digest()
 
 
-def _integers(values: Tensor) -> list[int]:
-    return values.round().long().tolist()
-
-
 def _unpacked(state: bytes) -> dict[str, Any]:
     unpack = zlib.decompressobj()
     text = unpack.decompress(state, _LARGEST_STATE)
@@ -612,21 +571,13 @@ def _unpacked(state: bytes) -> dict[str, Any]:
     return json.loads(text)
 
 
-class _PseudoRandom:
-    """16-bit numbers from SHAKE-256, which is the same everywhere and will stay so."""
+def _draw(tables: rans.CodingTables, indexes: Tensor, call: int) -> Tensor:
+    """Draw a symbol from each of these distributions, float32; escapes become the largest symbol in the table.
 
-    def __init__(self) -> None:
-        self._calls = 0
-
-    def __call__(self, count: int) -> np.ndarray:
-        self._calls += 1
-        data = hashlib.shake_256(b"taco_nb %d" % self._calls).digest(2 * count)
-        return np.frombuffer(data, "<u2").astype(np.int64)
-
-
-def _draw(tables: rans.CodingTables, indexes: Tensor, bits: _PseudoRandom) -> Tensor:
-    """Draw a symbol from each of these distributions, float32; escapes become the largest symbol in the table."""
-    numbers, rows = bits(len(indexes)), indexes.cpu().numpy()
+    The random numbers, of 16 bits, are SHAKE-256 of the number of this call: the same everywhere, and they will stay so.
+    """
+    data = hashlib.shake_256(b"taco_nb %d" % call).digest(2 * len(indexes))
+    numbers, rows = np.frombuffer(data, "<u2").astype(np.int64), indexes.cpu().numpy()
     symbols = np.empty(len(rows), np.float32)
     for row in np.unique(rows):
         these = rows == row

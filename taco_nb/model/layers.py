@@ -1,25 +1,17 @@
-"""The convolutional bricks of ELIC (He et al., CVPR 2022, arXiv:2203.10886), with the reference's parameter names.
+"""ELIC (He et al., CVPR 2022, arXiv:2203.10886) is built of these bricks, which have the reference's parameter names.
 
-CompressAI's `AttentionBlock` (Cheng et al., CVPR 2020, arXiv:2001.01568) is used as it is.
+CompressAI's `conv`, `deconv` and `AttentionBlock` (Cheng et al., CVPR 2020, arXiv:2001.01568) are used as they are. The first
+two divide and multiply height and width by their stride, 2 unless told otherwise, exactly; their kernels are 5x5.
 """
 
+from collections import OrderedDict
+
+from compressai.models.utils import conv
 from torch import Tensor, nn
 
 
-def conv(in_channels: int, out_channels: int, kernel_size: int = 5, stride: int = 2) -> nn.Conv2d:
-    """Return a convolution that divides height and width by `stride` exactly."""
-    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
-
-
-def deconv(in_channels: int, out_channels: int, kernel_size: int = 5, stride: int = 2) -> nn.ConvTranspose2d:
-    """Return a transposed convolution that multiplies height and width by `stride` exactly."""
-    return nn.ConvTranspose2d(
-        in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, output_padding=stride - 1
-    )
-
-
 class ResidualBottleneck(nn.Module):
-    """ELIC's residual block: x + branch(x), (B, N, H, W) -> (B, N, H, W) (ELIC, Fig. 2).
+    """ELIC's residual block is x + branch(x), (B, N, H, W) -> (B, N, H, W) (ELIC, Fig. 2).
 
     The branch narrows to half the channels for its 3x3 convolution, which costs a quarter there.
     """
@@ -42,9 +34,9 @@ def relu() -> nn.ReLU:
     return nn.ReLU(inplace=True)
 
 
-def relu_stack(*layers: nn.Module) -> nn.Sequential:
-    """Return the layers in order with a ReLU between each two, so that layer i has the key 2i in a state dict."""
+def relu_stack(name: str, *layers: nn.Module) -> nn.Sequential:
+    """Return the layers in order with a ReLU between each two; layer i has the key "{name}.{2i}" in a state dict."""
     stack: list[nn.Module] = []
     for layer in layers:
         stack += [layer, relu()]
-    return nn.Sequential(*stack[:-1])
+    return nn.Sequential(OrderedDict({name: nn.Sequential(*stack[:-1])}))

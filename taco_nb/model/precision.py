@@ -9,60 +9,49 @@ altogether. Good for training, but figures in mode "exact" are to be the weights
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import Lock
 from typing import Any
 
 import torch
+from torch import backends
 
 from taco_nb.errors import SettingError
+
+_NEW = hasattr(backends, "fp32_precision")  # from PyTorch 2.9 on, where the older names may raise
+# Every setting that lowers float32: its owner, its name, and the owner's own parent. Of a GPU's the first is for
+# convolutions, the second for matrix products.
+if _NEW:
+    _FULL, _TF32 = "ieee", "tf32"
+    _ON_GPUS = [
+        (backends.cudnn.conv, "fp32_precision", backends.cudnn),
+        (backends.cuda.matmul, "fp32_precision", None),
+    ]
+    _ON_CPUS = [
+        (backends.mkldnn.conv, "fp32_precision", backends.mkldnn),
+        (backends.mkldnn.matmul, "fp32_precision", backends.mkldnn),
+    ]
+else:
+    _FULL, _TF32 = False, True
+    _ON_GPUS = [(backends.cudnn, "allow_tf32", None), (backends.cuda.matmul, "allow_tf32", None)]
+    _ON_CPUS = []
 
 _lock = Lock()
 _inside = 0
 """How many threads are in `full_float32` now. What it sets, PyTorch keeps for the whole process: the first to enter
 sets it, the last to leave puts it back."""
-_before: list[tuple[Any, str, Any]] = []
+_strict = ExitStack()
 
 
-def _switches() -> list[tuple[Any, str, Any, Any]]:
-    """Every setting that lowers float32: its owner, its name, its strict value, and its owner's own parent."""
-    backends = torch.backends
-    if hasattr(backends, "fp32_precision"):  # from PyTorch 2.9 on
-        return [
-            (backends.mkldnn.conv, "fp32_precision", "ieee", backends.mkldnn),
-            (backends.mkldnn.matmul, "fp32_precision", "ieee", backends.mkldnn),
-            (backends.cudnn.conv, "fp32_precision", "ieee", backends.cudnn),
-            (backends.cuda.matmul, "fp32_precision", "ieee", None),
-        ]
-    return [
-        (backends.cudnn, "allow_tf32", False, None),
-        (backends.cuda.matmul, "allow_tf32", False, None),
-    ]
+def _set(until: ExitStack, owner: Any, name: str, parent: Any, value: Any) -> None:
+    """Change a setting until the stack is closed.
 
-
-def _value_of(owner: Any, name: str, parent: Any) -> Any:
-    """Return a setting as it is to be put back: as inherited where it is, lest a later change of the parent be missed."""
-    value = getattr(owner, name)
-    return "none" if parent is not None and value == getattr(parent, name) else value
-
-
-def _set_strict() -> None:
-    if not hasattr(torch.backends, "fp32_precision"):
-        # also reaches oneDNN's matrix products; setting it changes cuda.matmul.allow_tf32, so it is put back last
-        _before.append((None, "", torch.get_float32_matmul_precision()))
-        torch.set_float32_matmul_precision("highest")
-    for owner, name, strict, parent in _switches():
-        _before.append((owner, name, _value_of(owner, name, parent)))
-        setattr(owner, name, strict)
-
-
-def _put_back() -> None:
-    while _before:
-        owner, name, value = _before.pop()
-        if owner is None:
-            torch.set_float32_matmul_precision(value)
-        else:
-            setattr(owner, name, value)
+    What was inherited is inherited again then, lest a later change of the parent be missed.
+    """
+    before = getattr(owner, name)
+    inherited = parent is not None and before == getattr(parent, name)
+    until.callback(setattr, owner, name, "none" if inherited else before)
+    setattr(owner, name, value)
 
 
 @contextmanager
@@ -74,7 +63,12 @@ def full_float32(device_type: str) -> Iterator[None]:
     global _inside
     with _lock:
         if _inside == 0:
-            _set_strict()
+            if not _NEW:
+                # it also reaches oneDNN's matrix products, and changes cuda.matmul.allow_tf32: put back last
+                _strict.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+                torch.set_float32_matmul_precision("highest")
+            for setting in _ON_CPUS + _ON_GPUS:
+                _set(_strict, *setting, _FULL)
         _inside += 1
     try:
         with torch.autocast(device_type, enabled=False):
@@ -83,7 +77,7 @@ def full_float32(device_type: str) -> Iterator[None]:
         with _lock:
             _inside -= 1
             if _inside == 0:
-                _put_back()
+                _strict.close()
 
 
 @contextmanager
@@ -93,23 +87,12 @@ def quick_training(device: torch.device) -> Iterator[None]:
     TF32 keeps ten bits of each factor, as float16 does, and the range of float32. `arithmetic` says where it is used. cuDNN
     tries its algorithms at the first step, and keeps the quickest for each shape.
     """
-    if device.type != "cuda":
+    with ExitStack() as until_done:
+        if device.type == "cuda":
+            for setting in _ON_GPUS:
+                _set(until_done, *setting, _TF32)
+            _set(until_done, backends.cudnn, "benchmark", None, True)
         yield
-        return
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    if hasattr(torch.backends, "fp32_precision"):
-        switches = [(cudnn.conv, "fp32_precision", "tf32", cudnn), (matmul, "fp32_precision", "tf32", None)]
-    else:
-        switches = [(cudnn, "allow_tf32", True, None), (matmul, "allow_tf32", True, None)]
-    switches.append((cudnn, "benchmark", True, None))
-    before = [_value_of(owner, name, parent) for owner, name, _, parent in switches]
-    for owner, name, quick, _ in switches:
-        setattr(owner, name, quick)
-    try:
-        yield
-    finally:
-        for (owner, name, *_), value in zip(switches, before):
-            setattr(owner, name, value)
 
 
 def arithmetic(device: torch.device, precision: str) -> str:
@@ -129,15 +112,8 @@ def arithmetic(device: torch.device, precision: str) -> str:
                 f'precision="bfloat16", but {name} has no arithmetic for it and would emulate it slowly. Use "float32".'
             )
         return f"{name} in bfloat16"
-    backends = torch.backends
-    if hasattr(backends, "fp32_precision"):  # from PyTorch 2.9 on, where the older names may raise
-        lowered = [
-            backends.cudnn.conv.fp32_precision == "tf32",
-            backends.cuda.matmul.fp32_precision == "tf32",
-        ]
-    else:
-        lowered = [backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32]
-    parts = [part for part, low in zip(("convolutions", "matrix products"), lowered) if low and has_tf32]
+    lowered = [has_tf32 and getattr(owner, setting) == _TF32 for owner, setting, _ in _ON_GPUS]
+    parts = [part for part, low in zip(("convolutions", "matrix products"), lowered) if low]
     return f"{name} in float32" + (f", its {' and '.join(parts)} in TF32" if parts else "")
 
 

@@ -1,4 +1,4 @@
-"""Symbols <-> bytes through CompressAI's rANS coder, made safe to run on a stranger's bytes.
+"""CompressAI's rANS coder turns symbols into bytes and back; here it is made safe to run on a stranger's bytes.
 
 CompressAI's decoder trusts its stream: it reads on past the end of a short one. `Decoder` therefore hands it the stream
 followed by zeros, as many as it could possibly read, and stops when it has read more than was there.
@@ -30,7 +30,7 @@ _BYTES_PER_ESCAPE = 72
 
 
 class CodingTables:
-    """Cumulative distributions as CompressAI's coder wants them: rows of integers that rise from 0 to 2^16.
+    """These are cumulative distributions as CompressAI's coder wants them: rows of integers that rise from 0 to 2^16.
 
     A row's last symbol is the escape, for values outside; its first stands for the value `offsets[row]`. Raises
     `CheckpointError` for rows that are not such distributions, or not `count` of them: the coder would crash on them.
@@ -45,9 +45,7 @@ class CodingTables:
             for row, counts in zip(self.cdfs, frequencies)
         )
         if not whole:
-            raise CheckpointError(
-                "The entropy coder's tables in these weights are damaged; update() makes them anew."
-            )
+            raise CheckpointError("The coder's tables in these weights are damaged; update() makes new ones.")
         # that a symbol can take, per distribution
         self.least_bits = 16 - torch.tensor([max(counts) for counts in frequencies]).double().log2()
         # an escape takes its own symbol, the last one, and a nibble, less what rounding in the coder may save
@@ -92,7 +90,7 @@ def encode(symbols: Tensor, indexes: Tensor, tables: CodingTables) -> bytes:
 
 
 class Decoder:
-    """Reads a stream of at most `total` symbols back, in the order in which `encode` was given them.
+    """Read a stream of at most `total` symbols back, in the order in which `encode` was given them.
 
     Raises `DamagedFileError` when the stream ends before its symbols do. Any bytes are safe to give.
     """
@@ -100,9 +98,7 @@ class Decoder:
     def __init__(self, stream: bytes, tables: CodingTables, total: int):
         # the coder's state; from a smaller one the decoder would take four bytes for every symbol
         if len(stream) < 8 or not 1 << 31 <= int.from_bytes(stream[:8], "little") < 1 << 63:
-            raise DamagedFileError(
-                "The compressed latents do not begin as the coder's streams do: the file is damaged or forged."
-            )
+            raise DamagedFileError("The latents do not begin as the coder's streams do: damaged or forged.")
         self._tables = tables
         self._escapes_left = int(8 * len(stream) / tables.least_escape_bits)
         reach = _BYTES_PER_SYMBOL * total + _BYTES_PER_ESCAPE * min(self._escapes_left + CHUNK, total) + 64
@@ -116,14 +112,10 @@ class Decoder:
         for part in indexes.split(CHUNK):
             values = self._decoder.decode_stream(part.tolist(), *self._tables.up_to(part))
             # a third of the time of torch.tensor(values)
-            symbols = (
-                torch.frombuffer(array("i", values), dtype=torch.int32) if values else torch.empty(0).int()
-            )
+            symbols = torch.from_numpy(np.asarray(array("i", values)))
             # each escape takes bits of the stream, so only so many can have been in it
             self._escapes_left -= self._tables.escapes(symbols, part)
             if self._escapes_left < 0:
-                raise DamagedFileError(
-                    "The compressed latents end before all symbols are read: the file is damaged or forged."
-                )
+                raise DamagedFileError("The latents end before all symbols are read: damaged or forged.")
             parts.append(symbols)
-        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
+        return torch.cat(parts)

@@ -1,4 +1,4 @@
-"""TACO (Lee et al., ICML 2024, arXiv:2403.02944): ELIC whose encoder reads the caption.
+"""TACO (Lee et al., ICML 2024, arXiv:2403.02944) is ELIC with an encoder that reads the caption.
 
 The network in floating point, with CompressAI's convention for training and for coding: `forward`, `compress`,
 `decompress`, `update`. Its strings are the reference's byte for byte, and decode where the arithmetic is the encoder's.
@@ -9,27 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from itertools import product
 from typing import Any
 
 import torch
+from compressai.models.utils import conv, deconv
+from compressai.ops import quantize_ste
 from torch import Tensor
 
 from taco_nb.errors import CheckpointError, SettingError
 from taco_nb.model import rans
 from taco_nb.model.config import ModelConfig
-from taco_nb.model.entropy import SCALE_TABLE, SpaceChannelModel, Step, squeeze, ste_round, unsqueeze
+from taco_nb.model.entropy import SCALE_TABLE, SpaceChannelModel, Step, squeeze, unsqueeze
 from taco_nb.model.integer import IntegerModel
 from taco_nb.model.latents import LatentCoder, Tables
+from taco_nb.model.layers import relu_stack
 from taco_nb.model.precision import full_float32
-from taco_nb.model.transforms import AnalysisTransform, HyperAnalysis, HyperSynthesis, SynthesisTransform
+from taco_nb.model.transforms import AnalysisTransform, SynthesisTransform
 
 _RENAMED = {f"entropy_bottleneck._{old}": f"entropy_bottleneck.{new}."
             for old, new in (("matrix", "matrices"), ("bias", "biases"), ("factor", "factors"))}  # fmt: skip
-_TABLES = ("_offset", "_quantized_cdf", "_cdf_length")
+CODER_TABLES = ("_offset", "_quantized_cdf", "_cdf_length")
+"""The names of the coder's tables in each of CompressAI's two entropy models."""
 
 
 class TACO(SpaceChannelModel, LatentCoder):
-    """The codec's network: transforms around the entropy model, under the reference's parameter names.
+    """The codec's network has transforms around the entropy model, under the reference's parameter names.
 
     Inputs are images x (B, 3, H, W) in [0, 1], H and W multiples of 64, and text (B, T, text_dim). mask (B, T) bool, True
     at the tokens to attend to, hides padding; without one the encoder reads padding too, as the reference does.
@@ -39,10 +44,12 @@ class TACO(SpaceChannelModel, LatentCoder):
         config = config or ModelConfig()
         super().__init__(config.N, config.M, config.groups, config.context_widths)
         self.config = config
+        N, M, wide = config.N, config.M, 3 * config.M // 2
         self.g_a = AnalysisTransform(config)
-        self.g_s = SynthesisTransform(config.N, config.M)
-        self.h_a = HyperAnalysis(config.N, config.M)
-        self.h_s = HyperSynthesis(config.N, config.M)
+        self.g_s = SynthesisTransform(N, M)
+        # y (B, M, h, w) -> z (B, N, h/4, w/4), and z_hat -> hyper parameters (B, 2M, h, w)
+        self.h_a = relu_stack("reduction", conv(M, N, 3, 1), conv(N, N), conv(N, N))
+        self.h_s = relu_stack("increase", deconv(N, M), deconv(M, wide), deconv(wide, 2 * M, 3, 1))
         self._tables: Tables | None = None
         self._integer_model: tuple[IntegerModel, list[int]] | None = None
 
@@ -91,7 +98,7 @@ class TACO(SpaceChannelModel, LatentCoder):
             of_z, of_y = noise.split([z[0].numel(), y[0].numel()], 1)
             of_z, of_y = of_z.reshape(z.shape), of_y.reshape(y.shape)
         z_likelihoods = self.likelihoods_of_z(z, of_z)
-        z_hat = ste_round(z - self.medians()) + self.medians()
+        z_hat = quantize_ste(z - self.medians()) + self.medians()
         halves = {anchor: squeeze(y, anchor) for anchor in (True, False)}
         likelihoods: dict[bool, list[Tensor]] = {True: [], False: []}
 
@@ -101,7 +108,7 @@ class TACO(SpaceChannelModel, LatentCoder):
             if of_y is not None:  # a group's anchors have the first half of its noise
                 drawn = of_y[:, step.channels].reshape(len(y), 2, *values.shape[1:])[:, 1 - step.anchor]
             likelihoods[step.anchor].append(self.likelihoods_of_y(values, scales, means, drawn))
-            return ste_round(values - means) + means
+            return quantize_ste(values - means) + means
 
         y_hat = self.walk(self.h_s(z_hat), estimate)
         y_likelihoods = unsqueeze(torch.cat(likelihoods[True], 1), torch.cat(likelihoods[False], 1))
@@ -161,13 +168,6 @@ class TACO(SpaceChannelModel, LatentCoder):
 
     # What `LatentCoder` asks for
 
-    @property
-    def y_channels(self) -> int:
-        return self.config.M
-
-    def hyper(self, z_hat: Tensor) -> Tensor:
-        return self.h_s(z_hat)
-
     def scale_thresholds(self) -> Tensor:
         return self.gaussian_conditional.scale_table[:-1]
 
@@ -192,9 +192,8 @@ class TACO(SpaceChannelModel, LatentCoder):
         """Raise `CheckpointError` naming the weights that are not finite numbers."""
         broken = [name for name, weight in self.named_parameters() if not torch.isfinite(weight).all()]
         if broken:
-            raise CheckpointError(
-                f"These weights are broken: {len(broken)} of them, {broken[0]} first, hold values that are not finite."
-            )
+            first = f"{len(broken)} of them, {broken[0]} first"
+            raise CheckpointError(f"These weights are broken: {first}, hold values that are not finite.")
 
     # The integer form
 
@@ -246,7 +245,7 @@ class TACO(SpaceChannelModel, LatentCoder):
         """Switch as `nn.Module.train` does; entering training drops the tables, which the next step would make stale."""
         if mode:
             for model in (self.entropy_bottleneck, self.gaussian_conditional):
-                for name in _TABLES:
+                for name in CODER_TABLES:
                     setattr(model, name, torch.empty(0, dtype=torch.int32, device=self.medians().device))
             self._tables = None
         return super().train(mode)
@@ -260,15 +259,11 @@ class TACO(SpaceChannelModel, LatentCoder):
         made anew when first needed. Raises `CheckpointError` naming the keys that are missing, unknown or misshapen.
         """
         state = {modern_key(key): value for key, value in state_dict.items()}
-        for name in ("entropy_bottleneck", "gaussian_conditional"):
-            for table in (f"{name}.{table}" for table in _TABLES):
-                if strict or table in state:
-                    value = state.setdefault(table, torch.empty(0, dtype=torch.int32))
-                    setattr(
-                        getattr(self, name),
-                        table.rpartition(".")[2],
-                        torch.empty_like(value, device=self.medians().device),
-                    )
+        for model, table in product(("entropy_bottleneck", "gaussian_conditional"), CODER_TABLES):
+            if strict or f"{model}.{table}" in state:
+                value = state.setdefault(f"{model}.{table}", torch.empty(0, dtype=torch.int32))
+                # PyTorch loads only into tensors of the same shape
+                setattr(getattr(self, model), table, torch.empty_like(value, device=self.medians().device))
         # empty in checkpoints saved before the tables were made
         if not state.get("gaussian_conditional.scale_table", torch.empty(1)).numel():
             del state["gaussian_conditional.scale_table"]

@@ -25,7 +25,7 @@ OPEN = "to be asked for again"
 
 
 class Question(NamedTuple):
-    """What a model is asked about every image or caption."""
+    """A question is what a model is asked about every image or caption."""
 
     model: str
     prompt: str
@@ -33,13 +33,13 @@ class Question(NamedTuple):
 
     @property
     def id(self) -> str:
-        """16 hexadecimal digits, which change with any of the three."""
+        """Return 16 hexadecimal digits, which change with any of the three."""
         content = json.dumps([self.model, self.prompt, float(self.temperature)])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 class Answer(NamedTuple):
-    """The answer of a model. With `failure` set, that says why the text is no caption or no list of keywords."""
+    """This is the answer of a model. With `failure` set, that says why the text is no caption or no list of keywords."""
 
     text: str
     failure: str | None = None
@@ -56,7 +56,7 @@ def answer_key(subject: str, question: Question, index: int = 0) -> str:
 
 
 class Answers:
-    """The answers in a file, which is created where it is absent. Use it as a context manager, in one thread.
+    """These are the answers in a file, which is created where it is absent. Use it as a context manager, in one thread.
 
     Raises `DataError`, which names the file and says what to do, if it cannot be read or written, or is damaged.
     """
@@ -88,17 +88,16 @@ class Answers:
 
     def get(self, keys: Iterable[str]) -> dict[str, Answer]:
         """Return the answers to those of the keys that have one. Each is looked up by the index of the table."""
-        rows = self._read(
-            "SELECT * FROM answers WHERE key IN (SELECT value FROM json_each(?))", json.dumps(list(keys))
-        )
+        query = "SELECT * FROM answers WHERE key IN (SELECT value FROM json_each(?))"
+        with self._named_errors():
+            rows = self._connection.execute(query, [json.dumps(list(keys))]).fetchall()
         return {key: Answer(*answer) for key, *answer in rows}
 
     def note(self, question: Question) -> None:
         """Write down what is asked, for whoever reads the file; the keys hold only its `id`."""
         with self._writing() as connection:
-            connection.execute(
-                "INSERT OR IGNORE INTO questions VALUES (?, ?, ?, ?)", (question.id, *question)
-            )
+            values = (question.id, *question)
+            connection.execute("INSERT OR IGNORE INTO questions VALUES (?, ?, ?, ?)", values)
 
     def add(self, answers: Iterable[tuple[str, Answer]]) -> None:
         """Add answers by key, and return once they are on disk. One that did not fail is never replaced."""
@@ -120,10 +119,6 @@ class Answers:
                 "UPDATE answers SET failure = ? WHERE key = ? AND text = ? AND failure IS ?",
                 [(OPEN, key, answer.text, answer.failure) for key, answer in answers.items()],
             )
-
-    def _read(self, query: str, *values: object) -> list[tuple]:
-        with self._named_errors():
-            return self._connection.execute(query, values).fetchall()
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:

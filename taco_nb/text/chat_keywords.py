@@ -29,7 +29,7 @@ def chat_keywords(data_dir: str | os.PathLike | None = None) -> ChatKeywords:
 
 
 class ChatKeywords:
-    """A source of keywords for `KeywordWeights`: a chat model's choice, looked up in the file of answers `path`.
+    """This source of keywords for `KeywordWeights` is a chat model's choice, looked up in the file of answers `path`.
 
     `model` and `prompt` say which answers. Temperature is 0, so that asking again would change little.
     """

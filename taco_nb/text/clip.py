@@ -1,4 +1,4 @@
-"""The frozen CLIP text tower whose hidden states condition TACO (Lee et al., ICML 2024), on open_clip's modules.
+"""The hidden states of a frozen CLIP text tower condition TACO (Lee et al., ICML 2024); it is made of open_clip's modules.
 
 The sequence of a caption is start-of-text, its words, end-of-text, then padding up to `length` positions:
 
@@ -37,7 +37,7 @@ open_clip.add_model_config(MINI.sizes)
 
 
 class TextTower:
-    """A frozen CLIP text transformer: captions in, one hidden state per position out, as TACO conditions on them.
+    """A frozen CLIP text transformer turns captions into one hidden state per position, as TACO conditions on them.
 
     The states are those after the final LayerNorm and before any projection: the `last_hidden_state` of transformers'
     `CLIPTextModel` when it is given the attention mask. The class is no `nn.Module` on purpose: as one, the tower would
@@ -67,7 +67,7 @@ class TextTower:
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights, on which hidden states are computed and returned."""
+        """Return the device of the weights, on which hidden states are computed and returned."""
         return self.module.token_embedding.weight.device
 
     def tokenize(self, captions: str | Iterable[str]) -> tuple[Tensor, Tensor]:
@@ -79,15 +79,9 @@ class TextTower:
         The text is cleaned as OpenAI cleaned CLIP's training captions (see `taco_nb.text.tokens`). transformers'
         `CLIPTokenizer` uses neither ftfy nor HTML entities; for captions that need neither, both give the same ids.
         """
-        captions = caption_list(captions)
-        tokenizer = clip_tokenizer()
-        ids = torch.full((len(captions), self.length), tokenizer.eot_token_id)
-        mask = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, caption in enumerate(captions):
-            sequence = [tokenizer.sot_token_id, *caption_ids(caption)[: self.length - 2]]
-            ids[row, : len(sequence)] = torch.tensor(sequence)
-            mask[row, : len(sequence) + 1] = True  # end-of-text, with which the row is filled, is one more
-        return ids, mask
+        sequences = _sequences(captions, self.length)
+        mask = torch.arange(self.length) < torch.tensor([len(sequence) for sequence in sequences])[:, None]
+        return _filled(sequences, self.length, clip_tokenizer().eot_token_id), mask
 
     def spans(self, caption: str) -> list[tuple[int, int] | None]:
         """Return which characters each position spells: `caption[start:end]`, in the caption as it was given.
@@ -191,13 +185,17 @@ def clip_ids(captions: str | Iterable[str], length: int = CLIP_LENGTH) -> Tensor
 
     They are those of open_clip's tokenizer, which would cut captions that are cut already anew.
     """
-    captions = caption_list(captions)
-    tokenizer = clip_tokenizer()
-    ids = torch.zeros(len(captions), length, dtype=torch.int64)
-    for row, caption in zip(ids, captions):
-        sequence = [tokenizer.sot_token_id, *caption_ids(caption)[: length - 2], tokenizer.eot_token_id]
-        row[: len(sequence)] = torch.tensor(sequence)
-    return ids
+    return _filled(_sequences(captions, length), length, 0)
+
+
+def _sequences(captions: str | Iterable[str], length: int) -> list[list[int]]:
+    """Return the tokens of each caption, those of start and end included, cut at `length` so that end stays the last."""
+    start, end = clip_tokenizer().sot_token_id, clip_tokenizer().eot_token_id
+    return [[start, *caption_ids(caption)[: length - 2], end] for caption in caption_list(captions)]
+
+
+def _filled(sequences: list[list[int]], length: int, padding: int) -> Tensor:
+    return torch.tensor([sequence + [padding] * (length - len(sequence)) for sequence in sequences])
 
 
 @lru_cache(maxsize=4)
@@ -241,9 +239,8 @@ def _load_mini() -> nn.Module:
     have the random ones that they had in training, the same on every machine, and so a meaning no network knows.
     """
     path = MINI.require()
-    state = {
-        name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()
-    }
+    state = load_file(path)
+    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     with torch.random.fork_rng(devices=[]):
         clip = open_clip.CLIP(**open_clip.get_model_config(MINI.name.split("/")[0]))
     tokens = clip.token_embedding.weight.detach()
@@ -258,9 +255,8 @@ def _load_mini() -> nn.Module:
 def _untrained_module(width: int, device: str) -> nn.Module:
     """Return a small text transformer with random weights that are the same on every machine."""
     with torch.random.fork_rng(devices=[]):  # open_clip initialises from the global generator
-        module = TextTransformer(
-            width=width, heads=width // 16, layers=2, output_dim=None, act_layer=QuickGELU
-        )
+        sizes = {"width": width, "heads": width // 16, "layers": 2}
+        module = TextTransformer(**sizes, output_dim=None, act_layer=QuickGELU)
     generator = torch.Generator().manual_seed(UNTRAINED_SEED)
     # Words weigh more than positions, and every layer adds about as much as it is given: states tell captions apart.
     std = {"token_embedding.weight": 1.0, "positional_embedding": 0.25}
@@ -278,9 +274,7 @@ def _untrained_module(width: int, device: str) -> nn.Module:
 def _text_config(name: str) -> dict[str, Any]:
     """Return at least `width` and `context_length` of a tower. Raises `SettingError` for a name that is not one."""
     if not isinstance(name, str):
-        raise SettingError(
-            f"The name of a text tower is a string such as 'ViT-B-32-quickgelu/openai', not {name!r}."
-        )
+        raise SettingError(f"A text tower is named by a string such as 'mini/flickr8k', not {name!r}.")
     if untrained := re.fullmatch(r"untrained-([0-9]+)", name):
         width = int(untrained[1])
         if width % 16 or not 16 <= width <= 1024:
@@ -298,9 +292,7 @@ def _text_config(name: str) -> dict[str, Any]:
     tagged = name == MINI.name or open_clip.get_pretrained_cfg(model, pretrained)
     if not tagged and not Path(pretrained).expanduser().is_file():
         hint = _did_you_mean(pretrained, open_clip.list_pretrained_tags_by_model(model))
-        raise SettingError(
-            f"{pretrained!r} is neither a pretrained tag of {model} nor a file of weights.{hint}"
-        )
+        raise SettingError(f"{pretrained!r} is neither a pretrained tag of {model} nor a file.{hint}")
     text = open_clip.get_model_config(model)["text_cfg"]
     if text.get("hf_tokenizer_name") or text.get("no_causal_mask") or text.get("embed_cls"):
         raise SettingError(
@@ -331,6 +323,5 @@ def usable_device(device: str | torch.device) -> str:
         return str(torch.empty(0, device=device).device)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise SettingError(
-            f"device={device!r} cannot be used here ({reason}). Choose 'cpu' or 'cuda'."
-        ) from None
+        message = f"device={device!r} cannot be used here ({reason}). Choose 'cpu' or 'cuda'."
+        raise SettingError(message) from None

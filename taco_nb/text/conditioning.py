@@ -19,7 +19,7 @@ CONSTANT_CAPTION = "A photograph."
 
 
 class Conditioning:
-    """Captions -> (text (B, T, dim), mask (B, T) or None), the last two arguments of TACO's encoder.
+    """Turn captions into (text (B, T, dim), mask (B, T) or None), the last two arguments of TACO's encoder.
 
     - `length="truncate"`: all of the tower's positions, padding included, as the reference has it; no mask.
     - `length="windows"`: every token of captions of any length; the mask hides the padding.
@@ -44,9 +44,7 @@ class Conditioning:
             if value not in allowed:
                 raise SettingError(f"{name} is one of {allowed}, not {value!r}.")
         if pooling != "none" and length != "truncate":
-            raise SettingError(
-                'Keyword weights need text_length="truncate": they weigh the positions of one window.'
-            )
+            raise SettingError('Keyword weights need text_length="truncate": they weigh one window.')
         if pooling != "none" and keywords is None:
             raise SettingError(f'text_pooling="{pooling}" needs keyword weights, and none were given.')
         self.tower, self.length, self.pooling, self.keywords = tower, length, pooling, keywords

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from spacy.language import Language
 
 TERM = re.compile(r"(?u)\b\w\w+\b")  # what scikit-learn takes for a word: two or more letters or digits
-MODEL = re.compile(
-    r"[a-z]{2,3}_\w+_(sm|md|lg|trf)(_\w+)?"
-)  # how spaCy names its models, and others their copies
+# how spaCy names its models, and others their copies
+MODEL = re.compile(r"[a-z]{2,3}_\w+_(sm|md|lg|trf)(_\w+)?")
 RULES = "rules"
 
 # Names that "rules" knows. Those that are also common words ("turkey", "china", "apple") are left out, since captions are
@@ -69,9 +68,8 @@ class TfIdf:
     why = "tfidf"
 
     def __init__(self, idf: dict[str, float]):
-        if not isinstance(idf, dict) or not all(
-            isinstance(v, float) and 1 <= v < math.inf for v in idf.values()
-        ):
+        numbers = idf.values() if isinstance(idf, dict) else [None]
+        if not all(isinstance(number, float) and 1 <= number < math.inf for number in numbers):
             raise CheckpointError(
                 "The TF-IDF table is damaged: it must map words to numbers from 1. Fit it again on the training captions."
             )

@@ -1,4 +1,4 @@
-"""The report's third ablation: words that matter weigh more, and the hidden states are pooled by these weights.
+"""In the report's third ablation words that matter weigh more, and the hidden states are pooled by these weights.
 
     caption        a   rhododendron          in   Venice
     matters            TF-IDF                     a named entity
@@ -41,7 +41,7 @@ WORD = re.compile(r"\w+|[^\w\s]+")  # letters and digits, or what stands between
 
 
 class Word(NamedTuple):
-    """A word of a caption, `caption[start:end]`, or a run of punctuation or emoji."""
+    """This is a word of a caption, `caption[start:end]`, or a run of punctuation or emoji."""
 
     text: str
     start: int
@@ -61,9 +61,7 @@ class KeywordWeights:
 
     def __init__(self, sources: Sequence[Source], keyword_weight: float = 1.5):
         if not 1 <= len(sources) <= 8:  # a byte has a bit for each, see `_known`
-            raise SettingError(
-                f"Keyword weights need one to eight sources of keywords, but got {len(sources)}."
-            )
+            raise SettingError(f"Keyword weights need one to eight sources of keywords, not {len(sources)}.")
         number = isinstance(keyword_weight, (int, float)) and not isinstance(keyword_weight, bool)
         if not number or not 0 < keyword_weight < math.inf:
             raise SettingError(f"keyword_weight must be a number above 0, but is {keyword_weight!r}.")
@@ -91,9 +89,8 @@ class KeywordWeights:
         others = {name: name if callable(name) else Entities(name) for name in names if name != "tfidf"}
         for source in others.values():
             source([])  # loads what the source needs, or raises
-        return cls(
-            [others[name] if name in others else TfIdf.fit(captions) for name in names], keyword_weight
-        )
+        found = [others[name] if name in others else TfIdf.fit(captions) for name in names]
+        return cls(found, keyword_weight)
 
     def __repr__(self) -> str:
         return f"KeywordWeights({' + '.join(source.name for source in self.sources)}, weight {self.keyword_weight:g})"
@@ -140,9 +137,8 @@ class KeywordWeights:
     def to_json(self) -> str:
         """Return all that decides the weights, to be saved with a run: the settings, and each source's `record()`."""
         records = [source.record() for source in self.sources]
-        return json.dumps(
-            {"format": FORMAT, "keyword_weight": self.keyword_weight, "sources": records}, indent=1
-        )
+        saved = {"format": FORMAT, "keyword_weight": self.keyword_weight, "sources": records}
+        return json.dumps(saved, indent=1)
 
     @classmethod
     def from_json(cls, text: str, sources: Sequence[Source] = ()) -> KeywordWeights:
@@ -162,9 +158,7 @@ class KeywordWeights:
             loaded = [_source_of(record, sources) for record in saved["sources"]]
             return cls(loaded, saved["keyword_weight"])
         except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise CheckpointError(
-                f"The saved keyword weights are damaged ({error!r}). Fit them again."
-            ) from None
+            raise CheckpointError(f"Saved keyword weights are damaged ({error!r}). Fit them again.") from None
 
 
 def words_by_source(captions: Sequence[str], sources: Sequence[Source]) -> pd.DataFrame:

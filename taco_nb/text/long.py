@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from taco_nb.errors import SettingError
+from taco_nb.settings import check_count
 from taco_nb.text.clip import TextTower, to_device
 from taco_nb.text.tokens import (
     CLIP_LENGTH,
@@ -78,7 +78,7 @@ def split_windows(text: str, limit: int = CLIP_LENGTH) -> list[list[int]]:
     text without words makes one empty window. `limit` is the number of a window's positions, including the start and end
     tokens, which are not in the lists. Raises `SettingError` if it is not a whole number of 3 or more.
     """
-    _check_positions("limit", limit, least=3)
+    check_count(limit, "limit", least=3)
     ids, clean = caption_ids(text), clean_text(text)
     token_at = {end: token for token, end in enumerate(token_ends(ids))}
     # Places to cut at, as numbers of tokens, from the best kind to the worst: ends of sentences, of what stands between
@@ -119,7 +119,7 @@ def surviving(
     """
     import pandas as pd
 
-    _check_positions("length", length, least=2)
+    check_count(length, "length", least=2)
     rows = []
     for caption in caption_list(captions):
         ids, clean = clip_tokenizer().encode(caption), clean_text(caption)
@@ -159,8 +159,3 @@ def _sentencizer() -> Language:
 def _length_mask(lengths: list[int]) -> Tensor:
     """Return (B, longest) bool, True at the first `lengths[b]` positions of row b."""
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-
-
-def _check_positions(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise SettingError(f"{name}={value!r}: it takes a whole number of positions, {least} or more.")

@@ -1,4 +1,4 @@
-"""CLIP's byte pairs: captions are cut into tokens, and each token knows which characters of the caption it spells.
+"""Captions are cut into CLIP's byte pairs, and each of these tokens knows which characters of the caption it spells.
 
     caption   a   rhododendron           by   the   dog’s             barn
     tokens    a   rho  dod  end  ron     by   the   dog    's         barn
@@ -64,9 +64,8 @@ def caption_list(captions: str | Iterable[str]) -> list[str]:
         raise SettingError("There is no caption: give at least one. The empty string is a caption too.")
     for index, caption in enumerate(captions):
         if not isinstance(caption, str):
-            raise SettingError(
-                f"Caption {index} must be a string, but is {caption!r} ({type(caption).__name__})."
-            )
+            kind = type(caption).__name__
+            raise SettingError(f"Caption {index} must be a string, but is {caption!r} ({kind}).")
     return captions
 
 
