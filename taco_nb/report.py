@@ -115,6 +115,7 @@ def bd_rates(
         same = (table["dataset"] == dataset) & (table["profile"] == curve["profile"].iloc[0])
         same &= (table["ablation"] == "baseline") & (curve["ablation"].iloc[0] != "baseline")
         anchors = dict(iter(table[same].groupby("label", sort=False)))
+        # Published curves are means over all of Kodak, so only such means may be held against them.
         if dataset == "kodak" and curve["images"].min() >= IMAGES["kodak"]:
             anchors |= {name: pd.DataFrame(c) for name, c in (published or {}).items()}
         for anchor, other in anchors.items():

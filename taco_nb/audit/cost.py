@@ -82,6 +82,7 @@ def long_captions_become_significant(material: Material) -> Finding:
     slope = (last - first) / (TOKENS[-1] - TOKENS[0])
     attention, encoder = _encoder_operations()
     share = 1 - 1 / ROOM
+    # Solve a / (a + rest) = share for the attentions' operations a, and follow the line that a grows on to there.
     enough = TOKENS[0] + (share / (1 - share) * (encoder - attention) - attention) / slope
     return found(
         enough <= LONGEST,

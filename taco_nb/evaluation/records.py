@@ -69,6 +69,7 @@ class Records:
             try:
                 record = json.loads(file_of(self.files, name, ".json").read_text(encoding="utf-8"))
                 record["image"] = self.identify(i, record["image"])
+                # A kill between both leaves a new file beside the record of an old one.
                 if file_of(self.files, name, ".taco").stat().st_size != record["row"]["bytes"]:
                     return None
             except (OSError, ValueError, KeyError, TypeError):

@@ -219,6 +219,7 @@ class _Evaluation:
     def _measure(self, left: Mapping[Records, set[range]]) -> None:
         """Measure this process's share of what is left. Raises `StoppedError` where a signal asks for a stop."""
         rank, count = self.group.rank, self.group.size
+        # The share is one of all batches, done or not, so that no two processes ever take the same one.
         every = [(records, batch) for records in left for batch in records.batches]
         share = [(records, batch) for records, batch in every[rank::count] if batch in left[records]]
         if not share:

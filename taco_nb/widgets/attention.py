@@ -42,6 +42,7 @@ def attention_maps(
         small = Image.fromarray((field.numpy() * 255).astype(np.uint8))
         large = small.resize(padded, Image.Resampling.BICUBIC).crop((0, 0, *image.size))
         seen = np.asarray(large.resize((width, height)), dtype=np.float32) / 255
+        # The picture shines through in grey, but is nowhere black, so that dark places show their colour too.
         colour = np.asarray(heat(torch.from_numpy(seen)))
         overlaid = Image.fromarray((colour * (0.35 + 0.65 * grey)).round().astype(np.uint8))
         pictures[f"{label}\n{low:.4f} to {high:.4f}"] = overlaid

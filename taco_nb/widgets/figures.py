@@ -179,6 +179,7 @@ def _said_of_means(curve: pd.DataFrame) -> list[str]:
 
 def training_curves(log: pd.DataFrame, title: str = "") -> Figure:
     """Draw the terms of the loss over steps, each in its own panel, from at most 1000 rows of a run's `log`."""
+    # A long run's log has more rows than a panel has pixels.
     log = log.iloc[:: max(1, -(-len(log) // 1000))]
     terms = [name for name in ("loss", "bpp", "mse", "lpips", "mini_distance", "joint", "lr") if name in log]
     figure = make_subplots(rows=1, cols=len(terms), subplot_titles=terms)
