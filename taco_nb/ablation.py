@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from taco_nb.codec import Codec, load
 from taco_nb.data import training_pairs
@@ -14,14 +15,9 @@ from taco_nb.notebook import Parameters
 from taco_nb.training import Run, fit
 from taco_nb.training.loop import Batches, OnLog
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 def differences(baseline: Experiment, changed: Experiment) -> pd.DataFrame:
     """Return a row for each setting in which two experiments differ. These few rows are the whole of an ablation."""
-    import pandas as pd
-
     rows = [(name, str(was), str(now)) for name, (was, now) in baseline.diff(changed).items()]
     return pd.DataFrame(rows, columns=["setting", "baseline", "here"])
 
@@ -57,11 +53,8 @@ def train(
             num_processes=p.num_processes, num_workers=p.num_workers, accumulation=p.accumulation,
             on_log=on_log,
         )  # fmt: skip
-        taken, total = runs[label].steps, runs[label].total_steps
-        print(
-            f"{label}: {taken} of {total} steps"
-            + ("" if runs[label].finished else "; run this again to go on")
-        )
+        advice = "" if runs[label].finished else "; run this again to go on"
+        print(f"{label}: {runs[label].steps} of {runs[label].total_steps} steps{advice}")
     return runs
 
 
@@ -79,8 +72,6 @@ def evaluate_runs(p: Parameters, runs: Mapping[str, Run], whole: bool = False) -
     Each is given captions of the kind that it was trained on. A run whose training was stopped is named in a line and left
     out, since its figures would not stay. `whole` is as for `Parameters.datasets`.
     """
-    import pandas as pd
-
     for label, run in runs.items():
         if not run.finished:
             print(f"Not evaluated: {label}, which has taken {run.steps} of {run.total_steps} steps.")

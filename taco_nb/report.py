@@ -13,8 +13,11 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from taco_nb.checkpoint import trained_as
 from taco_nb.errors import DataError, SettingError
@@ -23,9 +26,6 @@ from taco_nb.evaluation.records import ABOUT, TABLE, as_table, mean_by, read_abo
 from taco_nb.experiment import ABLATIONS, Experiment
 from taco_nb.files import atomic_write, bundled, fitting_name, short_path
 from taco_nb.metrics.rate import BD_POINTS, bd_rate
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 DATASETS = {"MS-COCO": "coco", "CLIC": "clic", "Kodak": "kodak"}
 """The report's names of its data sets, and ours."""
@@ -37,26 +37,16 @@ MEASURES = (
     "encode_s", "decode_s",
 )  # fmt: skip
 
-_VARIATIONS = (
-    "linformer_k",
-    "linformer_sharing",
-    "text_tokens",
-    "text_length",
-    "keyword_weight",
-    "keyword_sources",
-)
-ABLATION_FIELDS = (*ABLATIONS, *_VARIATIONS)
-"""The settings of an `Experiment` in which an ablation may differ from its baseline."""
-_OF_RUN = ("codec", "fingerprint", "weights", "ablation", "lmbda", "epochs", "train", "data")
-_OF_SET = (
-    "images", "sha256", "label", "unjudged", "evaluate", "finished", "seconds", "hardware", "packages", "python", "commit",
+ABLATION_FIELDS = (
+    *ABLATIONS, "linformer_k", "linformer_sharing", "text_tokens", "text_length", "keyword_weight", "keyword_sources",
 )  # fmt: skip
-"""What an evaluation.json must say of the run, and of each data set."""
+"""The settings of an `Experiment` in which an ablation may differ from its baseline."""
 _RUN_COLUMNS = (
     "run", "folder", "label", "codec", "ablation", "fingerprint", "profile", "lmbda", "epochs", "steps", "seed", "experiment",
     "hours", "evaluated_s", "to_train", "to_evaluate", "finished", "commit", "versions", "hardware",
 )  # fmt: skip
 _ROW_COLUMNS = ("dataset", "images", "data_sha256", "unjudged", "name")
+_BD_FIGURES = ("points of the anchor", "points", "BD-rate in %", "note")
 
 
 def collect(*folders: str | os.PathLike) -> pd.DataFrame:
@@ -73,8 +63,6 @@ def collect(*folders: str | os.PathLike) -> pd.DataFrame:
     A folder with half a run, or a damaged one, is named in a printed line and left out, and so is one that does not exist.
     No runs give an empty table.
     """
-    import pandas as pd
-
     tables: dict[str, pd.DataFrame] = {}
     for root in map(Path, folders):
         if not root.is_dir():
@@ -117,8 +105,6 @@ def bd_rates(
     (negative: fewer bits than the anchor at equal quality) and, where there is none, a note that says why. A curve with too
     few points has one row in all. `published` are curves over all of Kodak, as `published_curves` gives them.
     """
-    import pandas as pd
-
     rows = []
     table = points(runs).drop_duplicates(["dataset", "label", "bpp"])  # a codec may have been evaluated twice
     for (dataset, label), curve in table.groupby(["dataset", "label"], sort=False):
@@ -129,6 +115,7 @@ def bd_rates(
         same = (table["dataset"] == dataset) & (table["profile"] == curve["profile"].iloc[0])
         same &= (table["ablation"] == "baseline") & (curve["ablation"].iloc[0] != "baseline")
         anchors = dict(iter(table[same].groupby("label", sort=False)))
+        # Published curves are means over all of Kodak, so only such means may be held against them.
         if dataset == "kodak" and curve["images"].min() >= IMAGES["kodak"]:
             anchors |= {name: pd.DataFrame(c) for name, c in (published or {}).items()}
         for anchor, other in anchors.items():
@@ -136,39 +123,24 @@ def bd_rates(
                 if metric in other and other[metric].notna().any() and curve[metric].notna().any():
                     found = {"dataset": dataset, "metric": metric, "anchor": anchor, "curve": label}
                     rows.append(found | _bd_rate(other, curve, metric))
-    columns = [
-        "dataset",
-        "metric",
-        "anchor",
-        "curve",
-        "points of the anchor",
-        "points",
-        "BD-rate in %",
-        "note",
-    ]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=["dataset", "metric", "anchor", "curve", *_BD_FIGURES])
 
 
 def _bd_rate(anchor: pd.DataFrame, curve: pd.DataFrame, metric: str) -> dict[str, Any]:
     curves = [c[["bpp", metric]].dropna() for c in (anchor, curve)]
-    figures = {
-        "points of the anchor": len(curves[0]),
-        "points": len(curves[1]),
-        "BD-rate in %": math.nan,
-        "note": "",
-    }
+    figure, note = math.nan, ""
     if min(map(len, curves)) < BD_POINTS:
-        return figures | {"note": f"too few points: a BD-rate needs {BD_POINTS} on both curves"}
-    try:
-        return figures | {"BD-rate in %": bd_rate(*(c[name] for c in curves for name in ("bpp", metric)))}
-    except SettingError as error:
-        return figures | {"note": str(error)}
+        note = f"too few points: a BD-rate needs {BD_POINTS} on both curves"
+    else:
+        try:
+            figure = bd_rate(*(c[name] for c in curves for name in ("bpp", metric)))
+        except SettingError as error:
+            note = str(error)
+    return dict(zip(_BD_FIGURES, (*map(len, curves), figure, note)))
 
 
 def cards(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the reproducibility card: each run's seed, data, hardware, versions, times, and commands that repeat it."""
-    import pandas as pd
-
     columns = ["run", "what", "fingerprint", "seed", "data, SHA-256", "training", "evaluation", "hardware", "commit",
                "versions", "to repeat it"]  # fmt: skip
     rows = []
@@ -207,14 +179,11 @@ def published_curves(
     Points at rates above `up_to` bits per pixel are left out.
     """
     text = bundled("reference/kodak_published_rd.json", data_dir).read_text(encoding="utf-8")
-    return {
-        name: {
-            metric: [value for value, rate in zip(values, curve["bpp"]) if rate <= up_to]
-            for metric, values in curve.items()
-            if values
-        }
-        for name, curve in json.loads(text)["codecs"].items()
-    }
+    curves = json.loads(text)["codecs"]
+    for name, curve in curves.items():
+        kept = [rate <= up_to for rate in curve["bpp"]]
+        curves[name] = {metric: list(compress(values, kept)) for metric, values in curve.items() if values}
+    return curves
 
 
 def write_curves(folder: str | os.PathLike, runs: pd.DataFrame) -> list[str]:
@@ -259,10 +228,22 @@ def _runs_below(root: Path) -> Iterator[Path]:
 
 def _read_run(folder: Path) -> pd.DataFrame:
     """Return the table of one run. Raises `DataError`, with a sentence that names the folder, for one that is not whole."""
-    import pandas as pd
+    about = read_about(folder)
+    try:
+        return _table_of_run(folder, about)
+    except KeyError as error:
+        raise DataError(f"{folder}: {ABOUT} does not say {error.args[0]}. Evaluate again.") from None
+    except (AttributeError, TypeError) as error:
+        raise DataError(f"{folder}: {ABOUT} is damaged ({error}). Evaluate again.") from None
 
-    about = _checked_about(folder)
+
+def _table_of_run(folder: Path, about: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the table of a run by its evaluation.json. Raises `KeyError` for what that does not say."""
     exp = _evaluated_experiment(folder, about)
+    counts = dict(Counter(row["dataset"] for row in about["rows"]))
+    expected = {name: of_set["images"] for name, of_set in about["data"].items()}
+    if counts != expected:
+        raise DataError(f"{folder}: {ABOUT} has rows of {counts}, but says {expected}. Evaluate again.")
     number = lambda value: math.nan if value is None else value  # noqa: E731
     of_run = {
         "codec": about["codec"], "fingerprint": about["fingerprint"], "ablation": about["ablation"],
@@ -291,25 +272,6 @@ def _read_run(folder: Path) -> pd.DataFrame:
         measured = [metric for metric in MEASURES if metric in table]
         tables.append(table.astype(dict.fromkeys(measured, float)))
     return pd.concat(tables, ignore_index=True)
-
-
-def _checked_about(folder: Path) -> dict[str, Any]:
-    """Return the run's evaluation.json. Raises `DataError` where it does not say what a card needs, or lacks rows."""
-    about = read_about(folder)
-    try:
-        missing = set(_OF_RUN) - about.keys()
-        for of_set in about.get("data", {}).values():
-            missing |= set(_OF_SET) - of_set.keys()
-            missing |= {"cpu", "cores", "gpus"} - of_set.get("hardware", {}).keys()
-    except AttributeError as error:
-        raise DataError(f"{folder}: {ABOUT} is damaged ({error}). Evaluate again.") from None
-    if missing:
-        raise DataError(f"{folder}: {ABOUT} does not say {', '.join(sorted(missing))}. Evaluate again.")
-    counts = dict(Counter(row["dataset"] for row in about["rows"]))
-    expected = {name: of_set["images"] for name, of_set in about["data"].items()}
-    if counts != expected:
-        raise DataError(f"{folder}: {ABOUT} has rows of {counts}, but says {expected}. Evaluate again.")
-    return about
 
 
 def _evaluated_experiment(folder: Path, about: Mapping[str, Any]) -> Experiment | None:

@@ -19,17 +19,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator
+from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
 
 from taco_nb.experiment import Experiment, baseline
 from taco_nb.files import bundled
 from taco_nb.metrics.interval import DRAWS, interval_of
 from taco_nb.report import ABLATION_FIELDS, DATASETS, MEASURES, PUBLISHED_AS, points
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 REPRODUCED, NOT_REPRODUCED, NOT_MEASURED = "reproduced", "not reproduced", "not yet measured"
 TOLERANCE = 0.05
@@ -78,9 +79,6 @@ def paired(runs: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFram
     these are, the mean difference (ablation less baseline), and its bootstrap interval, low and high, as `interval_of`
     gives it. Pairs have the same lambda and seed, and numbers of steps within `SAME_STEPS` of each other.
     """
-    import pandas as pd
-    from tqdm.auto import tqdm
-
     pairs, rows = list(_pairs(points(runs))), []
     for changed, base in tqdm(pairs, desc="bootstrap", disable=len(runs) < 10_000):
         of = [runs[(runs["run"] == r["run"]) & (runs["dataset"] == r["dataset"])] for r in (changed, base)]
@@ -88,11 +86,9 @@ def paired(runs: pd.DataFrame, draws: int = DRAWS, seed: int = 0) -> pd.DataFram
         about = {name: changed[name] for name in ("ablation", "dataset", "lmbda", "label", "run")}
         about |= {"baseline_run": base["run"], "epochs": changed["epochs"], "baseline_epochs": base["epochs"]}
         about["unjudged"] = "; ".join(dict.fromkeys(r["unjudged"] for r in (changed, base) if r["unjudged"]))
-        same_captions = (
-            len({Experiment.from_json(r["experiment"]).dataset_captions for r in (changed, base)}) == 1
-        )
+        captions = {Experiment.from_json(r["experiment"]).dataset_captions for r in (changed, base)}
         for metric in COMPARED:
-            if metric in OF_CAPTIONS and not same_captions:
+            if metric in OF_CAPTIONS and len(captions) > 1:
                 continue  # each was scored against captions of its own
             values = both[[metric, f"{metric}_baseline"]].replace([math.inf, -math.inf], math.nan).dropna()
             if values.empty:
@@ -118,8 +114,6 @@ def verdicts(
     published, measured, images, difference (to the published figure; for a sentence, to the baseline), its 95 % interval or
     the mean's, verdict, and the run or the reason. See the module for the rules.
     """
-    import pandas as pd
-
     stated = json.loads(bundled("reference/report.json", data_dir).read_text(encoding="utf-8"))
     names = [name for name in ("baseline", "context", "linformer", "keywords") if ablation in (None, name)]
     means, pairs, rows = points(runs), paired(runs, seed=seed), []
@@ -164,12 +158,15 @@ def _claim_rows(pairs, claim: Claim, sentence: str) -> list[dict[str, Any]]:
     bearing = found[found["dataset"].isin(claim.sides) & (found["unjudged"] == "")]
     rows = []
     for _, pair in (found if bearing.empty else bearing).iterrows():
-        verdict = NOT_MEASURED if pair["unjudged"] else REPRODUCED if holds(claim, pair) else NOT_REPRODUCED
+        amiss = pair["unjudged"]
+        if not amiss and pair["dataset"] not in claim.sides:
+            amiss = f"the sentence does not speak of {pair['dataset']}"
+        verdict = NOT_MEASURED if amiss else REPRODUCED if holds(claim, pair) else NOT_REPRODUCED
         rows.append(
             _row(
                 claim.ablation, f"{claim.metric}, {pair['dataset']}, lambda {pair['lmbda']:g}", sentence, pair["here"],
                 pair["images"], pair["difference"], pair["low"], pair["high"], verdict,
-                pair["unjudged"] or f"{pair['run']}, {pair['baseline_run']}",
+                amiss or f"{pair['run']}, {pair['baseline_run']}",
             )
         )  # fmt: skip
     why = "no pair of runs at the same lambda and number of steps has measured it"
@@ -192,8 +189,6 @@ def published_changes(pairs: pd.DataFrame, data_dir: str | os.PathLike | None = 
     the mean over the runs and their interval, NaN where nothing was measured. The report states no change in per cent: it is
     computed here from its figures.
     """
-    import pandas as pd
-
     stated = json.loads(bundled("reference/report.json", data_dir).read_text(encoding="utf-8"))
     rows = []
     for dataset, name in DATASETS.items():
@@ -225,22 +220,18 @@ def _row(
     }  # fmt: skip
 
 
-def _pairs(means: pd.DataFrame):
+def _pairs(means: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.Series]]:
     """Yield rows of `points` in pairs, of an ablation and of its baseline on the same data set.
 
     Settings that belong to an ablation may differ, but only by the ablation's doing: where the baseline has other values
     than its profile, the ablation must have the same.
     """
     told = means[means["experiment"] != ""]
-    for _, changed in told[told["ablation"] != "baseline"].iterrows():
-        exp = Experiment.from_json(changed["experiment"])
-        for _, base in told[
-            (told["ablation"] == "baseline") & (told["dataset"] == changed["dataset"])
-        ].iterrows():
-            plain = Experiment.from_json(base["experiment"])
-            free = {*ABLATION_FIELDS} - plain.diff(baseline(plain.profile)).keys() | {"epochs"}
-            if (
-                not plain.diff(exp).keys() - free
-                and abs(changed["steps"] - base["steps"]) <= SAME_STEPS * base["steps"]
-            ):
-                yield changed, base
+    known = [(run, Experiment.from_json(run["experiment"])) for _, run in told.iterrows()]
+    for (changed, exp), (base, plain) in product(known, known):
+        if changed["ablation"] == "baseline" or base["ablation"] != "baseline":
+            continue
+        free = {*ABLATION_FIELDS} - plain.diff(baseline(plain.profile)).keys() | {"epochs"}
+        same_steps = abs(changed["steps"] - base["steps"]) <= SAME_STEPS * base["steps"]
+        if changed["dataset"] == base["dataset"] and same_steps and not plain.diff(exp).keys() - free:
+            yield changed, base

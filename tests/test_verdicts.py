@@ -233,6 +233,13 @@ def test_a_sentence_is_judged_on_each_data_set():
     assert table.loc["psnr, kodak, lambda 0.0004", "run, or why not"] == "3 of 24 images"
 
 
+def test_a_data_set_of_which_the_sentence_says_nothing_is_shown_and_not_judged():
+    """The report: with keywords FID is slightly higher on CLIC."""
+    runs = pd.concat([of_run("b", fid=0.8), of_run("k", Experiment(**KEYWORDS), fid=0.9)])
+    (row,) = judged(runs, "fid, kodak, lambda 0.0004", "keywords")
+    assert (row["verdict"], row["run, or why not"]) == (NOT_MEASURED, "the sentence does not speak of kodak")
+
+
 def test_changes_in_per_cent_are_computed_and_what_was_measured_stands_beside_them():
     nothing = published_changes(paired(collect()))
     assert nothing["published"].round().tolist() == [27, -1, 16, 43] and nothing["measured"].isna().all()

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from taco_nb.audit.material import Finding, Material
 from taco_nb.errors import DataError
@@ -21,13 +23,12 @@ from taco_nb.files import REPOSITORY, atomic_write, bundled, read_toml
 from taco_nb.provenance import provenance
 from taco_nb.verdicts import NOT_MEASURED, NOT_REPRODUCED, REPRODUCED
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 __all__ = ["Finding", "Material", "audit", "counts", "read_claims", "summary", "test_of", "write_audit"]
 
 KINDS = ("structure", "arithmetic", "count", "time", "quality")
 VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_MEASURED)
+_OF_CLAIM = ("id", "section", "kind", "says", "test", "cell")
+"""What every entry of claims.toml has."""
 
 
 def read_claims(data_dir: str | os.PathLike | None = None) -> list[dict[str, Any]]:
@@ -35,11 +36,9 @@ def read_claims(data_dir: str | os.PathLike | None = None) -> list[dict[str, Any
     path = bundled("reference/claims.toml", data_dir)
     claims = read_toml(path)["claim"]
     for claim in claims:
-        missing = {"id", "section", "kind", "says", "test", "cell"} - claim.keys()
-        if missing or claim["kind"] not in KINDS:
-            raise DataError(
-                f"{path}: the claim {claim.get('id', '?')!r} lacks {', '.join(sorted(missing)) or 'a known kind'}. Add it."
-            )
+        if (missing := {*_OF_CLAIM} - claim.keys()) or claim["kind"] not in KINDS:
+            what = ", ".join(sorted(missing)) or "a known kind"
+            raise DataError(f"{path}: the claim {claim.get('id', '?')!r} lacks {what}. Add it.")
     return claims
 
 
@@ -58,37 +57,21 @@ def audit(material: Material) -> pd.DataFrame:
     Columns are those of claims.toml and verdict, evidence, code (the file below the repository), line and source. `needs` is
     "" where there is a verdict.
     """
-    import pandas as pd
-
     rows = []
     for claim in read_claims(material.data_dir):
         function = test_of(claim)
-        verdict, evidence = function(material)
+        row = {key: claim[key] for key in _OF_CLAIM} | function(material)._asdict()
+        row["needs"] = claim.get("needs", "") if row["verdict"] == NOT_MEASURED else ""
+        code = Path(inspect.getsourcefile(function.func)).resolve().relative_to(REPOSITORY)
         lines, line = inspect.getsourcelines(function.func)
-        code = Path(inspect.getsourcefile(function.func)).resolve().relative_to(REPOSITORY).as_posix()
-        needs = claim.get("needs", "") if verdict == NOT_MEASURED else ""
-        about = {key: claim[key] for key in ("id", "section", "kind", "says", "test", "cell")}
-        rows.append(
-            {
-                **about,
-                "verdict": verdict,
-                "evidence": evidence,
-                "needs": needs,
-                "code": code,
-                "line": line,
-                "source": "".join(lines),
-            }
-        )
+        rows.append({**row, "code": code.as_posix(), "line": line, "source": "".join(lines)})
     return pd.DataFrame(rows)
 
 
 def counts(table: pd.DataFrame) -> pd.DataFrame:
     """Return how many claims of each kind have which verdict, with their sum in the last row."""
-    import pandas as pd
-
-    counted = pd.crosstab(table["kind"], table["verdict"]).reindex(
-        index=KINDS, columns=VERDICTS, fill_value=0
-    )
+    counted = pd.crosstab(table["kind"], table["verdict"])
+    counted = counted.reindex(index=KINDS, columns=VERDICTS, fill_value=0)
     counted.loc["all"] = counted.sum()
     return counted.rename_axis(columns=None).reset_index()
 

@@ -31,10 +31,7 @@ def ablations_differ_in_one_thing(material: Material) -> Finding:
 
 def keywords_trained_like_the_baseline(material: Material) -> Finding:
     """Compare the steps, and the steps at a lowered learning rate, of the keyword model and the baseline."""
-    epochs, baseline = (
-        material.stated["keywords"]["epochs"],
-        material.stated["protocol"]["epochs_baseline"],
-    )
+    epochs, baseline = material.stated["keywords"]["epochs"], material.stated["protocol"]["epochs_baseline"]
     return found(
         epochs == baseline,
         f"The keyword model took {epochs} epochs of the baseline's {baseline}, {1 - epochs / baseline:.0%} fewer. "
@@ -116,10 +113,10 @@ def cmmd_is_unbiased(material: Material) -> Finding:
     centre = torch.randn(64, generator=generator)
     sizes, draws, averages, unbiased = (12, 24, 48, 96), 40, [], True
     for size in sizes:
-        vectors = (
-            normalize(centre + torch.randn(2 * size, 64, generator=generator), dim=1) for _ in range(draws)
-        )
-        values = [cmmd(*drawn.split(size)) for drawn in vectors]
+        values = []
+        for _ in range(draws):
+            both = normalize(centre + torch.randn(2 * size, 64, generator=generator), dim=1)
+            values.append(cmmd(*both.split(size)))
         averages.append(mean(values))
         unbiased &= abs(averages[-1]) <= 3 * stdev(values) / math.sqrt(draws)  # three standard errors
     listed = ", ".join(f"{average:.3f} with {size}" for size, average in zip(sizes, averages))
@@ -156,23 +153,17 @@ def _unlowered(epochs: int, baseline: int) -> str:
 
 def _changes(material: Material, metric: str) -> dict[str, float]:
     """Return by how much, as a share, a figure changes with keywords on each data set that has both figures."""
-    pairs = {
-        name: (material.stated["baseline"].get(name, {}), material.stated["keywords"].get(name, {}))
-        for name in DATASETS
-    }
-    return {
-        name: new[metric] / old[metric] - 1
-        for name, (old, new) in pairs.items()
-        if metric in old and metric in new
-    }
+    changes = {}
+    for name in DATASETS:
+        old, new = (material.stated[of].get(name, {}) for of in ("baseline", "keywords"))
+        if metric in old and metric in new:
+            changes[name] = new[metric] / old[metric] - 1
+    return changes
 
 
 def _listed(material: Material, metric: str, changes: dict[str, float]) -> str:
-    stated = material.stated
-    return (
-        "; ".join(
-            f"{name}: {stated['baseline'][name][metric]} to {stated['keywords'][name][metric]}, {change:+.0%}"
-            for name, change in changes.items()
-        )
-        + "."
-    )
+    listed = []
+    for name, change in changes.items():
+        old, new = (material.stated[of][name][metric] for of in ("baseline", "keywords"))
+        listed.append(f"{name}: {old} to {new}, {change:+.0%}")
+    return "; ".join(listed) + "."

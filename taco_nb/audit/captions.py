@@ -37,6 +37,7 @@ REASONING = re.compile(
 EXAMPLE_WORDS, EXAMPLE_REASONS_FROM = 130, 38
 """The report prints one of GPT-4o's paragraphs (Appendix A1). It has so many words, and first says what something suggests
 with the 38th of them."""
+NO_COCO = Finding(NOT_MEASURED, "MS-COCO is not on this machine.")
 
 
 def captions_are_sent(material: Material) -> Finding:
@@ -60,7 +61,7 @@ def training_split_is_as_stated(material: Material) -> Finding:
     try:
         images = training_pairs("coco", 64, material.data_dir).dataset
     except DataError:
-        return Finding(NOT_MEASURED, "MS-COCO is not on this machine.")
+        return NO_COCO
     counts = Counter(len(images.captions(i)) for i in range(len(images)))
     stated = material.stated["protocol"]["train"]
     listed = ", ".join(f"{n} images with {count} captions" for count, n in sorted(counts.items()))
@@ -71,10 +72,9 @@ def training_split_is_as_stated(material: Material) -> Finding:
 
 def restval_is_as_stated(material: Material) -> Finding:
     """Count the images of Karpathy's restval, where MS-COCO is on this machine."""
-    try:
-        (images,) = datasets("coco", data_dir=material.data_dir)
-    except DataError:
-        return Finding(NOT_MEASURED, "MS-COCO is not on this machine.")
+    if not (sets := material.here("coco")):
+        return NO_COCO
+    images = sets[0]
     count = len(images) + images.skipped
     return found(
         f"{count:,}" in material.stated["protocol"]["eval"][0],
@@ -110,9 +110,8 @@ def whole_pictures_fit_256(material: Material) -> Finding:
                 sizes[picture.size] += 1
         for i in range(min(2, len(dataset))):
             image = dataset[i].image
-            back = image.resize((256, 256), Image.Resampling.LANCZOS).resize(
-                image.size, Image.Resampling.LANCZOS
-            )
+            small = image.resize((256, 256), Image.Resampling.LANCZOS)
+            back = small.resize(image.size, Image.Resampling.LANCZOS)
             losses.append(psnr(to_tensor(image), to_tensor(back)))
     (width, height), most = sizes.most_common(1)[0]
     return found(
@@ -216,10 +215,8 @@ def captions_are_one_sentence(material: Material) -> Finding:
 def reasoning_reaches_the_network(material: Material) -> Finding:
     """Find where reasoning begins in paragraphs, and whether the original network still reads so far."""
     held = material.words_within(ORIGINAL)
-    begins = []
-    for paragraph in material.paragraphs:
-        if first := REASONING.search(paragraph):
-            begins.append(len(paragraph[: first.start()].split()) + 1)
+    firsts = ((paragraph, REASONING.search(paragraph)) for paragraph in material.paragraphs)
+    begins = [len(paragraph[: first.start()].split()) + 1 for paragraph, first in firsts if first]
     within = sum(word <= held for word in begins)
     return found(
         held >= EXAMPLE_REASONS_FROM,

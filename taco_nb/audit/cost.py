@@ -20,14 +20,7 @@ from taco_nb.audit.material import Finding, Material, found
 from taco_nb.experiment import Experiment
 from taco_nb.inspection import count_flops, encoder_flops
 from taco_nb.model import ModelConfig
-from taco_nb.timing import (
-    ATTENTIONS,
-    NOTABLE,
-    ROOM,
-    attention_run,
-    encoder_run,
-    exponent,
-)
+from taco_nb.timing import ATTENTIONS, NOTABLE, ROOM, attention_run, encoder_run, exponent
 
 SIDE = 256
 TOKENS = (38, 154, 616)
@@ -61,11 +54,7 @@ def linformer_is_linear(material: Material) -> Finding:
 def time_is_quadratic(material: Material) -> Finding:
     """Time the three attentions over the number of tokens, and fit the power with which the time grows."""
     times, where = _timed(material)
-    softmax = {
-        tokens: time
-        for (part, name, tokens), time in times.items()
-        if (part, name) == ("attention", "softmax")
-    }
+    softmax = {n: time for (part, kind, n), time in times.items() if (part, kind) == ("attention", "softmax")}
     power = exponent(list(softmax), list(softmax.values()))
     listed = ", ".join(f"{time:.0f} ms with {tokens}" for tokens, time in softmax.items())
     return found(
@@ -79,7 +68,7 @@ def shortness_saves_operations(material: Material) -> Finding:
     """Count what 77 positions would cost in place of 38."""
     positions = material.stated["protocol"]["clip_max_tokens"]
     now, then = (_attention_operations(_at(material.paper_config, n)) for n in (38, positions))
-    more = (then - now) / (_encoder_operations()[1])
+    more = (then - now) / _encoder_operations()[1]
     return found(
         more >= NOTABLE,
         f"With {positions} positions in place of 38 the encoder would take {more:.1%} more operations. (We call a saving "
@@ -93,6 +82,7 @@ def long_captions_become_significant(material: Material) -> Finding:
     slope = (last - first) / (TOKENS[-1] - TOKENS[0])
     attention, encoder = _encoder_operations()
     share = 1 - 1 / ROOM
+    # Solve a / (a + rest) = share for the attentions' operations a, and follow the line that a grows on to there.
     enough = TOKENS[0] + (share / (1 - share) * (encoder - attention) - attention) / slope
     return found(
         enough <= LONGEST,

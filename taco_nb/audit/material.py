@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from taco_nb.checkpoint import bundled_codecs
 from taco_nb.codec import Codec, load
@@ -27,10 +30,8 @@ from taco_nb.text.clip import clip_model
 from taco_nb.text.long import surviving
 from taco_nb.verdicts import NOT_REPRODUCED, REPRODUCED, verdicts
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 MOST = 1000
+"""At most so many pictures of a data set have their captions counted. MS-COCO's restval has 30,504."""
 JOINT_SPACE = MINI.name
 """The bundled CLIP, in whose space captions and pictures are compared."""
 
@@ -99,18 +100,13 @@ class Material:
         """Return those of the data sets that are on this machine."""
         there = []
         for name in names:
-            try:
+            with suppress(DataError):
                 there += datasets(name, data_dir=self.data_dir, captions=captions)
-            except DataError:
-                continue
         return there
 
     @cached_property
     def captions(self) -> list[str]:
-        """The captions of the evaluation sets on this machine, of at most `MOST` pictures each, and of the sample.
-
-        Those of the sample were written for this project.
-        """
+        """The captions of the evaluation sets here, of at most `MOST` pictures each, and of the sample, which are our own."""
         sets = self.here("kodak", "clic", "coco", "sample", "sample-train")
         return [caption for of in sets for i in range(min(MOST, len(of))) for caption in of.captions(i)]
 
@@ -144,4 +140,4 @@ class Material:
     def text_vectors(self, texts: Sequence[str]) -> Tensor:
         """Return a unit vector (n, d) in the joint space for each text, of which 77 tokens are read."""
         clip, tokenize = clip_model(JOINT_SPACE)
-        return torch.nn.functional.normalize(clip.encode_text(tokenize(list(texts))).float(), dim=-1)
+        return normalize(clip.encode_text(tokenize(list(texts))).float(), dim=-1)

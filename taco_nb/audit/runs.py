@@ -15,23 +15,21 @@ def judged_by_runs(
     """
     table = material.verdicts
     number = table["published"].map(lambda published: not isinstance(published, str))
-    table = table[
+    wanted = (
         (table["of"] == ablation)
         & (number == (figures or ablation == "baseline"))
         & (table["what"] != "time")
-    ]
+    )
     if metric is not None:
-        table = table[table["what"].str.split(",").str[0] == metric]
-    judged = table[table["verdict"] != NOT_MEASURED]
+        wanted &= table["what"].str.split(",").str[0] == metric
+    table = table[wanted]
+    judged, shown = table[table["verdict"] != NOT_MEASURED], table[table["measured"].notna()]
+    if shown.empty:
+        return Finding(NOT_MEASURED, "No run here bears on it.")
     if judged.empty:
-        shown = table[table["measured"].notna()]
         why = "; ".join(dict.fromkeys(shown["run, or why not"]))
-        return Finding(
-            NOT_MEASURED,
-            f"{len(shown)} measurements here bear on it, and none follows the report's protocol: {why}."
-            if len(shown)
-            else "No run here bears on it.",
-        )
+        said = f"{len(shown)} measurements here bear on it, and none follows the report's protocol: {why}."
+        return Finding(NOT_MEASURED, said)
     as_said = (judged["verdict"] == REPRODUCED).sum()
     return found(
         as_said == len(judged),

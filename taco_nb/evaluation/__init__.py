@@ -13,7 +13,6 @@ from taco_nb.lazy import lazy_names
 
 _HOMES = {
     "QUALITIES": "peers",
-    "check_caption": "run",
     "evaluate": "run",
     "evaluate_matched": "peers",
     "evaluate_peers": "peers",

@@ -68,24 +68,22 @@ def measure(
         chosen = _code(codec, samples, read, folder)
         own = [_plain(sample, caption) for sample in samples]
     x_hat = torch.stack([coded.x_hat for coded in chosen])
-    # what metrics that are fed 8-bit pictures see, which is what a user gets
+    # Metrics that are fed 8-bit pictures see what a user gets.
     pictures, decoded = (values.clamp(0, 1).mul(255).round().byte() for values in (x, x_hat))
     with _repeatable_float32(codec.device.type):
         figures = [
             distortion(*pair) | {f"{key}_taco": value for key, value in distortion(*pair, "taco").items()}
             for pair in zip(x, x_hat)
         ]
+        seen_by: dict[str, Sequence[float]] = {}
         if lpips:
-            shown = _distances(lpips, x, decoded.float() / 255, MIN_SIDE, convention="pm1")
-            floats = _distances(lpips, x, x_hat, MIN_SIDE)
-            figures = [f | {"lpips": a, "lpips_01": b} for f, a, b in zip(figures, shown, floats)]
+            seen_by["lpips"] = _distances(lpips, x, decoded.float() / 255, MIN_SIDE, convention="pm1")
+            seen_by["lpips_01"] = _distances(lpips, x, x_hat, MIN_SIDE)
         if mini := networks.get("mini_distance"):
-            distances = _distances(mini, x, decoded.float() / 255, MINI_MIN_SIDE)
-            figures = [f | {"mini_distance": distance} for f, distance in zip(figures, distances)]
+            seen_by["mini_distance"] = _distances(mini, x, decoded.float() / 255, MINI_MIN_SIDE)
         for name in ("clip_score", "mini_score"):
             if name in networks:
-                scores = networks[name](decoded, own)
-                figures = [f | {name: score} for f, score in zip(figures, scores)]
+                seen_by[name] = networks[name](decoded, own)
         features = {}
         for name, seen in (("x", pictures), ("x_hat", decoded)):
             if "fid" in networks:
@@ -94,16 +92,11 @@ def measure(
             for metric in ("cmmd", "mini_mmd"):
                 if metric in networks:
                     features[f"{metric}.{name}"] = networks[metric](seen)
-    rows = [
-        {
-            **size_columns(sample, len(coded.data)),
-            "caption": coded.caption,
-            **figure,
-            "encode_s": coded.encode_s,
-            "decode_s": coded.decode_s,
-        }
-        for sample, coded, figure in zip(samples, chosen, figures)
-    ]
+    rows = []
+    for i, (sample, coded) in enumerate(zip(samples, chosen)):
+        row = {**size_columns(sample, len(coded.data)), "caption": coded.caption, **figures[i]}
+        row |= {name: values[i] for name, values in seen_by.items()}
+        rows.append(row | {"encode_s": coded.encode_s, "decode_s": coded.decode_s})
     return rows, features
 
 

@@ -13,9 +13,11 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import pandas as pd
 from PIL import Image, features
+from tqdm.auto import tqdm
 
 from taco_nb.data import CaptionedImages, Sample
 from taco_nb.data.images import to_tensor
@@ -29,9 +31,6 @@ from taco_nb.metrics.networks import find_networks
 from taco_nb.metrics.rate import bpp
 from taco_nb.processes import alone_in
 from taco_nb.provenance import code_digest
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 QUALITIES = (5, 10, 20, 35, 50, 65, 80, 90)
 """Points on the other codecs' own scales, for their rate-distortion curves."""
@@ -91,7 +90,7 @@ def encode_peer(image: Image.Image, peer: str, quality: int) -> PeerResult:
     rate is that of the pixels. Raises `SettingError` for a peer that is unknown or not in this Pillow, or a quality out
     of range, and `DataError` for a picture that is not RGB or larger than the format allows.
     """
-    return _decoded(image, peer, quality, _encoded(image, peer, quality))
+    return _decoded(peer, quality, _encoded(image, peer, quality))
 
 
 def match_bpp(image: Image.Image, peer: str, target_bytes: int) -> PeerResult:
@@ -106,7 +105,7 @@ def match_bpp(image: Image.Image, peer: str, target_bytes: int) -> PeerResult:
     low, high = _format_of(peer).qualities[0], _format_of(peer).qualities[-1] + 1
     data = _encoded(image, peer, low)
     if len(data) > target_bytes:
-        return _decoded(image, peer, low, data, above_target=True)
+        return _decoded(peer, low, data, above_target=True)
     while high - low > 1:
         middle = (low + high) // 2
         attempt = _encoded(image, peer, middle)
@@ -114,7 +113,7 @@ def match_bpp(image: Image.Image, peer: str, target_bytes: int) -> PeerResult:
             low, data = middle, attempt
         else:
             high = middle
-    return _decoded(image, peer, low, data)
+    return _decoded(peer, low, data)
 
 
 def peer_curve(image: Image.Image, peer: str, qualities: Iterable[int]) -> list[PeerResult]:
@@ -139,24 +138,20 @@ def _encoded(image: Image.Image, peer: str, quality: int) -> bytes:
         first, last = encoder.qualities[0], encoder.qualities[-1]
         raise SettingError(f"The quality of {peer} runs from {first} to {last}; {quality} is out of range.")
     if image.mode != "RGB":
-        raise DataError(
-            f'A picture of mode {image.mode!r} was given to {peer}; convert it first: image.convert("RGB").'
-        )
+        said = f"A picture of mode {image.mode!r} was given to {peer}"
+        raise DataError(f'{said}; convert it first: image.convert("RGB").')
     pixels = image.copy()
-    pixels.info = {}
+    pixels.info = {}  # profiles, EXIF and comments, which the file would hold too
     file = io.BytesIO()
     try:
         pixels.save(file, encoder.pillow_format, quality=quality, **encoder.options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(
-            f"{peer} cannot hold a picture of {image.width}x{image.height} pixels: {error}."
-        ) from error
+        size = f"{image.width}x{image.height}"
+        raise DataError(f"{peer} cannot hold a picture of {size} pixels: {error}.") from error
     return file.getvalue()
 
 
-def _decoded(
-    image: Image.Image, peer: str, quality: int, data: bytes, above_target: bool = False
-) -> PeerResult:
+def _decoded(peer: str, quality: int, data: bytes, above_target: bool = False) -> PeerResult:
     decoded = Image.open(io.BytesIO(data), formats=[_FORMATS[peer].pillow_format]).convert("RGB")
     return PeerResult(peer, int(quality), data, decoded, above_target)
 
@@ -213,11 +208,11 @@ def _curve_key(dataset: CaptionedImages, peers: Sequence[str], qualities: Sequen
 
 
 def evaluate_matched(results: pd.DataFrame, sets: Sequence[CaptionedImages]) -> pd.DataFrame:
-    """Return the other codecs at no more bytes than `results` (from `evaluate`) spent on the same image: a row per both.
+    """Return the other codecs at no more bytes than `results` (from `evaluate`) spent on the same image.
 
-    Beside PSNR and MS-SSIM, their `mini_distance` is measured.
-    Where even a peer's smallest file is larger, that file is measured, and `above_target` is true in its row. Raises
-    `SettingError` unless `results` holds each image of `sets` exactly once.
+    There is a row per image and peer, with PSNR, MS-SSIM and `mini_distance`. Where even a peer's smallest file is larger,
+    that file is measured, and `above_target` is true in its row. Raises `SettingError` unless `results` holds each image of
+    `sets` exactly once.
     """
     check_sets(sets)
     budget = results.set_index(["dataset", "name"])["bytes"]
@@ -241,8 +236,6 @@ def evaluate_matched(results: pd.DataFrame, sets: Sequence[CaptionedImages]) -> 
 
 def _samples(sets: Sequence[CaptionedImages], what: str) -> Iterator[tuple[CaptionedImages, Sample]]:
     """Yield one image at a time, under a progress bar."""
-    from tqdm.auto import tqdm
-
     with tqdm(total=sum(map(len, sets)), desc=what, unit="image") as bar:
         for dataset in sets:
             for i in range(len(dataset)):

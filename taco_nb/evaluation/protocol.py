@@ -67,19 +67,14 @@ def of_data_set(
     """
     captions = {"kind": dataset.captioned, "file": dataset.captions_file, "sha256": dataset.captions_digest()}
     exp = trained_as(codec.about)
-    options = {
-        "captions": dataset.captioned,
-        "caption": how["caption"],
-        "mode": codec.mode,
-        "batch-size": how["batch_size"],
-        "patch-size": how["patch_size"],
-    }
+    options = {"captions": dataset.captioned, "caption": how["caption"], "mode": codec.mode}
+    options |= {"batch-size": how["batch_size"], "patch-size": how["patch_size"]}
     if exp is None:
         options["text-encoder"] = codec.text_encoder
-    counts = {"images": len(dataset), "skipped": dataset.skipped}
     reasons = _amiss_in_training(codec, exp) + _amiss_in_evaluation(exp, dataset, options, captions, found)
     return {
-        **counts,
+        "images": len(dataset),
+        "skipped": dataset.skipped,
         "captions": captions,
         "label": label_of(codec, exp, options),
         "unjudged": reasons,
@@ -114,12 +109,11 @@ def label_of(codec: Codec, exp: Experiment | None, options: Mapping[str, Any]) -
     if is_bundled(codec):
         return ", ".join([ablation_of(exp), "bundled demo codec", *measured])
     plain = baseline(exp.profile)
-    varied = {
-        name: now
-        for name, (_, now) in plain.diff(exp).items()
-        if name not in ("lmbda", "epochs", "sizes", *exp.ablations)
-    }
+    varied = {name: now for name, (_, now) in plain.diff(exp).items()}
     varied |= {name: now for name, now in vars(exp.sizes).items() if now != getattr(plain.sizes, name)}
+    # These are not in the label, or have a place of their own in it.
+    for name in ("lmbda", "epochs", "sizes", *exp.ablations):
+        varied.pop(name, None)
     settings = [f"{name}={'none' if now == '' else now}" for name, now in varied.items()]
     profile = [] if exp.profile == "paper" else [exp.profile]
     epochs = _epochs_taken(exp, codec.about)
@@ -160,18 +154,12 @@ def _amiss_in_evaluation(
 ) -> list[str]:
     """Return in what the evaluation does not follow the report's protocol."""
     name = dataset.name
-    reasons = [
-        f"{metric} through weights that were given to it"
-        for metric, network in found.items()
-        if network.weights.startswith("given")
-    ]
-    # the paper chose the best caption of MS-COCO's five; on the other sets, FID is over patches
+    given = [metric for metric, network in found.items() if network.weights.startswith("given")]
+    reasons = [f"{metric} through weights that were given to it" for metric in given]
+    # The paper chose the best caption of MS-COCO's five; on the other sets, FID is over patches.
     asked = {"mode": "exact"} | ({"caption": "best"} if name == "coco" else {"patch-size": 256})
-    reasons += [
-        f"evaluated with {option} {options[option]}"
-        for option, value in asked.items()
-        if options[option] != value
-    ]
+    amiss = [option for option, value in asked.items() if options[option] != value]
+    reasons += [f"evaluated with {option} {options[option]}" for option in amiss]
     wanted = "published" if exp is None else exp.dataset_captions
     right = PUBLISHED_CAPTIONS.get(name, captions["sha256"])
     if dataset.captioned != wanted:

@@ -20,18 +20,16 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from taco_nb.data import CaptionedImages
 from taco_nb.errors import DataError
 from taco_nb.files import atomic_write, fitting_name, sha256
 from taco_nb.metrics.networks import OF_SETS
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
 
 ABOUT, TABLE = "evaluation.json", "evaluation.csv"
 TEXT = ("codec", "dataset", "name", "caption")
@@ -71,6 +69,7 @@ class Records:
             try:
                 record = json.loads(file_of(self.files, name, ".json").read_text(encoding="utf-8"))
                 record["image"] = self.identify(i, record["image"])
+                # A kill between both leaves a new file beside the record of an old one.
                 if file_of(self.files, name, ".taco").stat().st_size != record["row"]["bytes"]:
                     return None
             except (OSError, ValueError, KeyError, TypeError):
@@ -90,22 +89,30 @@ class Records:
         """Keep what was measured of a batch in so many seconds. `images` are what `identify` says of them."""
         digest = self._digest(batch, images)
         if features:  # before the records, which vouch for them
-            with atomic_write(self._features / f"{digest}.safetensors", durable=False) as file:
+            with atomic_write(self._features_of(digest), durable=False) as file:
                 file.write(save({name: value.contiguous() for name, value in features.items()}))
         for image, row in zip(images, rows):
             record = {"measured_under": digest, "image": image, "seconds": seconds / len(rows), "row": row}
             with atomic_write(file_of(self.files, row["name"], ".json"), "w", durable=False) as file:
                 file.write(as_json(record))
 
-    def has_features(self, records: Sequence[Mapping[str, Any]]) -> bool:
-        """Tell whether the features of a batch, whose records these are, are there still, or none are needed."""
+    def left(self) -> set[range]:
+        """Return the batches that are not measured yet, or whose features are gone where figures need them."""
         needed = self.settings["networks"].keys() & {*OF_SETS}
-        return not needed or (self._features / f"{records[0]['measured_under']}.safetensors").is_file()
+        left = set()
+        for batch in self.batches:
+            found = self.read(batch)
+            if not found or (needed and not self._features_of(found[0]["measured_under"]).is_file()):
+                left.add(batch)
+        return left
 
     def features(self, digests: Sequence[str], name: str) -> Iterator[Tensor]:
         """Yield the features of that name, a batch at a time."""
         for digest in digests:
-            yield load_file(self._features / f"{digest}.safetensors")[name]
+            yield load_file(self._features_of(digest))[name]
+
+    def _features_of(self, digest: str) -> Path:
+        return self._features / f"{digest}.safetensors"
 
     def forget_features(self) -> None:
         shutil.rmtree(self._features, ignore_errors=True)
@@ -166,8 +173,6 @@ def write_csv(path: Path, table: pd.DataFrame, text_columns: Sequence[str] = TEX
     All text in it is quoted: before 3.11.9, Python's writer leaves a bare carriage return unquoted, where readers begin a
     new row. NUL, which ends text for pandas' reader, becomes U+FFFD. Raises `DataError` for a table that is read otherwise.
     """
-    import pandas as pd
-
     table = table.replace("\0", "\ufffd", regex=True)
     text = table.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").encode()
     if path.is_file() and path.read_bytes() == text:
@@ -219,8 +224,6 @@ def _rows_digest(rows: Any) -> str:
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Return rows from JSON as a data frame, with NaN for the numbers that are null there."""
-    import pandas as pd
-
     return pd.DataFrame(
         [{key: math.nan if value is None else value for key, value in row.items()} for row in rows]
     )

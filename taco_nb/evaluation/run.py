@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -57,9 +58,6 @@ from taco_nb.processes import (
 )
 from taco_nb.provenance import code_digest, provenance
 from taco_nb.settings import check_count
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 BATCH_SIZE = 16
 """Crops of one size that go through the networks together."""
@@ -110,7 +108,13 @@ def evaluate(
     group = Group(PartialState())
     how = {"caption": caption, "batch_size": batch_size, "patch_size": patch_size}
     found, absent = find_networks() if networks is None else given_networks(networks)
-    _check_settings(how, num_processes, found, absent)
+    if caption not in CAPTIONS:
+        raise SettingError(f"caption must be {' or '.join(map(json.dumps, CAPTIONS))}, but is {caption!r}.")
+    check_count(batch_size, "batch_size")
+    check_count(num_processes, "num_processes")
+    check_patch_size(patch_size)
+    if caption == "best" and "lpips" not in found:
+        raise MissingWeightsError(f'caption="best" is chosen by LPIPS, and there is none: {absent["lpips"]}.')
     if group.size > 1 and out_dir is None:
         raise SettingError("Several processes need a folder that they share: give out_dir.")
     with tempfile.TemporaryDirectory() if out_dir is None else nullcontext(out_dir) as folder:
@@ -133,23 +137,6 @@ def check_sets(sets: Sequence[CaptionedImages]) -> None:
     names = [dataset.name for dataset in sets]
     if len(set(names)) < len(names):
         raise SettingError(f"Two data sets have the same name, of {names}: rename one.")
-
-
-def check_caption(caption: str) -> None:
-    """Raise `SettingError` unless `caption` is a rule by which `evaluate` chooses among an image's captions."""
-    if caption not in CAPTIONS:
-        raise SettingError(f"caption must be {' or '.join(map(json.dumps, CAPTIONS))}, but is {caption!r}.")
-
-
-def _check_settings(
-    how: Mapping[str, Any], num_processes: int, found: Mapping[str, Network], absent: Mapping[str, str]
-) -> None:
-    check_caption(how["caption"])
-    check_count(how["batch_size"], "batch_size")
-    check_count(num_processes, "num_processes")
-    check_patch_size(how["patch_size"])
-    if how["caption"] == "best" and "lpips" not in found:
-        raise MissingWeightsError(f'caption="best" is chosen by LPIPS, and there is none: {absent["lpips"]}.')
 
 
 class _Evaluation:
@@ -191,7 +178,7 @@ class _Evaluation:
         with self.group.alone_in(self.folder, "evaluating", wait=True):
             before, rows = self._before()
             new = [records for records in self.records if not _holds(records, before)]
-            left = {records: _left(records) for records in new}
+            left = {records: records.left() for records in new}
             if self.group.is_main:
                 self._say(before, left)
             self.group.wait()  # for those that still look at what is there
@@ -200,8 +187,8 @@ class _Evaluation:
             if self.group.is_main and new:
                 self._finish(new, before, rows)
             elif self.group.is_main:
-                write_csv(self.folder / TABLE, as_table(rows))
-            self.group.wait()
+                write_csv(self.folder / TABLE, as_table(rows))  # which somebody may have changed or deleted
+            self.group.wait()  # for the table, which all of them return
 
     def _before(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Return what the folder's evaluation.json says of each data set, and its rows; nothing if it cannot be believed."""
@@ -232,6 +219,7 @@ class _Evaluation:
     def _measure(self, left: Mapping[Records, set[range]]) -> None:
         """Measure this process's share of what is left. Raises `StoppedError` where a signal asks for a stop."""
         rank, count = self.group.rank, self.group.size
+        # The share is one of all batches, done or not, so that no two processes ever take the same one.
         every = [(records, batch) for records in left for batch in records.batches]
         share = [(records, batch) for records, batch in every[rank::count] if batch in left[records]]
         if not share:
@@ -284,7 +272,7 @@ class _Evaluation:
     def _put_together(self, records: Records) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Return what evaluation.json says of a data set, and its rows, each measured under these very settings."""
         clock, dataset = time.perf_counter(), records.dataset
-        batches = _read_all(records)
+        batches = [records.read(batch) for batch in records.batches]
         if None in batches:
             raise DataError(
                 f"Images or results of {dataset.name} in {self.folder} changed while they were evaluated. Evaluate again: "
@@ -303,33 +291,25 @@ class _Evaluation:
             if metric in self.found:
                 features = (records.features(digests, f"{metric}.{name}") for name in ("x", "x_hat"))
                 figures[metric] = cmmd(*(torch.cat(list(of_set)) for of_set in features), self.codec.device)
-        seconds = sum(record["seconds"] for batch in batches for record in batch)
+        kept = [record for batch in batches for record in batch]
+        seconds = sum(record["seconds"] for record in kept) + time.perf_counter() - clock
         about = {
             **of_data_set(self.codec, dataset, self.how, self.found, self.sets),
-            "sha256": _checksum(records, batches),
+            "sha256": _checksum(records.dataset, kept),
             "caption": {"rule": self.how["caption"], "chosen": CAPTIONS[self.how["caption"]]},
             "settings": records.settings,
             "metrics": metrics,
             "absent": self.absent,
             "figures": json.loads(as_json(figures)),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "seconds": round(seconds + time.perf_counter() - clock, 1),  # of all processes together
+            "seconds": round(seconds, 1),  # of all processes together
             **provenance(),
         }
-        return about, _table_rows(dataset.name, batches, about["figures"])
-
-
-def _left(records: Records) -> set[range]:
-    """Return the batches that are not measured yet under the settings that are wanted."""
-    return {
-        batch
-        for batch in records.batches
-        if not ((found := records.read(batch)) and records.has_features(found))
-    }
-
-
-def _read_all(records: Records) -> list[list[dict[str, Any]] | None]:
-    return [records.read(batch) for batch in records.batches]
+        rows = [{"codec": self.codec.name, "dataset": dataset.name, **record["row"]} for record in kept]
+        for row in rows:  # the set's figures stand before the times, which come last
+            times = {key: row.pop(key) for key in ("encode_s", "decode_s")}
+            row |= about["figures"] | times
+        return about, rows
 
 
 def _holds(records: Records, before: Mapping[str, Any]) -> bool:
@@ -337,8 +317,11 @@ def _holds(records: Records, before: Mapping[str, Any]) -> bool:
     about = before.get(records.dataset.name)
     if about is None or _changes(about["settings"], records.settings):
         return False
-    batches = _read_all(Records(records.folder, records.dataset, about["settings"]))
-    return None not in batches and _checksum(records, batches) == about["sha256"]
+    earlier = Records(records.folder, records.dataset, about["settings"])
+    batches = [earlier.read(batch) for batch in earlier.batches]
+    if None in batches:
+        return False
+    return _checksum(records.dataset, [record for batch in batches for record in batch]) == about["sha256"]
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -350,38 +333,25 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [key for key, value in {**now, **still_true}.items() if before.get(key) != value]
 
 
-def _checksum(records: Records, batches: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+def _checksum(dataset: CaptionedImages, kept: Sequence[Mapping[str, Any]]) -> str:
     """Return the data set's checksum, by the digests in its records in place of reading all images again."""
-    images = (record["image"] for batch in batches for record in batch)
-    known = {records.dataset.path(i): image[2] for i, image in enumerate(images)}
-    return records.dataset.checksum(known.__getitem__)
-
-
-def _table_rows(
-    name: str, batches: Sequence[Sequence[Mapping[str, Any]]], figures: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Return the rows of a table, with the figures of the whole set in each."""
-    rows = []
-    for record in (record for batch in batches for record in batch):
-        row = {"codec": "", "dataset": name, **record["row"]}
-        times = {key: row.pop(key) for key in ("encode_s", "decode_s")}
-        rows.append(row | figures | times)
-    return rows
+    known = {dataset.path(i): record["image"][2] for i, record in enumerate(kept)}
+    return dataset.checksum(known.__getitem__)
 
 
 def _fid(records: Records, digests: Sequence[str], patch_size: int) -> tuple[float, dict[str, Any]]:
     """Return the FID of a data set, and what it is over. Of too few pictures it comes with a warning."""
     name = records.dataset.name
     of = "crops" if records.dataset.crop else f"patches of {patch_size}x{patch_size}"
-    counted = [0, 0]
+    count = features = 0
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for pair in zip(records.features(digests, "fid.x"), records.features(digests, "fid.x_hat")):
-            counted[:] = counted[0] + len(pair[0]), pair[0].shape[1]
-            yield pair
+        nonlocal count, features
+        for x, x_hat in zip(records.features(digests, "fid.x"), records.features(digests, "fid.x_hat")):
+            count, features = count + len(x), x.shape[1]
+            yield x, x_hat
 
     figure = frechet_distance(pairs())
-    count, features = counted
     if count < 2:
         print(f"No FID of {name}: there are {count} {of} in its images, and two are the least.")
     elif count <= features:

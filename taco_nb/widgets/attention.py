@@ -5,25 +5,22 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from IPython.display import HTML
 from PIL import Image
+from plotly.graph_objects import Figure
 from torch import Tensor
 
 from taco_nb.codec import MULTIPLE
 from taco_nb.data.images import to_rgb
 from taco_nb.inspection import Attention, energy
+from taco_nb.text import KeywordWeights, TextTower
+from taco_nb.text.keywords import Word
 from taco_nb.widgets.html_parts import picture_tag, self_contained
 from taco_nb.widgets.pictures import COLD, HOT, heat, side_by_side, stretched
-
-if TYPE_CHECKING:
-    from IPython.display import HTML
-    from plotly.graph_objects import Figure
-
-    from taco_nb.text import KeywordWeights, TextTower
-    from taco_nb.text.keywords import Word
 
 
 def attention_maps(
@@ -42,10 +39,10 @@ def attention_maps(
     pictures = {}
     for label, token in tokens.items():
         field, low, high = stretched(_field(attention, token))
-        large = Image.fromarray((field.numpy() * 255).astype(np.uint8)).resize(
-            padded, Image.Resampling.BICUBIC
-        )
-        seen = np.asarray(large.crop((0, 0, *image.size)).resize((width, height)), dtype=np.float32) / 255
+        small = Image.fromarray((field.numpy() * 255).astype(np.uint8))
+        large = small.resize(padded, Image.Resampling.BICUBIC).crop((0, 0, *image.size))
+        seen = np.asarray(large.resize((width, height)), dtype=np.float32) / 255
+        # The picture shines through in grey, but is nowhere black, so that dark places show their colour too.
         colour = np.asarray(heat(torch.from_numpy(seen)))
         overlaid = Image.fromarray((colour * (0.35 + 0.65 * grey)).round().astype(np.uint8))
         pictures[f"{label}\n{low:.4f} to {high:.4f}"] = overlaid
@@ -82,13 +79,8 @@ class Look:
         return side_by_side(sheets, columns=1)
 
     def _repr_html_(self) -> str:
-        settings = {
-            "tokens": self._tokens,
-            "weights": self._weights,
-            "start": next(iter(self._words.values())),
-            "cold": COLD.tolist(),
-            "hot": HOT.tolist(),
-        }
+        start, colours = next(iter(self._words.values())), {"cold": COLD.tolist(), "hot": HOT.tolist()}
+        settings = {"tokens": self._tokens, "weights": self._weights, "start": start, **colours}
         maps = [self._map(label, record) for label, records in self._looks.items() for record in records]
         sheet = picture_tag(self.picture(), f"Attention over the picture for {', '.join(self._words)}")
         return self_contained(
@@ -138,7 +130,7 @@ def where_the_text_looks(
 
 def _json(name: str, content: dict[str, Any]) -> str:
     """Return an HTML attribute that holds JSON."""
-    return f'data-{name}="{html.escape(json.dumps(content), quote=True)}"'
+    return f'data-{name}="{html.escape(json.dumps(content))}"'
 
 
 def spectrum(groups: Mapping[str, Sequence[Attention]]) -> Figure:
@@ -146,9 +138,7 @@ def spectrum(groups: Mapping[str, Sequence[Attention]]) -> Figure:
 
     `groups` maps a codec's label to its three attentions (see `taco_nb.inspection.look_at_attention`).
     """
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
+    figure = Figure()
     for label, records in groups.items():
         for record in records:
             held = energy(record.weights).tolist()
@@ -165,8 +155,6 @@ def spectrum(groups: Mapping[str, Sequence[Attention]]) -> Figure:
 
 def shaded_caption(words: Sequence[Word], caption: str) -> HTML:
     """Return the caption with the words that matter shaded, and the reason in small letters behind each."""
-    from IPython.display import HTML
-
     parts, at = [], 0
     for word in words:
         text = html.escape(word.text)

@@ -61,9 +61,7 @@ class CaptionLab(ipywidgets.VBox):
 
     def __init__(self, codec: Codec, image: Any, presets: Mapping[str, str]):
         if not presets:
-            raise SettingError(
-                'A caption lab begins with at least one caption, such as {"human": "a red barn"}.'
-            )
+            raise SettingError('Give at least one caption to begin with, such as {"human": "a red barn"}.')
         self._codec, self._image = codec, to_rgb(image)
         self._tries = [self._encode(name, caption) for name, caption in presets.items()]
         self._first = self._tries[0]
@@ -121,7 +119,7 @@ class CaptionLab(ipywidgets.VBox):
         """Return a row per caption that was tried, with the differences to the first."""
         headings = "".join(f"<th {_CELL}>{heading}</th>" for heading in _HEADINGS)
         rows = [f"<tr><th style='text-align:left'>caption</th><th></th>{headings}</tr>"]
-        first = self._tries[0]
+        first = self._first
         for made in self._tries:
             rate = bpp(len(made.file), *self._image.size)
             cells = [f"{len(made.file):,}", f"{rate:.4f}", f"{made.psnr:.3f}"]

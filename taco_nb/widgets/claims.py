@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+from IPython.display import HTML
 
 from taco_nb.widgets.html_parts import FOLDER
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from IPython.display import HTML
 
 HEADINGS = {
     "structure": "Structure: how the network and the text are built",
@@ -26,22 +25,15 @@ def claims_page(table: pd.DataFrame, notebook: str) -> HTML:
     The code behind a claim unfolds in place. `notebook` is the one that shows the page, such as "06_report": links to its own
     cells stay in the page, and those to other notebooks lead to these, beside it.
     """
-    from IPython.display import HTML
+    from taco_nb.audit import counts  # brings the networks with it
 
-    from taco_nb.audit import KINDS, counts  # brings the networks with it
-
-    counted = counts(table)
-    rows = "".join(
-        f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in counted.itertuples(index=False)
-    )
-    head = "".join(f"<th>{column}</th>" for column in counted.columns)
-    parts = [f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"]
-    for kind in KINDS:
+    parts = [counts(table).to_html(index=False, border=0)]
+    for kind, heading in HEADINGS.items():
         claims = table[table["kind"] == kind].to_dict("records")
         body = "".join(_row(claim, notebook) for claim in claims)
         parts.append(
-            f'<h4>{HEADINGS[kind]}</h4><table class="tc-claims"><colgroup><col style="width:31%"><col style="width:17%">'
-            f"<col></colgroup><thead><tr><th>the report says</th><th>verdict</th><th>evidence</th></tr></thead>"
+            f'<h4>{heading}</h4><table class="tc-claims"><colgroup><col style="width:31%"><col style="width:17%">'
+            "<col></colgroup><thead><tr><th>the report says</th><th>verdict</th><th>evidence</th></tr></thead>"
             f"<tbody>{body}</tbody></table>"
         )
     style = (FOLDER / "claims.css").read_text(encoding="utf-8")

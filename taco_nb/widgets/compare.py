@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anywidget
 import traitlets
@@ -16,12 +16,10 @@ from taco_nb.data.images import to_rgb, to_tensor
 from taco_nb.errors import SettingError
 from taco_nb.metrics.distortion import distortion
 from taco_nb.metrics.networks import METRICS, perceptual_distance
+from taco_nb.metrics.perception import Lpips, MiniDistance
 from taco_nb.metrics.rate import bpp
 from taco_nb.widgets.html_parts import FOLDER, picture_tag, self_contained
 from taco_nb.widgets.pictures import heat, side_by_side, stretched
-
-if TYPE_CHECKING:
-    from taco_nb.metrics.perception import Lpips, MiniDistance
 
 BLOCK = 16  # pixels to a position of y, across and down
 SHOWN = 2048
@@ -64,7 +62,7 @@ class Compare:
             alt = ", ".join([label, *badges]) if i else "The original"
             shown = " ".join(f'<span class="tc-badge">{html.escape(badge)}</span>' for badge in badges)
             parts.append(
-                f'<figure data-label="{html.escape(label, quote=True)}">{picture_tag(picture, alt + about)}'
+                f'<figure data-label="{html.escape(label)}">{picture_tag(picture, alt + about)}'
                 f"<figcaption><b>{html.escape(label)}</b> {shown}</figcaption></figure>"
             )
         return "".join(parts) + ("" if self._bits is None else self._map(self._bits))
@@ -131,11 +129,8 @@ def badges_of(
     """Return the badges of a reconstruction: its file's size, and how far it is from the original."""
     x, x_hat = to_tensor(original), to_tensor(picture.convert("RGB"))
     measured = distortion(x, x_hat)
-    badges = [
-        f"{len(file):,} bytes",
-        f"{bpp(len(file), *picture.size):.3f} bpp",
-        f"PSNR {measured['psnr']:.2f} dB",
-    ]
+    rate = bpp(len(file), *picture.size)
+    badges = [f"{len(file):,} bytes", f"{rate:.3f} bpp", f"PSNR {measured['psnr']:.2f} dB"]
     if not math.isnan(measured["ms_ssim"]):
         badges.append(f"MS-SSIM {measured['ms_ssim']:.4f}")
     distance = distance or perceptual_distance()

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import html
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from IPython.display import SVG
 
 from taco_nb.errors import SettingError
+from taco_nb.model import TACO
 from taco_nb.model.adapter import Extractor, Injector
 from taco_nb.model.attention import LinformerAttention
 from taco_nb.model.layers import ResidualBottleneck
 
-if TYPE_CHECKING:
-    from IPython.display import SVG
-
-    from taco_nb.model import TACO
-
-_WIDTH, _HEIGHT, _STEP, _ROW, _COLUMNS = (
-    118,
-    60,
-    146,
-    130,
-    7,
-)  # a box, the distances between boxes, boxes in a row
+_WIDTH, _HEIGHT, _STEP, _ROW, _COLUMNS = 118, 60, 146, 130, 7
+"""Width and height of a box, the distances from one to the next across and down, and the boxes in a row."""
 _COLOURS = {
     "conv": "#cfe3f5",
     "residual": "#e9eef3",
@@ -41,8 +33,6 @@ def encoder_diagram(net: TACO, side: int = 256, tokens: int = 38) -> SVG:
     came out (channels, height and width), the number of parameters, and how many positions attended to how many. Raises
     `SettingError` for a side or a number of tokens under 1.
     """
-    from IPython.display import SVG
-
     if min(side, tokens) < 1:
         raise SettingError(f"side and tokens must be at least 1, but are {side} and {tokens}.")
     return SVG(_svg(_layers(net, side, tokens)))

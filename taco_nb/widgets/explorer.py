@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anywidget
 import ipywidgets
+import pandas as pd
 import traitlets
+from plotly.graph_objects import Figure
 
 from taco_nb.codec import Codec
 from taco_nb.data import CaptionedImages
@@ -18,10 +20,6 @@ from taco_nb.evaluation.peers import encode_peer
 from taco_nb.widgets.compare import Compare, CompareView, compare
 from taco_nb.widgets.figures import rate_distortion
 from taco_nb.widgets.html_parts import FOLDER
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from plotly.graph_objects import Figure
 
 _HINT = "Small points are single images. Click on one to see what the codecs made of it."
 
@@ -101,7 +99,5 @@ def explorer(
     `sets` are the data sets that `results` were measured on, and `codecs` maps the codecs' names in `results` to the
     codecs; JPEG and its like need not be given.
     """
-    import pandas as pd
-
     figure = rate_distortion(*results, published=published, title=title)
     return Explorer(pd.concat(results, ignore_index=True), figure, sets, codecs)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
+from plotly.graph_objects import Figure
+from plotly.subplots import make_subplots
 
 from taco_nb.evaluation import means
 from taco_nb.metrics.rate import few_points
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from plotly.graph_objects import Figure
 
 METRICS = {
     "psnr": "PSNR in dB",
@@ -41,8 +41,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _OF_PEERS = {"JPEG": COLOURS[4], "WebP": COLOURS[2], "AVIF": COLOURS[3]}
 """Other codecs have the same colours in every figure; ours take the rest in order."""
 _OF_OURS = [colour for colour in COLOURS if colour not in _OF_PEERS.values()]
-_MARGIN = {"l": 60, "r": 20, "t": 50, "b": 50}
-LAYOUT: dict[str, Any] = {"template": "plotly_white", "height": 460, "margin": _MARGIN}
+LAYOUT = {"template": "plotly_white", "height": 460, "margin": {"l": 60, "r": 20, "t": 50, "b": 50}}
 
 Curves = Mapping[str, Mapping[str, Sequence[float]]]
 """Curves from the literature, {name: {"bpp": [...], "psnr": [...]}}."""
@@ -58,14 +57,11 @@ def rate_distortion(*results: pd.DataFrame, published: Curves | None = None, tit
     An image's point says its name (only the first `IMAGES` of a set have one). `published` curves, measured on Kodak, are
     thin and dotted. A curve through fewer than four points says so in the legend.
     """
-    import pandas as pd
-    import plotly.graph_objects as go
-
     rows = pd.concat(results, ignore_index=True)
     table = means(rows)
     metrics = [metric for metric in METRICS if metric in table and table[metric].notna().any()]
     sets = list(dict.fromkeys(table["dataset"]))
-    figure = go.Figure()
+    figure = Figure()
     # A menu's entry gives every trace its new y, visibility and place in the legend, so each trace is noted here: its data
     # set, its y by metric (without those that nobody measured), and whether it may stand in the legend.
     traces: list[tuple[str, dict[str, list], bool]] = []
@@ -123,27 +119,30 @@ def rate_distortion(*results: pd.DataFrame, published: Curves | None = None, tit
             mode="lines",
             line={"width": 1, "dash": "dot"},
         )
-    by_metric = [
-        _button(
-            METRICS[metric],
-            {
-                "y": [y.get(metric, []) for _, y, _ in traces],
-                "showlegend": [named and bool(y.get(metric)) for _, y, named in traces],
-            },
-            {"yaxis.title.text": METRICS[metric]},
-        )
-        for metric in metrics
-    ]
-    by_set = [_button(name, {"visible": [of == name for of, _, _ in traces]}, {}) for name in sets]
+    # An entry is a label, what it changes in the traces, and what in the layout.
+    by_metric = []
+    for metric in metrics:
+        shown = {
+            "y": [y.get(metric, []) for _, y, _ in traces],
+            "showlegend": [named and bool(y.get(metric)) for _, y, named in traces],
+        }
+        by_metric.append((METRICS[metric], shown, {"yaxis.title.text": METRICS[metric]}))
+    by_set = [(name, {"visible": [of == name for of, _, _ in traces]}, {}) for name in sets]
     menus = [by_metric, by_set] if len(sets) > 1 else [by_metric]
     figure.update_layout(
-        **LAYOUT,
+        LAYOUT,
         title={"text": title, "x": 0.5},
         xaxis={"title": "bits per pixel, from file sizes", "type": "log", "dtick": "D2"},
         yaxis_title=METRICS[metrics[0]],
         updatemenus=[
-            {"buttons": buttons, "x": x, "xanchor": anchor, "y": 1.02, "yanchor": "bottom"}
-            for buttons, x, anchor in zip(menus, (0, 1), ("left", "right"))
+            {
+                "buttons": [{"label": label, "method": "update", "args": args} for label, *args in entries],
+                "x": x,
+                "xanchor": anchor,
+                "y": 1.02,
+                "yanchor": "bottom",
+            }
+            for entries, x, anchor in zip(menus, (0, 1), ("left", "right"))
         ],
     )
     return figure
@@ -175,18 +174,12 @@ def _said_of_means(curve: pd.DataFrame) -> list[str]:
     return said
 
 
-def _button(label: str, traces: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
-    """Return an entry of a menu that changes the traces and the layout."""
-    return {"label": label, "method": "update", "args": [traces, layout]}
-
-
 # Training -------------------------------------------------------------------------------------------------------------
 
 
 def training_curves(log: pd.DataFrame, title: str = "") -> Figure:
     """Draw the terms of the loss over steps, each in its own panel, from at most 1000 rows of a run's `log`."""
-    from plotly.subplots import make_subplots
-
+    # A long run's log has more rows than a panel has pixels.
     log = log.iloc[:: max(1, -(-len(log) // 1000))]
     terms = [name for name in ("loss", "bpp", "mse", "lpips", "mini_distance", "joint", "lr") if name in log]
     figure = make_subplots(rows=1, cols=len(terms), subplot_titles=terms)
@@ -196,7 +189,7 @@ def training_curves(log: pd.DataFrame, title: str = "") -> Figure:
             line={"color": COLOURS[0]},
         )  # fmt: skip
     figure.update_xaxes(title_text="step")
-    figure.update_layout(**{**LAYOUT, "height": 320, "margin": _MARGIN | {"t": 80}}, title=title)
+    figure.update_layout(LAYOUT, height=320, margin_t=80, title=title)
     return figure
 
 
@@ -216,8 +209,6 @@ def rate_panels(
     single values of known quality and unknown rate, {name: {metric: value}}, drawn as level lines. The title names the
     metrics of which there is nothing to show, and the legend says so of a curve through fewer than four points.
     """
-    from plotly.subplots import make_subplots
-
     published, stated = published or {}, stated or {}
     plain = {metric: metric.removesuffix("_01") for metric in PANELS}  # the names in `stated`
     held = [
@@ -263,7 +254,9 @@ def rate_panels(
     note = f"<br><sub>nothing to show of {missing}</sub>" if missing else ""
     figure.update_xaxes(title_text="bits per pixel, from file sizes", rangemode="tozero")
     figure.update_layout(
-        **{**LAYOUT, "height": 150 + 330 * rows, "margin": _MARGIN | {"t": 105}},
+        LAYOUT,
+        height=150 + 330 * rows,
+        margin_t=105,
         title={"text": title + note, "x": 0.5, "yref": "container", "y": 0.97, "yanchor": "top"},
         legend={"orientation": "h", "y": -0.3 / rows, "yanchor": "top"},
     )
@@ -327,8 +320,6 @@ def _interval_panels(rows: pd.DataFrame, titles: Mapping[str, str], title: str) 
 
     Where rows have "seeds", the differences of each seed are drawn too.
     """
-    from plotly.subplots import make_subplots
-
     metrics = [metric for metric in titles if (rows["metric"] == metric).any()]
     figure = make_subplots(
         1, max(1, len(metrics)), shared_yaxes=True, subplot_titles=[titles[metric] for metric in metrics]
@@ -349,7 +340,9 @@ def _interval_panels(rows: pd.DataFrame, titles: Mapping[str, str], title: str) 
             )  # fmt: skip
         figure.add_vline(0, line={"width": 1, "color": "#777"}, row=1, col=column)
     figure.update_layout(
-        **{**LAYOUT, "height": 170 + 45 * rows["label"].nunique(), "margin": _MARGIN | {"l": 130, "t": 80}},
+        LAYOUT,
+        height=170 + 45 * rows["label"].nunique(),
+        margin={"l": 130, "t": 80},
         title={"text": title, "x": 0.5},
     )
     figure.update_xaxes(nticks=4, tickangle=0, exponentformat="none")
@@ -362,16 +355,17 @@ def listening_bars(found: pd.DataFrame, title: str = "Listening") -> Figure:
     `found` comes from `taco_nb.control.heard`, with intervals over the scenes, or from `over_seeds`, with the range of the
     seeds.
     """
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
+    figure = Figure()
     for (kind, of), colour in zip(found.groupby("kind", sort=False), COLOURS):
         figure.add_bar(
             x=of["codec"].str.removeprefix("shapes-"), y=of["listening"], name=f"{kind} scenes", marker_color=colour,
             error_y={"array": of["high"] - of["listening"], "arrayminus": of["listening"] - of["low"]},
         )  # fmt: skip
     figure.update_layout(
-        **{**LAYOUT, "height": 400}, title={"text": title, "x": 0.5}, barmode="group",
+        LAYOUT,
+        height=400,
+        title={"text": title, "x": 0.5},
+        barmode="group",
         yaxis_title="dB of the named shape, own caption less another's",
-    )  # fmt: skip
+    )
     return figure

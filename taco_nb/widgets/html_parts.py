@@ -9,13 +9,11 @@ import math
 import numbers
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
+from IPython.display import HTML
 from PIL import Image
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from IPython.display import HTML
 
 FOLDER = Path(__file__).parent
 """The folder of the widgets' scripts and style sheets."""
@@ -70,14 +68,14 @@ def picture_url(picture: Image.Image) -> str:
     """
     file = io.BytesIO()
     kind = "webp" if max(picture.size) <= _LONGEST_WEBP_SIDE else "png"
-    picture.save(file, kind, **({"lossless": True, "method": 0} if kind == "webp" else {}))
+    picture.save(file, kind, lossless=True, method=0)  # options of WebP, which PNG does not look at
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def picture_tag(picture: Image.Image, alt: str) -> str:
     """Return an <img> that holds its picture."""
     size = f'width="{picture.width}" height="{picture.height}"'
-    return f'<img {size} alt="{html.escape(alt, quote=True)}" src="{picture_url(picture)}">'
+    return f'<img {size} alt="{html.escape(alt)}" src="{picture_url(picture)}">'
 
 
 def shortened(caption: str) -> str:
@@ -91,8 +89,6 @@ def sortable(table: pd.DataFrame, digits: int = 3, fold: str = "") -> HTML:
     Floats have `digits` decimals, and NaN is a dash. Only the first `ROWS` rows are shown. With `fold`, these words stand
     there in place of the table, and a click on them unfolds it.
     """
-    from IPython.display import HTML
-
     name = f"table-{uuid.uuid4().hex[:8]}"
     headings = "".join(
         f'<th style="cursor:pointer" title="sort">{html.escape(str(column))}</th>' for column in table.columns
@@ -109,13 +105,10 @@ def sortable(table: pd.DataFrame, digits: int = 3, fold: str = "") -> HTML:
 
 
 def _cell(value: Any, digits: int) -> str:
-    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return '<td data-value="" style="text-align:right">–</td>'
     number = isinstance(value, numbers.Number) and not isinstance(value, bool)
-    text = "–" if missing else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
-    key = "" if missing else str(value)
-    if number:
-        key = key.replace("inf", "Infinity")  # as JavaScript spells it
-    align = "right" if number or missing else "left"
-    return (
-        f'<td data-value="{html.escape(key, quote=True)}" style="text-align:{align}">{html.escape(text)}</td>'
-    )
+    text = f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    key = str(value).replace("inf", "Infinity") if number else str(value)  # as JavaScript spells it
+    align = "right" if number else "left"
+    return f'<td data-value="{html.escape(key)}" style="text-align:{align}">{html.escape(text)}</td>'

@@ -5,10 +5,13 @@ from __future__ import annotations
 import html
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
+from IPython.display import HTML
 from PIL import Image
+from plotly.graph_objects import Figure
+from plotly.subplots import make_subplots
 from torch.special import ndtr
 
 from taco_nb.inspection import Attention, DecodingStep, energy
@@ -16,11 +19,6 @@ from taco_nb.text.long import words_with_ends
 from taco_nb.widgets.attention import attention_maps
 from taco_nb.widgets.figures import COLOURS, LAYOUT
 from taco_nb.widgets.pictures import side_by_side
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from IPython.display import HTML
-    from plotly.graph_objects import Figure
 
 _FADE = """
 (() => {
@@ -48,10 +46,11 @@ def decoding_sheet(steps: Sequence[DecodingStep], zoom: int = 1) -> Image.Image:
     shown, total = [], 0.0
     for i, step in enumerate(steps):
         total += float(step.bits.sum()) / 8
+        # Of the later groups only the second half is shown, which completes them.
         if i < 2 or not step.anchors:
             what = step.name if i < 2 else step.name.removesuffix(", others")
             shown.append((f"{'+ ' if i else ''}{what}: {total:.0f} bytes", step.picture))
-    return side_by_side(shown, zoom=zoom, columns=4)
+    return side_by_side(shown, zoom=zoom)
 
 
 def latent_figure(step: DecodingStep) -> Figure:
@@ -60,8 +59,6 @@ def latent_figure(step: DecodingStep) -> Figure:
     The channel is the one that takes most bits. The mouse over a position gives its integer, the Gaussian that the decoder
     expects it under, and its bits.
     """
-    from plotly.subplots import make_subplots
-
     channel = int(step.bits.sum((1, 2)).argmax())
     symbols, means, scales, bits = (t[channel] for t in (step.symbols, step.means, step.scales, step.bits))
     row, column = divmod(int(bits.argmax()), bits.shape[1])
@@ -70,24 +67,17 @@ def latent_figure(step: DecodingStep) -> Figure:
         [f"integer {s:.0f}<br>mean {m:.2f}, scale {d:.2f}<br>{b:.2f} bits" for s, m, d, b in zip(*rows)]
         for rows in zip(*(t.tolist() for t in (symbols, means, scales, bits)))
     ]
-    titles = (
-        f"integers of one channel ({step.name})",
-        f"the dearest of them, in orange: {bits[row, column]:.1f} bits",
-    )
+    dearest = f"the dearest of them, in orange: {bits[row, column]:.1f} bits"
+    titles = [f"integers of one channel ({step.name})", dearest]
     figure = make_subplots(1, 2, subplot_titles=titles, column_widths=[0.45, 0.55])
     figure.add_heatmap(
-        z=symbols,
-        text=said,
-        hovertemplate="%{text}<extra></extra>",
-        colorscale="Cividis",
-        showscale=False,
-        row=1,
-        col=1,
-    )
+        z=symbols, text=said, hovertemplate="%{text}<extra></extra>", colorscale="Cividis", showscale=False, row=1, col=1,
+    )  # fmt: skip
     figure.update_yaxes(autorange="reversed", showticklabels=False, row=1, col=1)
     figure.update_xaxes(showticklabels=False, row=1, col=1)
     reach = max(3, abs(found) + 1)
     integers = torch.arange(-reach, reach + 1)
+    # An integer's probability is the Gaussian's mass within half a step of it.
     chances = ndtr((integers + 0.5) / scale) - ndtr((integers - 0.5) / scale)
     figure.add_bar(
         x=integers, y=chances, marker_color=[COLOURS[1] if n == found else COLOURS[0] for n in integers.tolist()],
@@ -95,14 +85,12 @@ def latent_figure(step: DecodingStep) -> Figure:
     )  # fmt: skip
     figure.update_xaxes(title_text=f"integer, around the mean {mean:.2f}; scale {scale:.2f}", row=1, col=2)
     figure.update_yaxes(title_text="probability", row=1, col=2)
-    figure.update_layout(**{**LAYOUT, "height": 360}, showlegend=False)
+    figure.update_layout(LAYOUT, height=360, showlegend=False)
     return figure
 
 
 def graded_figure(table: pd.DataFrame) -> Figure:
     """Draw what three distances say of distortions that grow from left to right, from `taco_nb.metrics.graded.graded`."""
-    from plotly.subplots import make_subplots
-
     drawn = {"mini_distance": "mini_distance", "psnr": "PSNR in dB", "ms_ssim": "MS-SSIM"}
     figure = make_subplots(1, len(drawn), subplot_titles=[*drawn.values()])
     for column, metric in enumerate(drawn, 1):
@@ -113,7 +101,7 @@ def graded_figure(table: pd.DataFrame) -> Figure:
                 hovertemplate="%{text}: %{y:.3f}", legendgroup=kind, showlegend=column == 1, row=1, col=column,
             )  # fmt: skip
     figure.update_xaxes(showticklabels=False, title_text="from hardly visible to gross")
-    figure.update_layout(**{**LAYOUT, "height": 340})
+    figure.update_layout(LAYOUT, height=340)
     return figure
 
 
@@ -125,8 +113,6 @@ def fading_text(text: str, length: int = 38) -> HTML:
 
     The start and the end of the text take two positions.
     """
-    from IPython.display import HTML
-
     words = words_with_ends(text)
     spans = " ".join(
         f'<span data-end="{end}"{"" if end <= length - 2 else " style=opacity:.25"}>{html.escape(word)}</span>'
@@ -146,8 +132,6 @@ def fading_text(text: str, length: int = 38) -> HTML:
 
 def matrices_to_scale(sizes: Mapping[str, tuple[int, int]], side: int = 300) -> HTML:
     """Draw matrices of (queries, keys) as rectangles to one scale, beside each other; the largest has `side` pixels."""
-    from IPython.display import HTML
-
     scale = side / max(max(size) for size in sizes.values())
     boxes = "".join(
         f'<figure style="display:inline-block;margin:0 24px 0 0;vertical-align:top;width:{max(170, keys * scale):.0f}px">'
@@ -179,8 +163,6 @@ def key_shares(looks: Mapping[str, Attention], words: int) -> Figure:
     `looks` maps a title to an Injector's attention; a caption has `words` keys, its start and end included, and all others
     are padding. The titles say what share the padding takes.
     """
-    from plotly.subplots import make_subplots
-
     shares = {name: attention.weights.mean((0, 1)) for name, attention in looks.items()}
     titles = [f"{name}: padding takes {share[words:].sum():.0%}" for name, share in shares.items()]
     figure = make_subplots(1, len(shares), subplot_titles=titles)
@@ -192,7 +174,7 @@ def key_shares(looks: Mapping[str, Attention], words: int) -> Figure:
             )  # fmt: skip
     figure.update_xaxes(title_text="key")
     figure.update_yaxes(title_text="share of the attention", col=1)
-    figure.update_layout(**{**LAYOUT, "height": 340}, barmode="overlay")
+    figure.update_layout(LAYOUT, height=340, barmode="overlay")
     return figure
 
 
@@ -204,8 +186,6 @@ def fewer_keys(attention: Attention, counts: Sequence[int] = (38, 8, 4, 2, 1)) -
 
     The position is the one whose attention is the most uneven, where there is most to choose from.
     """
-    from plotly.subplots import make_subplots
-
     rows = attention.weights.flatten(0, 1)
     row = rows[int(rows.max(-1).values.argmax())]
     figure = make_subplots(
@@ -218,8 +198,7 @@ def fewer_keys(attention: Attention, counts: Sequence[int] = (38, 8, 4, 2, 1)) -
         )
     figure.update_yaxes(range=[0, 1.02])
     figure.update_yaxes(title_text="weight", col=1)
-    layout = LAYOUT | {"height": 340, "margin": LAYOUT["margin"] | {"t": 80}}
-    figure.update_layout(**layout, title={"text": "One position's softmax", "x": 0.5})
+    figure.update_layout(LAYOUT, height=340, margin_t=80, title={"text": "One position's softmax", "x": 0.5})
     return figure
 
 
@@ -232,34 +211,24 @@ def amdahl_bar(share: float, of: str = "time") -> Figure:
     The title says how many times as fast the encoder is if attention costs nothing at all: 1 / (1 - share). `of` says what
     the share is of.
     """
-    import plotly.graph_objects as go
-
     shares = sorted({round(share, 3), *(n / 20 for n in range(19))})
 
     def title(s: float) -> str:
         return f"If attention takes {s:.0%} of the {of}, free attention makes the encoder {1 / (1 - s):.2f} times as fast"
 
-    figure = go.Figure()
-    for name, parts, colour in (
-        ("the rest", (1 - share, 1 - share), COLOURS[0]),
-        ("attention", (share, 0), COLOURS[1]),
-    ):
-        figure.add_bar(
-            y=["as it is", "attention for free"], x=parts, name=name, orientation="h", marker_color=colour
-        )
+    figure = Figure()
+    bars = {"y": ["as it is", "attention for free"], "orientation": "h"}
+    figure.add_bar(x=(1 - share, 1 - share), name="the rest", marker_color=COLOURS[0], **bars)
+    figure.add_bar(x=(share, 0), name="attention", marker_color=COLOURS[1], **bars)
     steps = [
         {"label": f"{s:.0%}", "method": "update",
          "args": [{"x": [[1 - s, 1 - s], [s, 0]]}, {"title.text": title(s)}]}
         for s in shares
     ]  # fmt: skip
-    slider = {
-        "active": shares.index(round(share, 3)),
-        "steps": steps,
-        "currentvalue": {"prefix": "attention's share: "},
-    }
+    slider = {"active": shares.index(round(share, 3)), "steps": steps, "pad": {"t": 45}}
     figure.update_layout(
-        **{**LAYOUT, "height": 330}, barmode="stack", title={"text": title(share), "x": 0.5},
-        sliders=[{**slider, "pad": {"t": 45}}],
+        LAYOUT, height=330, barmode="stack", title={"text": title(share), "x": 0.5},
+        sliders=[{**slider, "currentvalue": {"prefix": "attention's share: "}}],
         xaxis={"range": [0, 1], "title": f"the encoder's {of}", "tickformat": ".0%"}, yaxis={"autorange": "reversed"},
     )  # fmt: skip
     return figure
@@ -273,9 +242,7 @@ def forest_of_changes(changes: pd.DataFrame) -> Figure:
 
     `changes` comes from `taco_nb.verdicts.published_changes`: label, published, measured (NaN where nothing was), low, high.
     """
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
+    figure = Figure()
     measured = changes[changes["measured"].notna()]
     figure.add_scatter(
         x=changes["published"], y=changes["label"], mode="markers", name="published",
@@ -293,7 +260,7 @@ def forest_of_changes(changes: pd.DataFrame) -> Figure:
     )  # fmt: skip
     figure.add_vline(0, line={"width": 1, "color": "#777"})
     figure.update_layout(
-        **{**LAYOUT, "height": 160 + 45 * len(changes), "margin": {"l": 190, "r": 20, "t": 60, "b": 50}},
+        LAYOUT, height=160 + 45 * len(changes), margin={"l": 190, "t": 60},
         title={"text": "Change against the baseline, in per cent; lower is better", "x": 0.5},
         xaxis_title="per cent", yaxis={"autorange": "reversed"},
     )  # fmt: skip

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+import plotly.io
 from PIL import Image
 
 from taco_nb.data.images import to_rgb, to_tensor
@@ -39,9 +41,7 @@ class TrainingMonitor:
         right, bottom = min(left + SIDE, image.width), min(top + SIDE, image.height)
         self.image, self.caption = image.crop((left, top, right, bottom)), caption
         self._run: Path | None = None
-        self._draw_curves(
-            [], ""
-        )  # plotly loads its parts on first use, which should not count as the run's time
+        self._draw_curves([], "")  # plotly loads its parts on first use, which is not the run's time
 
     def __call__(self, run: Run, log: list[dict[str, float]], codec: Callable[[], Codec]) -> None:
         """Show the state of a run: its log so far, and what the codec that `codec` returns makes of the picture."""
@@ -53,9 +53,6 @@ class TrainingMonitor:
         self._picture.show(lambda: self._draw_picture(run, codec), always=run.finished)
 
     def _draw_curves(self, log: list[dict[str, float]], title: str) -> dict[str, Any]:
-        import pandas as pd
-        import plotly.io
-
         figure = training_curves(pd.DataFrame(log, columns=None if log else ["step", "loss"]), title=title)
         # Only the bare figure: the notebook's own renderers would send plotly's script along with each change.
         return plotly.io.renderers["plotly_mimetype"].to_mimebundle(figure.to_dict())
@@ -68,13 +65,11 @@ class TrainingMonitor:
         except TacoError as error:  # weights that cannot code yet are no reason to end a run
             return {"text/plain": f"No picture after step {run.steps}: {error}"}
         quality = psnr(to_tensor(self.image), to_tensor(picture))
-        now = (
-            f"after {run.steps} step{'s' * (run.steps != 1)}\n{len(file)} bytes, {quality:.2f} dB",
-            picture,
-        )
-        self._first = self._first or now
-        sheet = side_by_side({f"original\n{shortened(self.caption)}": self.image, **dict([self._first, now])})
-        return {"image/png": sheet._repr_png_(), "text/plain": now[0]}
+        said = f"after {run.steps} step{'s' * (run.steps != 1)}\n{len(file)} bytes, {quality:.2f} dB"
+        self._first = self._first or {said: picture}
+        original = {f"original\n{shortened(self.caption)}": self.image}
+        sheet = side_by_side({**original, **self._first, said: picture})
+        return {"image/png": sheet._repr_png_(), "text/plain": said}
 
 
 class _Display:

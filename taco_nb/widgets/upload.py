@@ -29,9 +29,8 @@ class UploadBox(ipywidgets.VBox):
     def __init__(self, codec: Codec):
         self._codec = codec
         self.upload = ipywidgets.FileUpload(accept="image/*", multiple=False, description="Picture")
-        self.caption = ipywidgets.Text(
-            description="caption", placeholder="what is in the picture, or nothing"
-        )
+        hint = "what is in the picture, or nothing"
+        self.caption = ipywidgets.Text(description="caption", placeholder=hint)
         self.caption.layout = {"width": "100%", "max_width": "600px"}
         self.button = ipywidgets.Button(description="Encode", button_style="primary")
         self.said, self.link, self.view = ipywidgets.HTML(), ipywidgets.HTML(), CompareView()
@@ -50,9 +49,7 @@ class UploadBox(ipywidgets.VBox):
         (chosen,) = self.upload.value
         name = Path(chosen["name"]).name or "picture"
         self.said.value = f"Encoding {html.escape(name)} …"
-        said = (
-            "This failed, for a reason that is in Jupyter's log."  # unless one of the lines below replaces it
-        )
+        said = "This failed, for a reason that is in Jupyter's log."  # unless a line below replaces it
         try:
             image = _picture(chosen["content"], name)
             file = self._codec.encode(image, self.caption.value)
@@ -70,7 +67,7 @@ class UploadBox(ipywidgets.VBox):
 
 def _link(file: bytes, name: str) -> str:
     """Return an <a> that holds a file, to be saved under a name."""
-    kept = html.escape(name, quote=True)
+    kept = html.escape(name)
     data = base64.b64encode(file).decode()
     return f'<a download="{kept}" href="data:application/octet-stream;base64,{data}">Download {kept}</a>'
 
