@@ -75,12 +75,12 @@ Tables = dict[str, pd.DataFrame]
 
 
 class Result(NamedTuple):
-    """Something that pages show: how it is measured, of what it is made, and how each part of it is written."""
+    """A result says how it is measured, on what it depends, and how pages show each of its tables."""
 
     measure: Callable[[], Tables]
     """Return tables by name. It may also make a figure in the repository."""
-    blocks: dict[str, tuple[str, Callable[[Tables], str]]]
-    """{name of a marker: (page, what to write there)}."""
+    blocks: dict[str, tuple[str, Callable[[pd.DataFrame], str]]]
+    """{name of a table, and of its marker: (page, what to write there of the table)}."""
     data: tuple[str, ...]
     """Files below `data/` that it depends on, as patterns."""
     code: tuple[str, ...]
@@ -206,8 +206,7 @@ def _markdown(columns: Mapping[str, Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(row).lstrip()} |" for row in rows)
 
 
-def _kodak_table(tables: Tables) -> str:
-    table = tables["kodak"]
+def _kodak_table(table: pd.DataFrame) -> str:
     peers = [column for column in table if column.endswith(", %")]
     return _markdown(
         {
@@ -228,8 +227,8 @@ def _than(percent: float) -> str:
     return f"{abs(percent):.0f} % {'less' if percent < 0 else 'more'}"
 
 
-def _bd_sentence(tables: Tables) -> str:
-    gaps = tables["kodak-bd"].to_dict("records")
+def _bd_sentence(table: pd.DataFrame) -> str:
+    gaps = table.to_dict("records")
     points = gaps[0]["points"]
     count = _NUMBERS[points] if points < len(_NUMBERS) else points
     if math.isnan(gaps[0]["BD-rate (PSNR), %"]):
@@ -245,8 +244,8 @@ def _bd_sentence(tables: Tables) -> str:
     return f"The BD-rate (PSNR) of the {count} baselines is {listed}.{few if points < BD_POINTS else ''}"
 
 
-def _alike_sentence(tables: Tables) -> str:
-    ours, *others = tables["kodak-alike"].to_dict("records")
+def _alike_sentence(table: pd.DataFrame) -> str:
+    ours, *others = table.to_dict("records")
     listed = ", ".join(f"{row['mini_distance']:.2f} of {row['codec']}" for row in others)
     return (
         f"At equal bytes, picture by picture, the `mini_distance` of `{ours['codec']}` is {ours['mini_distance']:.2f}, "
@@ -254,52 +253,45 @@ def _alike_sentence(tables: Tables) -> str:
     )
 
 
-def _effects_columns(table: pd.DataFrame, titles: Mapping[str, str], form: str) -> dict[str, list[str]]:
-    """Return a column for each metric in `titles`: the effects on it, with their intervals and the range of the seeds."""
+def _effects_columns(table: pd.DataFrame, metrics: Sequence[str], form: str) -> dict[str, list[str]]:
+    """Return a column for each metric, under its unit: the effects on it, their intervals and the range of the seeds."""
     columns: dict[str, list[str]] = {}
-    for metric, title in titles.items():
-        columns[title] = []
+    for metric in metrics:
         for row in table[table["metric"] == metric].to_dict("records"):
             seeds = [float(seed) for seed in str(row.get("seeds", "")).split()]
             spread = f"; seeds {min(seeds):{form}} to {max(seeds):{form}}" if len(seeds) > 1 else ""
-            interval = f"{row['low']:{form}} to {row['high']:{form}}{spread}"
-            columns[title].append(f"{row['effect']:{form}} ({interval})")
+            cell = f"{row['effect']:{form}} ({row['low']:{form}} to {row['high']:{form}}{spread})"
+            columns.setdefault(row["unit"], []).append(cell)
     return columns
 
 
-def _control_table(tables: Tables) -> str:
-    table = tables["control"]
+def _control_table(table: pd.DataFrame) -> str:
     columns = {"codec": table["codec"].drop_duplicates().map("`{}`".format)}
     for condition in ("another's", "NA", "empty"):
-        titles = {"bytes": f"{condition}: bits, %", "psnr": f"{condition}: PSNR, dB"}
-        columns |= _effects_columns(table[table["condition"] == condition], titles, "+.3f")
+        under_it = _effects_columns(table[table["condition"] == condition], ["bytes", "psnr"], "+.3f")
+        columns |= {f"{condition}: {unit}": cells for unit, cells in under_it.items()}
     return _markdown(columns)
 
 
-def _siblings_table(tables: Tables) -> str:
-    table = tables["siblings"]
+def _siblings_table(table: pd.DataFrame) -> str:
     pairs = table.drop_duplicates(["codec", "sibling"])
     columns = {
         "codec": pairs["codec"].map("`{}`".format),
         "minus its sibling": pairs["sibling"].map("`{}`".format),
         "seeds": [str(len(str(seeds).split())) for seeds in pairs["seeds"]],
     }
-    titles = {"bytes": "bits, %", "psnr": "PSNR, dB"} | {
-        name: name for name in ("mini_distance", "mini_score")
-    }
-    return _markdown(columns | _effects_columns(table, titles, "+.3f"))
+    metrics = ["bytes", "psnr", "mini_distance", "mini_score"]
+    return _markdown(columns | _effects_columns(table, metrics, "+.3f"))
 
 
-def _joint_table(tables: Tables) -> str:
-    table = tables["joint"]
+def _joint_table(table: pd.DataFrame) -> str:
     table = table[table["condition"] == "another's"]
     columns = {"k_J": table["k_J"].drop_duplicates().map("{:g}".format)}
-    titles = {"bytes": "bits, %", "psnr": "PSNR, dB", "ms_ssim": "MS-SSIM", "mini_score": "mini_score"}
-    return _markdown(columns | _effects_columns(table, titles, "+.3g"))
+    metrics = ["bytes", "psnr", "ms_ssim", "mini_score"]
+    return _markdown(columns | _effects_columns(table, metrics, "+.3g"))
 
 
-def _codecs_table(tables: Tables) -> str:
-    table = tables["codecs"]
+def _codecs_table(table: pd.DataFrame) -> str:
     return _markdown(
         {
             "file": table["file"].map("`{}`".format),
@@ -313,8 +305,7 @@ def _codecs_table(tables: Tables) -> str:
     )
 
 
-def _speed_table(tables: Tables) -> str:
-    table = tables["speed"]
+def _speed_table(table: pd.DataFrame) -> str:
     codecs = table["codec"].drop_duplicates()
     columns = {"": ["`{}`".format(codec if codec == REFERENCE else f'mode="{codec}"') for codec in codecs]}
     for task, rows in table.groupby("task", sort=False):
@@ -327,10 +318,9 @@ def _speed_table(tables: Tables) -> str:
     return _markdown(columns)
 
 
-def _shapes_figure(tables: Tables) -> str:
+def _shapes_figure(table: pd.DataFrame) -> str:
     free, crossed = (
-        f"{of['listening']:.1f} dB ({of['low']:.1f} to {of['high']:.1f})"
-        for of in tables["shapes"].to_dict("records")
+        f"{of['listening']:.1f} dB ({of['low']:.1f} to {of['high']:.1f})" for of in table.to_dict("records")
     )
     return (
         "![One scene of four shapes, decoded from two files: each keeps the texture of the shape that its caption names]"
@@ -342,8 +332,8 @@ def _shapes_figure(tables: Tables) -> str:
     )
 
 
-def _reconstruction_figure(tables: Tables) -> str:
-    size = tables["reconstruction"]["bytes"].max()
+def _reconstruction_figure(table: pd.DataFrame) -> str:
+    size = table["bytes"].max()
     return (
         "![A cat's face four times: the photograph, and what the demo codec, JPEG and WebP make of it in "
         f"{size / 1e3:.1f} kB](../../notebooks/pictures/reconstruction.png)"
@@ -483,7 +473,7 @@ def _pages() -> dict[Path, str]:
                     f"{path} must have the marker '<!-- results: {marker} -->' once, and '<!-- end of results -->' after it."
                 )
             last = number == len(result.blocks)  # what belongs together says once where it came from
-            content = write(tables) + (f"\n\n{whence}" if last else "")
+            content = write(tables[marker]) + (f"\n\n{whence}" if last else "")
             texts[path] = block.sub(lambda found, text=content: found[1] + text + found[2], texts[path])
     return texts
 
