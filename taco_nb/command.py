@@ -19,16 +19,11 @@ class Command(click.Command):
             raise click.ClickException(str(error)) from error
 
 
-def device_option(function: Any) -> Any:
-    """Add `--device` to a command."""
-    return click.option(
-        "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-        help="Where to compute; auto takes a GPU if there is one.",
-    )(function)  # fmt: skip
-
-
-def data_dir_option(function: Any) -> Any:
-    """Add `--data-dir` to a command."""
-    return click.option(
-        "--data-dir", metavar="FOLDER", help="The data folder; default: TACO_NB_DATA, else data/."
-    )(function)
+device_option = click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+    help="Where to compute; auto takes a GPU if there is one.",
+)  # fmt: skip
+data_dir_option = click.option(
+    "--data-dir", metavar="FOLDER", help="The data folder; default: TACO_NB_DATA, else data/."
+)
+"""Decorators that add an option which several commands have."""

@@ -17,13 +17,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import constants, try_to_load_from_cache
+
 from taco_nb.errors import MissingWeightsError, SettingError
 from taco_nb.files import BUNDLED, human_size
 
 
 @dataclass(frozen=True)
 class Pretrained(ABC):
-    """A pretrained network: the `name` that it is fetched by, and what `use` a run has for it.
+    """A pretrained network has a `name` that it is fetched by, and a `use` that a run has for it.
 
     Each kind also has a `size` in bytes, which is exact for a `Checkpoint` and about right for the others.
     """
@@ -60,7 +63,7 @@ class Pretrained(ABC):
 
 @dataclass(frozen=True)
 class Checkpoint(Pretrained):
-    """A file in torch.hub's cache, where torchvision and torch-fidelity look for it."""
+    """A checkpoint is a file in torch.hub's cache, where torchvision and torch-fidelity look for it."""
 
     size: int
     url: str
@@ -68,8 +71,6 @@ class Checkpoint(Pretrained):
 
     @property
     def home(self) -> Path:
-        import torch
-
         return Path(torch.hub.get_dir(), "checkpoints")
 
     @property
@@ -90,7 +91,7 @@ class Checkpoint(Pretrained):
 
 @dataclass(frozen=True)
 class OpenClip(Pretrained):
-    """A model of open_clip, "model/pretrained", in Hugging Face's cache: a CLIP, or a CoCa, which writes captions."""
+    """open_clip's models, "model/pretrained", are in Hugging Face's cache: CLIPs, and CoCas, which write captions."""
 
     use: str = "whatever it was asked for"
 
@@ -106,28 +107,6 @@ class OpenClip(Pretrained):
         return open_clip.get_pretrained_cfg(*self.name.split("/", 1))
 
     @property
-    def home(self) -> Path:
-        from huggingface_hub import constants
-
-        return Path(constants.HF_HUB_CACHE)
-
-    @property
-    def path(self) -> Path | None:
-        from huggingface_hub import try_to_load_from_cache
-
-        for file in self.files:
-            if isinstance(found := try_to_load_from_cache(self.repository, file), str):
-                return Path(found)
-        return None
-
-    @property
-    def missing(self) -> str:
-        return (
-            f"{self.name} ({human_size(self.size)}) is not in {self.home}; it is {self.files[0]} of {self.repository} on "
-            f"the Hugging Face Hub. To have it, run: {self.command}"
-        )
-
-    @property
     def repository(self) -> str:
         return os.path.split(self.tag["hf_hub"])[0]
 
@@ -137,10 +116,25 @@ class OpenClip(Pretrained):
         from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
         file = os.path.split(self.tag["hf_hub"])[1]
+        if not file:
+            return [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
+        return [str(Path(file).with_suffix(".safetensors")), file]
+
+    @property
+    def home(self) -> Path:
+        return Path(constants.HF_HUB_CACHE)
+
+    @property
+    def path(self) -> Path | None:
+        found = (try_to_load_from_cache(self.repository, file) for file in self.files)
+        # Of a file that the hub is known not to have, the cache gives a mark that is no path.
+        return next((Path(path) for path in found if isinstance(path, str)), None)
+
+    @property
+    def missing(self) -> str:
         return (
-            [str(Path(file).with_suffix(".safetensors")), file]
-            if file
-            else [HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME]
+            f"{self.name} ({human_size(self.size)}) is not in {self.home}; it is {self.files[0]} of {self.repository} on "
+            f"the Hugging Face Hub. To have it, run: {self.command}"
         )
 
 
@@ -148,21 +142,20 @@ class OpenClip(Pretrained):
 def _float32_bytes(model: str) -> int:
     """Return the size of a whole open_clip model in float32, as its weights are published, without building it."""
     import open_clip
-    import torch
 
     config = open_clip.get_model_config(model)
     if config["text_cfg"].get("hf_model_name"):
         return 0  # open_clip would ask the network for this half of it
     custom = config.pop("custom_text", False)
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes alone
         net = (open_clip.CoCa if "multimodal_cfg" in config else kind)(**config)
     return 4 * sum(weight.numel() for weight in net.parameters())
 
 
 @dataclass(frozen=True)
 class SpacyModel(Pretrained):
-    """A model of spaCy, which is a Python package."""
+    """A model of spaCy is a Python package."""
 
     use: str = "named entities"
     size: int = 12_800_000  # of en_core_web_sm; larger models have other sizes
@@ -180,7 +173,7 @@ class SpacyModel(Pretrained):
 
 @dataclass(frozen=True)
 class BundledClip(Pretrained):
-    """A small CLIP that comes with the code: its sizes, as open_clip takes them, and its weights."""
+    """A small CLIP comes with the code: its sizes, as open_clip takes them, and its weights."""
 
     size: int
 
@@ -242,12 +235,8 @@ def find_pretrained(name: str) -> Pretrained | None:
 
         model, tag = name.split("/", 1)
         if not open_clip.get_pretrained_cfg(model, tag):
-            tags = open_clip.list_pretrained_tags_by_model(model)
-            known = (
-                f"{model} has {', '.join(tags)}"
-                if tags
-                else "open_clip.list_pretrained() lists what there is"
-            )
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
+            known = f"{model} has {tags}" if tags else "open_clip.list_pretrained() lists what there is"
             raise SettingError(f"open_clip has no pretrained model {name!r}: {known}.")
         return OpenClip(name)
     return SpacyModel(name) if re.fullmatch(r"[a-z]{2,3}_\w+_(sm|md|lg|trf)", name) else None

@@ -39,8 +39,7 @@ from taco_nb.tools.captions import (
     batch,
 )
 from taco_nb.tools.captions import coca as write
-from taco_nb.tools.captions.cache import CaptionCache
-from taco_nb.tools.captions.captioner import image_id, is_flagged
+from taco_nb.tools.captions.captioner import CaptionCache, image_id, is_flagged
 from taco_nb.tools.captions.openai_captioner import image_tokens
 from taco_nb.tools.captions.service import PRICES, read_answer
 

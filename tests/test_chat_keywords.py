@@ -16,7 +16,7 @@ from taco_nb.text.answers import Answer, Answers
 from taco_nb.text.chat_keywords import ChatKeywords, chat_keywords
 from taco_nb.text.keywords import KeywordWeights
 from taco_nb.tools.captions import ask_keywords
-from taco_nb.tools.captions.cache import CaptionCache
+from taco_nb.tools.captions.captioner import CaptionCache
 
 REPLIES = {
     "a red barn in the snow": "red, Barn.",

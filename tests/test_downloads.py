@@ -27,8 +27,16 @@ from taco_nb.files import BUNDLED, REPOSITORY, sha256
 from taco_nb.pretrained import Checkpoint
 from taco_nb.tools import fetch
 from taco_nb.tools.download import BLOCK, Remote, check_room, download
-from taco_nb.tools.fetch import STAGING, fetch_set, manifest, missing_parts, room_needed, unpack
-from taco_nb.tools.sources import SOURCES, Part
+from taco_nb.tools.fetch import (
+    SOURCES,
+    STAGING,
+    Part,
+    fetch_set,
+    manifest,
+    missing_parts,
+    room_needed,
+    unpack,
+)
 
 CONTENT = random.Random(0).randbytes(1_500_000)
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
@@ -234,8 +242,7 @@ except Exception as error: print(type(error).__name__, error)
 )
 UNPACK_IN_VAIN = """
 import shutil
-from taco_nb.tools.fetch import unpack
-from taco_nb.tools.sources import Part
+from taco_nb.tools.fetch import Part, unpack
 Path(sys.argv[4]).with_name(".a.bin.part").unlink()
 try: unpack(Path(shutil.copy(sys.argv[5], Path(sys.argv[4]).parent)), Part("", 1, members="*.png", count=20, unpacked=10**8))
 except Exception as error: print(type(error).__name__, error)
@@ -392,8 +399,7 @@ def test_unpacking_that_is_killed_starts_over(server, tmp_path):
     program = """
 import sys
 from pathlib import Path
-from taco_nb.tools.fetch import fetch_set
-from taco_nb.tools.sources import Part
+from taco_nb.tools.fetch import Part, fetch_set
 fetch_set(Path(sys.argv[4]), (Part(sys.argv[1], int(sys.argv[2]), sys.argv[3], "", "images", "*.png", 4000, 10**8),))
 """
     folder = tmp_path / "set"

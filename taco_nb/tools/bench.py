@@ -55,7 +55,7 @@ def paper_codecs(device: str) -> dict[str, Codec]:
 
 
 class Elic:
-    """CompressAI's ELIC with random weights, encoding and decoding in our codec's terms."""
+    """CompressAI's ELIC, with random weights, encodes and decodes here as our codec does."""
 
     def __init__(self, device: str):
         from compressai.models import Elic2022Official
@@ -89,36 +89,37 @@ def speed(device: str, repeats: int, training_repeats: int, bar: tqdm | None = N
     bfloat16 where the device is quicker at it. `bar` moves by one after each of the tasks.
     """
     codecs = {REFERENCE: Elic(device), **paper_codecs(device)}
-    image, rows = photograph(*SIZE), []
-
-    def measure(
-        task: str, runs: dict[str, Callable], times: int, sizes: dict[str, int] | None = None
-    ) -> None:
-        for name, row in time_in_turn(runs, device, times).items():
-            rows.append({"task": task, "codec": name, **row, "bytes": sizes[name] if sizes else None})
-        if bar is not None:
-            bar.update()
-
+    image = photograph(*SIZE)
     files = {name: codec.encode(image, CAPTION) for name, codec in codecs.items()}
-    sizes = {name: _file_size(file) for name, file in files.items()}
-    measure("encode", {name: partial(c.encode, image, CAPTION) for name, c in codecs.items()}, repeats, sizes)
-    measure("decode", {name: partial(c.decode, files[name]) for name, c in codecs.items()}, repeats)
+    tasks: dict[str, dict[str, Callable]] = {
+        "encode": {name: partial(codec.encode, image, CAPTION) for name, codec in codecs.items()},
+        "decode": {name: partial(codec.decode, files[name]) for name, codec in codecs.items()},
+    }
     if device == "cuda":  # ELIC codes the images of a batch one after the other
         crops = [photograph(256, 256)] * CROPS
         encode = {name: partial(c.encode_batch, crops, [CAPTION] * CROPS) for name, c in codecs.items()}
         batches = {name: run() for name, run in encode.items()}
-        decode = {
+        tasks[f"encode {CROPS} crops"] = encode
+        tasks[f"decode {CROPS} crops"] = {
             name: lambda c=c, batch=batches[name]: [x_hat.cpu() for x_hat in c.decode_batch(batch)]
             for name, c in codecs.items()
         }
-        measure(f"encode {CROPS} crops", encode, repeats)
-        measure(f"decode {CROPS} crops", decode, repeats)
     net, count = codecs["exact"].net, 8 if device == "cuda" else 1
     x = torch.rand(count, 3, 256, 256, device=device).to(memory_format=torch.channels_last)
     text = torch.randn(count, 38, net.config.text_dim, device=device)
-    train = {REFERENCE: training_step(codecs[REFERENCE].net, x), "exact": training_step(net, x, text)}
-    train["fast"] = training_step(net, x, text, bfloat16=has_fast_bfloat16(device))
-    measure("training step", train, training_repeats)
+    tasks["training step"] = {
+        REFERENCE: training_step(codecs[REFERENCE].net, x),
+        "exact": training_step(net, x, text),
+        "fast": training_step(net, x, text, bfloat16=has_fast_bfloat16(device)),
+    }
+    rows = []
+    for task, runs in tasks.items():
+        times = training_repeats if task == "training step" else repeats
+        for name, row in time_in_turn(runs, device, times).items():
+            size = _file_size(files[name]) if task == "encode" else None
+            rows.append({"task": task, "codec": name, **row, "bytes": size})
+        if bar is not None:
+            bar.update()
     return pd.DataFrame(rows)
 
 
@@ -136,12 +137,10 @@ def parts(codec: Codec, device: str) -> pd.DataFrame:
     "entropy part, encoding" and "entropy part, decoding" are the networks and the coder in turn, as a file takes them. A
     GPU's transfers come last.
     """
-    net, x = codec.net, pad(to_tensor(photograph(*SIZE))[None])
-    text, on_device = (
-        codec.conditioning([CAPTION]),
-        x.to(device).contiguous(memory_format=torch.channels_last),
-    )
-    in_precision = codec.transform_precision
+    net, in_precision = codec.net, codec.transform_precision
+    x = pad(to_tensor(photograph(*SIZE))[None])
+    on_device = x.to(device).contiguous(memory_format=torch.channels_last)
+    text = codec.conditioning([CAPTION])
     with in_precision():
         y = net.g_a(on_device, *text).float()
         model, z = net.integer_model(), net.h_a(y)
@@ -160,29 +159,29 @@ def parts(codec: Codec, device: str) -> pd.DataFrame:
         for part in indexes.split(lengths):
             decoder.read(part)
 
-    runs: dict[str, Callable[[], Any]] = {
-        "text": lambda: codec.conditioning([CAPTION]),
-        "g_a": lambda: transform(net.g_a, on_device, *text),
-        "h_a": lambda: net.h_a(y),
-        "entropy networks": lambda: model.quantize(y, z),
-        "coder, encoding": lambda: rans.encode(symbols, indexes, tables),
-        "entropy part, encoding": lambda: model.encode_latents(y, z),
-        "coder, decoding": read,
-        "entropy part, decoding": lambda: model.decode_latents(strings.y_string, strings.z_string, shape),
-        "g_s": lambda: transform(net.g_s, coded.y_hat),
-        "fingerprint": lambda: codec.fingerprint,
+    runs: dict[tuple[str, str], Callable[[], Any]] = {
+        ("text", "encode"): lambda: codec.conditioning([CAPTION]),
+        ("g_a", "encode"): lambda: transform(net.g_a, on_device, *text),
+        ("h_a", "encode"): lambda: net.h_a(y),
+        ("entropy networks", "both"): lambda: model.quantize(y, z),
+        ("coder, encoding", "encode"): lambda: rans.encode(symbols, indexes, tables),
+        ("entropy part, encoding", "encode"): lambda: model.encode_latents(y, z),
+        ("coder, decoding", "decode"): read,
+        ("entropy part, decoding", "decode"): lambda: model.decode_latents(
+            strings.y_string, strings.z_string, shape
+        ),
+        ("g_s", "decode"): lambda: transform(net.g_s, coded.y_hat),
+        ("fingerprint", "both"): lambda: codec.fingerprint,
     }
     if device == "cuda":
-        runs["transfers"] = lambda: (x.to(device), on_device.cpu(), y.cpu(), symbols.to(device))
-    threads = torch.get_num_threads()  # a Timer's own default is one
-    timers = {name: Timer("run()", globals={"run": run}, num_threads=threads) for name, run in runs.items()}
-    medians = {name: 1e3 * timer.blocked_autorange().median for name, timer in timers.items()}
-    tasks = ["decode" if name.endswith("decoding") or name == "g_s" else "encode" for name in medians]
-    both = {"entropy networks", "fingerprint", "transfers"}
-    tasks = ["both" if name in both else task for name, task in zip(medians, tasks)]
-    return pd.DataFrame(
-        {"part": medians.keys(), "task": tasks, "codec": codec.mode, "median_ms": medians.values()}
-    )
+        runs["transfers", "both"] = lambda: (x.to(device), on_device.cpu(), y.cpu(), symbols.to(device))
+    rows = []
+    for (part, task), run in runs.items():
+        # A Timer's own default is one thread.
+        timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+        median = 1e3 * timer.blocked_autorange().median
+        rows.append({"part": part, "task": task, "codec": codec.mode, "median_ms": median})
+    return pd.DataFrame(rows)
 
 
 def peak_memory(name: str, width: int, height: int) -> float:

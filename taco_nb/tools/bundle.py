@@ -13,7 +13,8 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,6 @@ from taco_nb.evaluation import QUALITIES, evaluate, evaluate_peers, means
 from taco_nb.evaluation.peers import available_peers
 from taco_nb.files import atomic_write, bundled, sha256
 from taco_nb.metrics.rate import bd_rate, few_points, rate_at
-from taco_nb.model import TACO, ModelConfig
 from taco_nb.provenance import provenance
 from taco_nb.tools.recipe import follow, read_recipe
 
@@ -44,8 +44,6 @@ RECIPE = (
 """The settings that a card gives for each run on the way to a codec, beside its ablations."""
 SCENES = 192
 """The scenes on which codecs of the shapes are measured, half of each kind."""
-RESULTS = "results.csv"
-_OF_CROPS = ("codec", "name", "condition", "bytes", "psnr", "ms_ssim", "mini_distance", "mini_score")
 SHAPES_DO_NOT_SHOW = (
     "what text is worth on photographs or under TACO's loss: in this world the caption decides what the loss "
     "weighs"
@@ -76,75 +74,54 @@ def bundle(
         made = {name: Path(scratch, f"{name}.safetensors") for name in runs}
         cards = {name: _compact(Path(run), name, made[name], data_dir) for name, run in runs.items()}
         codecs = {name: load(path) for name, path in made.items()}
-        of_shapes = all(card["experiment"]["train_data"] == "shapes" for card in cards.values())
         names = list(made) if kept is None else kept
+        of_shapes = all(card["experiment"]["train_data"] == "shapes" for card in cards.values())
         if of_shapes:
-            table = _on_shapes(list(codecs.values())).round(4)
-            of_all = _with_settings(table, cards)
+            heard_by_all = pd.concat(
+                [listening(codec, SCENES) for codec in codecs.values()], ignore_index=True
+            )
+            # A kind of scene takes the place of a data set.
+            table = heard(heard_by_all).rename(columns={"kind": "dataset"}).round(4)
+            # Rows of results.csv also have the settings in which the experiments differ from each other.
+            stated = pd.DataFrame({name: card["experiment"] for name, card in cards.items()}).T
+            stated = stated.drop(columns="init")
+            differ = [name for name in stated if stated[name].map(str).nunique() > 1]
+            of_all = table.join(stated[differ], on="codec")
         else:
-            table = _on_photographs([codecs[name] for name in names], data_dir).round(4)
-            of_all = None if kept is None else _on_crops(list(codecs.values()), data_dir).round(4)
+            sets = datasets("sample", "kodak", data_dir=data_dir)
+            table = standing([codecs[name] for name in names], sets)[0].round(4)
+            of_all = None if kept is None else _on_crops(codecs.values(), data_dir).round(4)
+        # JSON has no NaN; null says that another codec's curve does not reach this PSNR.
+        table = table.astype(object).where(table.notna(), None)
         for name in names:
-            card = cards[name]
-            results = {}
-            for row in table[table["codec"] == name].drop(columns="codec").to_dict("records"):
-                # JSON has no NaN; null says that another codec's curve does not reach this PSNR.
-                row = {key: None if x != x else x for key, x in row.items()}
-                results[row.pop("dataset")] = row
-            first = {"sha256": sha256(made[name]), "what": _what(codecs[name]), "data": data}
-            claims = SHAPES_DO_NOT_SHOW if of_shapes else NOT_TO_BE_CLAIMED
-            cards[name] = {**first, **card, "results": results, "not_to_be_used_to_claim": claims}
+            results = table[table["codec"] == name].drop(columns="codec").set_index("dataset")
+            cards[name] = {
+                "sha256": sha256(made[name]),
+                "what": _what(codecs[name]),
+                "data": data,
+                **cards[name],
+                "results": results.to_dict("index"),
+                "not_to_be_used_to_claim": SHAPES_DO_NOT_SHOW if of_shapes else NOT_TO_BE_CLAIMED,
+            }
         for name in names:
             made[name].replace(Path(shelf) / made[name].name)
             with atomic_write(Path(shelf, f"{name}.json"), "w") as file:
                 json.dump(cards[name], file, indent=1)
     if kept is not None:
-        with atomic_write(Path(shelf, RESULTS), "w") as file:
+        with atomic_write(Path(shelf, "results.csv"), "w") as file:
             of_all.to_csv(file, index=False)
     return {name: cards[name] for name in names}
 
 
-def _on_photographs(codecs: Sequence[Codec], data_dir: str | os.PathLike | None) -> pd.DataFrame:
-    """Return how codecs do on the sample's validation images and on Kodak: a row for each codec and data set."""
-    return standing(codecs, datasets("sample", "kodak", data_dir=data_dir))[0]
-
-
-def _on_crops(codecs: Sequence[Codec], data_dir: str | os.PathLike | None) -> pd.DataFrame:
+def _on_crops(codecs: Iterable[Codec], data_dir: str | os.PathLike | None) -> pd.DataFrame:
     """Return what codecs make of Kodak's crops, for `taco_nb.control.siblings`: a row per codec, picture and condition."""
     tables = []
     for codec in codecs:
         kind = checkpoint.trained_as(codec.about).dataset_captions
         sets, read = (datasets("kodak-256", data_dir=data_dir, captions=of) for of in ("published", kind))
         tables.append(control(codec, sets, conditions=("own", "another's"), read=read))
-    return pd.concat(tables, ignore_index=True)[[*_OF_CROPS]]
-
-
-def _on_shapes(codecs: Sequence[Codec]) -> pd.DataFrame:
-    """Return what codecs hear in the world of shapes: a row for each codec and kind of scene, here called a data set."""
-    found = heard(pd.concat([listening(codec, SCENES) for codec in codecs], ignore_index=True))
-    return found.rename(columns={"kind": "dataset"})
-
-
-def _with_settings(table: pd.DataFrame, cards: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
-    """Return results with the settings in which the experiments of the rows' codecs differ from each other."""
-    stated = pd.DataFrame({name: card["experiment"] for name, card in cards.items()}).T.drop(columns="init")
-    differ = [name for name in stated if stated[name].map(str).nunique() > 1]
-    return table.join(stated[differ], on="codec")
-
-
-def renew_integer_models(shelf: str | os.PathLike) -> None:
-    """Write the bundled codecs on a shelf anew with integer forms derived from their weights, and their cards' SHA-256.
-
-    The weights stay what they are. Files that were written with an earlier integer form no longer decode afterwards.
-    """
-    for path in sorted(Path(shelf).glob("*.safetensors")):
-        card = checkpoint.card_of(path)
-        state, about = checkpoint.read_weights(path)
-        net = TACO(ModelConfig(**about.pop("config")))
-        net.load_state_dict({name: value for name, value in state.items() if name != checkpoint.INTEGERS})
-        checkpoint.save_weights(path, net, about, torch.float16)
-        with atomic_write(path.with_suffix(".json"), "w") as file:
-            json.dump(card | {"sha256": sha256(path)}, file, indent=1)
+    columns = ["codec", "name", "condition", "bytes", "psnr", "ms_ssim", "mini_distance", "mini_score"]
+    return pd.concat(tables, ignore_index=True)[columns]
 
 
 def _compact(run: Path, name: str, path: Path, data_dir: str | os.PathLike | None) -> dict[str, Any]:
@@ -196,13 +173,10 @@ def _history(
     return [*_history(before, checkpoint.read_weights(before)[1], data_dir), link]
 
 
-def _ablations(codec: Codec) -> dict[str, Any]:
-    """Return in what a codec's training differs from the baseline's; nothing for a baseline."""
-    return checkpoint.trained_as(codec.about).ablations
-
-
 def _what(codec: Codec) -> str:
-    kind = ", ".join(f"{name}={value}" for name, value in _ablations(codec).items())
+    kind = ", ".join(
+        f"{name}={value}" for name, value in checkpoint.trained_as(codec.about).ablations.items()
+    )
     kind = kind or "baseline (softmax attention, published captions)"
     return f"TACO at small size, {sum(p.numel() for p in codec.net.parameters()) / 1e6:.2f} million parameters, {kind}"
 
@@ -221,15 +195,17 @@ def standing(codecs: Sequence[Codec], sets: Sequence[CaptionedImages]) -> tuple[
     ours = means(pd.concat([evaluate(codec, sets, networks={}) for codec in codecs], ignore_index=True))
     theirs = means(evaluate_peers(sets, PEER_QUALITIES))
     curves = {key: curve.sort_values("bpp") for key, curve in theirs.groupby(["dataset", "codec"])}
-    baselines = [codec.name for codec in codecs if not _ablations(codec)]
+    baselines = [codec.name for codec in codecs if not checkpoint.trained_as(codec.about).ablations]
     rows, gaps = [], []
     for dataset, group in ours.groupby("dataset", sort=False):
+        points = group[group["codec"].isin(baselines)]
         for row in group[["codec", "dataset", "images", "bpp", "psnr", "ms_ssim"]].to_dict("records"):
             for peer in available_peers():
-                rate = _rate_at(curves[dataset, peer], row["psnr"])
-                row[f"{peer}, %"] = 100 * (row["bpp"] / rate - 1)
+                curve, row[f"{peer}, %"] = curves[dataset, peer], math.nan
+                with suppress(SettingError):  # the PSNR may lie beyond the ends of the peer's curve
+                    rate = rate_at(curve["bpp"], curve["psnr"], row["psnr"])
+                    row[f"{peer}, %"] = 100 * (row["bpp"] / rate - 1)
             rows.append(row)
-        points = group[group["codec"].isin(baselines)]
         for peer in available_peers():
             gap, curve = math.nan, curves[dataset, peer]
             if len(points) > 1:
@@ -238,13 +214,6 @@ def standing(codecs: Sequence[Codec], sets: Sequence[CaptionedImages]) -> tuple[
             row |= {"points of the peer": len(curve), "points": len(points)}
             gaps.append({**row, "note": few_points(len(curve), len(points))})
     return pd.DataFrame(rows), pd.DataFrame(gaps)
-
-
-def _rate_at(curve: pd.DataFrame, psnr: float) -> float:
-    try:
-        return rate_at(curve["bpp"], curve["psnr"], psnr)
-    except SettingError:  # beyond the ends of the peer's curve
-        return math.nan
 
 
 def print_standing(data_dir: str | os.PathLike | None = None) -> None:

@@ -73,6 +73,14 @@ def _numbers(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> t
         raise click.BadParameter(f"{error}. Give numbers, such as 0.0004,0.0016.") from None
 
 
+def _value(text: str) -> Any:
+    """Return the number, True, False or None that the text reads as in Python, or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 @main.command("sweep", cls=Command)
 @click.argument("notebooks", nargs=-1, required=True, type=click.Path())
 @click.option(
@@ -106,14 +114,6 @@ def sweep_command(context, notebooks, lmbdas, out, parameters, task, listing) ->
     for member, reason in failed.items():
         click.echo(f"Failed: {member}: {reason}", err=True)
     context.exit(1 if failed else 0)
-
-
-def _value(text: str) -> Any:
-    """Return the number, True, False or None that the text reads as in Python, or else the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 @main.command("export", cls=Command)

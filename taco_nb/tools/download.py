@@ -9,6 +9,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pooch
+import requests
+from filelock import FileLock
+from tqdm.auto import tqdm
+
 from taco_nb.errors import DownloadError
 from taco_nb.files import human_size
 
@@ -21,7 +26,7 @@ BLOCK = 1 << 16
 
 @dataclass(frozen=True)
 class Remote:
-    """A file on the web: its address, its size in bytes, and the checksums that it must have, "md5:… sha256:…".
+    """A file on the web has an address, a size in bytes, and checksums that it must have, "md5:… sha256:…".
 
     `vouched` says who published the checksums. Without any, a file of the right size is taken as it comes.
     """
@@ -45,8 +50,6 @@ def download(remote: Remote, path: Path) -> str:
 
     Raises `DownloadError` if the file cannot be had, or is another one.
     """
-    from filelock import FileLock
-
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,16 +98,12 @@ def _transfer(remote: Remote, part: Path) -> None:
 
     Pooch would begin every download anew, in a temporary file that a kill leaves behind: of MS-COCO's 20 GB, all.
     """
-    import requests
-    from tqdm.auto import tqdm
-
     had = _size(part)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={had}-"} if had else {})
     with requests.get(remote.url, headers=headers, stream=True, timeout=PATIENCE) as response:
         response.raise_for_status()
-        start = (
-            had if response.status_code == 206 else 0
-        )  # 200: the server does not know Range, and begins again
+        # A server that knows no Range requests begins again, and says 200.
+        start = had if response.status_code == 206 else 0
         length = int(response.headers.get("Content-Length", remote.size - start))
         if start + length != remote.size:
             raise DownloadError(
@@ -125,17 +124,11 @@ def _transfer(remote: Remote, part: Path) -> None:
 
 def _verify(remote: Remote, path: Path) -> str:
     """Return a file's SHA-256 as "sha256:…". If size or checksums are others, delete it and raise `DownloadError`."""
-    import pooch
-
-    wanted = remote.checksums.split()
-    if remote.size > 1e9:
+    if remote.size > 1e9:  # which takes a while
         print(f"Checking {remote.name} ({human_size(remote.size)}).")
-    found = {
-        name: f"{name}:{pooch.file_hash(str(path), name)}"
-        for name in ("sha256", "md5")
-        if name in remote.checksums
-    }
-    found.setdefault("sha256", f"sha256:{pooch.file_hash(str(path))}")
+    wanted = remote.checksums.split()
+    algorithms = dict.fromkeys(["sha256", *(checksum.partition(":")[0] for checksum in wanted)])
+    found = {name: f"{name}:{pooch.file_hash(str(path), name)}" for name in algorithms}
     wrong = set(wanted) - set(found.values())
     if wrong or _size(path) != remote.size:
         found["size"] = f"{_size(path):,} bytes"

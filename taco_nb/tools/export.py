@@ -12,13 +12,20 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import nbformat
+from bs4 import BeautifulSoup
+from jinja2 import pass_context
+from math_core import LatexError, LatexToMathML
+from nbconvert import HTMLExporter
+from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbformat import NotebookNode
+from plotly.io import to_html
+from plotly.offline import get_plotlyjs
 
 from taco_nb.errors import DataError
 from taco_nb.files import atomic_write
-
-if TYPE_CHECKING:
-    from nbformat import NotebookNode
 
 _PLOTLY, _WIDGET = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json"
 _PICTURES = ("image/png", "image/jpeg")
@@ -55,9 +62,6 @@ def export_html(notebook_path: str | os.PathLike, html_path: str | os.PathLike |
     heading above it. Raises `DataError` for a file that is no notebook, for a formula that cannot be turned into MathML, and
     for HTML or CSS that would fetch something (what scripts do is not examined); an older file at `html_path` then stays.
     """
-    import bs4
-    import nbformat
-
     source = Path(notebook_path)
     target = source.with_suffix(".html") if html_path is None else Path(html_path)
     try:
@@ -67,29 +71,21 @@ def export_html(notebook_path: str | os.PathLike, html_path: str | os.PathLike |
     except Exception as error:  # nbformat passes on whatever JSON and its schema raise
         raise DataError(f"{source} cannot be read as a notebook: {str(error).splitlines()[0]}") from None
     resources = {"metadata": {"name": source.stem, "path": str(source.resolve().parent)}}
-    resources["plotly_script"] = _plotly_script(notebook)
+    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
+    draws = any(_PLOTLY in data or "Plotly.newPlot" in data.get("text/html", "") for data in outputs)
+    resources["plotly_script"] = f"<script>{get_plotlyjs()}</script>" if draws else ""
     headings = _make_static(notebook)
     notebook.metadata["title"] = headings[0] if headings else source.stem
     notebook.metadata.pop("widgets", None)
     try:
-        page, _ = _exporter().from_notebook_node(notebook, resources)
+        page, _ = _Exporter().from_notebook_node(notebook, resources)
         page = _LINK.sub(r"\1.html", page)
-        _refuse_fetching(bs4.BeautifulSoup(page, "html.parser"))
+        _refuse_fetching(BeautifulSoup(page, "html.parser"))
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
     with atomic_write(target, "w") as file:
         file.write(page)
     return target
-
-
-def _plotly_script(notebook: NotebookNode) -> str:
-    """Return the script element that draws plotly's figures, or "" where the notebook has none."""
-    outputs = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
-    if not any(_PLOTLY in data or "Plotly.newPlot" in data.get("text/html", "") for data in outputs):
-        return ""
-    from plotly.offline import get_plotlyjs
-
-    return f"<script>{get_plotlyjs()}</script>"
 
 
 def _make_static(notebook: NotebookNode) -> list[str]:
@@ -129,8 +125,6 @@ def _static(output: NotebookNode, where: str) -> Iterator[NotebookNode]:
 
 
 def _figure(figure: dict[str, Any], where: str) -> str:
-    from plotly.io import to_html
-
     title = figure.get("layout", {}).get("title", {}).get("text") or where
     code = to_html(
         {"data": figure.get("data", []), "layout": figure.get("layout", {})},
@@ -139,49 +133,44 @@ def _figure(figure: dict[str, Any], where: str) -> str:
     return f'<div role="figure" aria-label="{html.escape(title, quote=True)}">{code}</div>'
 
 
-def _exporter() -> Any:
-    """Return nbconvert's exporter, with our template and with formulas as MathML."""
-    from jinja2 import pass_context
-    from math_core import LatexError, LatexToMathML
-    from nbconvert import HTMLExporter
-    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+class _Renderer(IPythonRenderer):
+    """Renders Markdown as nbconvert does, but with formulas as MathML."""
 
-    def mathml(code: str, block: bool) -> str:
-        try:
-            return LatexToMathML(fancy_error=False).convert_with_local_state(code.strip(), displaystyle=block)
-        except LatexError as error:
-            raise DataError(f"the formula {code.strip()!r} cannot be turned into MathML: {error}") from None
+    def block_math(self, body: str) -> str:
+        return _mathml(body, block=True)
 
-    class Renderer(IPythonRenderer):
-        def block_math(self, body: str) -> str:
-            return mathml(body, True)
+    def inline_math(self, body: str) -> str:
+        return _mathml(body, block=False)
 
-        def inline_math(self, body: str) -> str:
-            return mathml(body, False)
+    def latex_environment(self, name: str, body: str) -> str:
+        return _mathml(f"\\begin{{{name}}}{body}\\end{{{name}}}", block=True)
 
-        def block_html(self, html: str) -> str:
-            """Leave HTML as it is. nbconvert would close a <details> where its first block ends, and show what is in it."""
-            return html
-
-        def latex_environment(self, name: str, body: str) -> str:
-            return mathml(f"\\begin{{{name}}}{body}\\end{{{name}}}", True)
-
-    class Exporter(HTMLExporter):
-        raw_template = _TEMPLATE
-
-        @pass_context
-        def markdown2html(self, context: Any, source: str) -> str:
-            attachments = context.get("cell", {}).get("attachments", {})
-            path = context["resources"]["metadata"]["path"]
-            how = {"escape": False, "embed_images": True, "exclude_anchor_links": True}
-            return MarkdownWithMath(renderer=Renderer(attachments=attachments, path=path, **how)).render(
-                source
-            )
-
-    return Exporter()
+    def block_html(self, html: str) -> str:
+        """Leave HTML as it is. nbconvert would close a <details> where its first block ends, and show what is in it."""
+        return html
 
 
-def _refuse_fetching(page: Any) -> None:
+def _mathml(code: str, block: bool) -> str:
+    try:
+        return LatexToMathML(fancy_error=False).convert_with_local_state(code.strip(), displaystyle=block)
+    except LatexError as error:
+        raise DataError(f"the formula {code.strip()!r} cannot be turned into MathML: {error}") from None
+
+
+class _Exporter(HTMLExporter):
+    """nbconvert's exporter, with our template and our renderer."""
+
+    raw_template = _TEMPLATE
+
+    @pass_context
+    def markdown2html(self, context: Any, source: str) -> str:
+        attachments = context.get("cell", {}).get("attachments", {})
+        path = context["resources"]["metadata"]["path"]
+        how = {"escape": False, "embed_images": True, "exclude_anchor_links": True}
+        return MarkdownWithMath(renderer=_Renderer(attachments=attachments, path=path, **how)).render(source)
+
+
+def _refuse_fetching(page: BeautifulSoup) -> None:
     """Raise `DataError` if the page's HTML or CSS names something that is not in the page."""
     addresses, styles = [], [style.string or "" for style in page("style")]
     for tag in page(True):

@@ -15,12 +15,16 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import huggingface_hub
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
 
 from taco_nb.data import STAGING, datasets, training_pairs
 from taco_nb.data.captioned import few, read_json
@@ -28,12 +32,36 @@ from taco_nb.errors import DownloadError, TacoError, check_known
 from taco_nb.files import BUNDLED, atomic_write, bundled, data_root, human_size, storage_errors
 from taco_nb.pretrained import PRETRAINED, Checkpoint, OpenClip, Pretrained, find_pretrained
 from taco_nb.tools.download import FULL, Remote, check_room, download
-from taco_nb.tools.sources import SOURCES, Part
 
 MANIFEST = "manifest.json"
 
 
 # A data set -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part(Remote):
+    """A part of a data set is a download, and says what becomes of it in the data set's folder.
+
+    A plain file becomes `place`. A zip archive has `members`, a pattern as in a shell: the `count` files in it whose
+    names match, hidden ones aside, go into the folder `place`, without the folders that they have in the archive. All of
+    them together may have at most `unpacked` bytes. The archive itself is not kept.
+    """
+
+    place: str = ""
+    members: str = ""
+    count: int = 1
+    unpacked: int = 0
+
+
+SOURCES: dict[str, tuple[Part, ...]] = {
+    name: tuple(Part(**part) for part in parts)
+    for name, parts in read_json(BUNDLED / "reference" / "downloads.json").items()
+}
+"""The parts of each data set, in the order in which they are fetched. A set without parts is bundled.
+
+What makes a set readable comes last: the profile "auto" takes MS-COCO's annotations as the sign that it is there.
+"""
 
 
 def fetch_set(folder: Path, parts: Sequence[Part]) -> None:
@@ -46,8 +74,6 @@ def fetch_set(folder: Path, parts: Sequence[Part]) -> None:
     Raises `DownloadError` if a part cannot be had, is not what was expected, or has no room, and `StorageError` if the
     folder cannot be written.
     """
-    from filelock import FileLock, Timeout
-
     staging = folder / STAGING
     if not missing_parts(folder, parts) and not staging.exists():
         return  # without writing anything: the folder may be somebody else's
@@ -72,7 +98,7 @@ def _fetch_part(folder: Path, part: Part, parts: Sequence[Part]) -> None:
         return
     if not part.checksums:  # nobody has published one: what came the first time is what must come again
         part = replace(part, checksums=known.get(part.name, {}).get("checksum", ""))
-    path = folder / STAGING / part.name
+    path, place = folder / STAGING / part.name, folder / part.place
     checksum = download(part, path)
     files = unpack(path, part) if part.members else [path]
     _enter(folder, part, {
@@ -83,17 +109,16 @@ def _fetch_part(folder: Path, part: Part, parts: Sequence[Part]) -> None:
         "files": len(files),
         "bytes": sum(file.stat().st_size for file in files),
     })  # fmt: skip
-    place = folder / part.place
     if not part.members:
         os.replace(path, place)
-    elif not place.is_dir():
-        os.rename(files[0].parent, place)  # all files at one stroke
-    else:
+        return
+    if place.is_dir():
         for file in files:
             os.replace(file, place / file.name)
-    if part.members:
-        shutil.rmtree(files[0].parent, ignore_errors=True)
-        path.unlink()
+    else:
+        os.rename(files[0].parent, place)  # all files at one stroke
+    shutil.rmtree(files[0].parent, ignore_errors=True)
+    path.unlink()
 
 
 def is_there(folder: Path, part: Part, parts: Sequence[Part]) -> bool:
@@ -141,6 +166,7 @@ def room_needed(folder: Path, parts: Sequence[Part]) -> int:
     kept = peak = 0
     for part in missing_parts(folder, parts):
         had = fetched_bytes(folder, part)
+        # While an archive is unpacked, it and what comes out of it are both there.
         peak = max(peak, kept + part.size - had + part.unpacked)
         kept += (part.unpacked or part.size) - had
     return peak
@@ -178,8 +204,6 @@ def unpack(archive: Path, part: Part) -> list[Path]:
     `pooch.Unzip` would take the half-unpacked folder of a call that was killed for a whole one, and goes through the
     list of all members once for each of them, of which MS-COCO has 82,783.
     """
-    from tqdm.auto import tqdm
-
     folder = archive.with_name(f"{archive.name}.unpacked")
     shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
     try:
@@ -250,7 +274,6 @@ def fetch_network(network: Pretrained) -> None:
 
 
 def _fetch_from_hub(network: OpenClip) -> None:
-    import huggingface_hub
     import open_clip
 
     try:
@@ -275,40 +298,43 @@ def _install_spacy_model(name: str) -> None:
 
 # All that is asked for ------------------------------------------------------------------------------------------------
 
-Wanted = tuple[dict[Path, tuple[Part, ...]], list[Pretrained]]
-"""The parts of data sets, by the folders of these, and the pretrained networks."""
-
 
 def fetch_all(names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None = None) -> int:
     """Fetch data sets and networks by name, or all that a profile needs, and print what is there then.
 
-    Returns the exit status: 0 if all is there, 1 if something is not, 130 if stopped.
+    What fails is said, and keeps nothing else from being fetched. Returns the exit status: 0 if all is there, 1 if
+    something is not, 130 if stopped. Raises `DownloadError`, before anything is fetched, where the disks have no room.
     """
     if data_dir:
         with storage_errors(data_dir):
             Path(data_dir).expanduser().mkdir(parents=True, exist_ok=True)
+    sets, networks = _wanted(names, profile, data_dir)
+    networks = [network for network in networks if network.path is None]
+    failed = False
     try:
-        well = _fetch(*_wanted(names, profile, data_dir))
-        return show_status(names, profile, data_dir) or int(not well)
+        rooms = [(folder, room_needed(folder, parts)) for folder, parts in sets.items()]
+        check_room(rooms + [(network.home, network.size) for network in networks])
+        steps: list[Callable[[], None]] = [partial(fetch_network, network) for network in networks]
+        steps += [partial(_prepare, folder, parts) for folder, parts in sets.items()]
+        for step in steps:
+            try:
+                step()
+            except TacoError as error:
+                print(error, file=sys.stderr)
+                failed = True
+        return show_status(names, profile, data_dir) or int(failed)
     except KeyboardInterrupt:
         print("Stopped. The same command goes on where it was.", file=sys.stderr)
         return 130
 
 
-def show_status(names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None = None) -> int:
-    """Print what is there and what is missing, without a request. Return 0 if all is there, else 1."""
-    sets, networks = _wanted(names, profile, data_dir)
-    if not sets and not networks:
-        print('Profile "sample" needs nothing that is not bundled.')
-    elif missing := _show(sets, networks):
-        where = f" --data-dir {data_dir}" if data_dir else ""
-        print(f"With a network, this fetches what is missing: taco-nb fetch {' '.join(missing)}{where}")
-        return 1
-    return 0
+def _wanted(
+    names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None
+) -> tuple[dict[Path, tuple[Part, ...]], list[Pretrained]]:
+    """Return what has these names and what the profile needs; everything there is, if neither is given.
 
-
-def _wanted(names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None) -> Wanted:
-    """Return what has these names and what the profile needs; everything there is, if neither is given."""
+    Data sets are given by their folders and parts.
+    """
     known = [*SOURCES, *PRETRAINED]
     if profile == "paper" or not (names or profile):
         names = list(dict.fromkeys([*names, *known]))
@@ -321,23 +347,6 @@ def _wanted(names: Sequence[str], profile: str | None, data_dir: str | os.PathLi
     return folders, list(networks.values())
 
 
-def _fetch(sets: dict[Path, tuple[Part, ...]], networks: list[Pretrained]) -> bool:
-    """Get all that is missing, and return whether that went well. What fails is said, and stops nothing else."""
-    networks = [network for network in networks if network.path is None]
-    rooms = [(folder, room_needed(folder, parts)) for folder, parts in sets.items()]
-    check_room(rooms + [(network.home, network.size) for network in networks])
-    steps: list[Callable[[], None]] = [partial(fetch_network, network) for network in networks]
-    steps += [partial(_prepare, folder, parts) for folder, parts in sets.items()]
-    well = True
-    for step in steps:
-        try:
-            step()
-        except TacoError as error:
-            print(error, file=sys.stderr)
-            well = False
-    return well
-
-
 def _prepare(folder: Path, parts: tuple[Part, ...]) -> None:
     """Fetch a data set, and open it once as a run would, so that nothing is left to be found out there."""
     fetch_set(folder, parts)
@@ -348,37 +357,42 @@ def _prepare(folder: Path, parts: tuple[Part, ...]) -> None:
         print(f"coco: {compare_splits(folder)}")
 
 
-def _show(sets: dict[Path, tuple[Part, ...]], networks: list[Pretrained]) -> list[str]:
-    """Print a line for each data set and network, and return the names of those that are missing."""
+def show_status(names: Sequence[str], profile: str | None, data_dir: str | os.PathLike | None = None) -> int:
+    """Print a line for each data set and network, and the command that fetches what is missing, without a request.
+
+    Returns 0 if all is there, else 1.
+    """
+    sets, networks = _wanted(names, profile, data_dir)
     rows = []
     for folder, parts in sets.items():
         lacking, entries = missing_parts(folder, parts), manifest(folder)
         if lacking:
             had = sum(fetched_bytes(folder, part) for part in lacking)
-            state, size = (
-                "unfinished" if had or entries else "missing",
-                sum(part.size for part in lacking) - had,
-            )
+            state = "unfinished" if had or entries else "missing"
+            size = sum(part.size for part in lacking) - had
             note = f"{folder} lacks {few(part.name for part in lacking)}"
-        else:
-            found = sum("found" in entries.get(part.name, {"found": ""}) for part in parts)
-            note = f"; {found} of {len(parts)} parts were not fetched, and so not checked" if found else ""
+        elif not parts:
             state = "bundled" if folder == BUNDLED / folder.name else "there"
-            note = f"{folder}{note}"
+            size, note = sum(file.stat().st_size for file in folder.iterdir()), folder
+        else:
+            state = "there"
             size = sum(entries.get(part.name, {}).get("bytes", part.size) for part in parts)
-            size = size if parts else sum(file.stat().st_size for file in folder.iterdir())
+            found = sum("checksum" not in entries.get(part.name, {}) for part in parts)
+            note = f"{folder}; {found} of {len(parts)} parts were not fetched, and so not checked"
+            note = note if found else folder
         rows.append((folder.name, state, size, note))
     for network in networks:
-        path = network.path
-        rows.append(
-            (
-                network.name,
-                "there" if path else "missing",
-                network.size,
-                f"{path or network.home}, for {network.use}",
-            )
-        )
+        state = "there" if network.path else "missing"
+        note = f"{network.path or network.home}, for {network.use}"
+        rows.append((network.name, state, network.size, note))
+    if not rows:
+        print('Profile "sample" needs nothing that is not bundled.')
+        return 0
     width = max(len(name) for name, *_ in rows)
     for name, state, size, note in rows:
         print(f"{name:{width}}  {state:10}  {human_size(size):>8}  {note}")
-    return [name for name, state, *_ in rows if state not in ("there", "bundled")]
+    missing = [name for name, state, *_ in rows if state in ("missing", "unfinished")]
+    if missing:
+        where = f" --data-dir {data_dir}" if data_dir else ""
+        print(f"With a network, this fetches what is missing: taco-nb fetch {' '.join(missing)}{where}")
+    return int(bool(missing))

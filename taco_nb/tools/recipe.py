@@ -1,4 +1,4 @@
-"""Follows a recipe, a file of TOML that says how codecs are made from nothing: from which pictures, and by which runs.
+"""A recipe, a file of TOML, says how codecs are made from nothing: from which pictures, and by which runs.
 
     taco-nb bundle --recipe data/checkpoints/recipe.toml --out out/recipe
 

@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from PIL import Image
 from taco_nb import checkpoint
 from taco_nb.codec import load
 from taco_nb.control import against, control, effects, heard, listening, siblings
-from taco_nb.data import Sample, datasets
+from taco_nb.data import datasets
 from taco_nb.data.images import to_tensor
 from taco_nb.data.shapes import scene, short_caption
 from taco_nb.errors import DataError, check_known
@@ -64,14 +64,8 @@ _IN_WORDS = {
     "text_pooling=keywords-tokens": "keyword-weighted tokens",
 }
 _NOT_ALIKE = (
-    "demo-trunk",
-    "demo-low",
-    "demo-high",
-    "demo-highest",
-    "demo-no-joint",
-    "demo-joint-10",
-    "demo-joint-100",
-)
+    "demo-trunk", "demo-low", "demo-high", "demo-highest", "demo-no-joint", "demo-joint-10", "demo-joint-100",
+)  # fmt: skip
 """Runs of the recipe that differ from `demo` in steps or in the loss."""
 _WEIGHTS_OF_J = {"demo-no-joint": 0.0, "demo": 0.0025, "demo-joint-10": 0.025, "demo-joint-100": 0.25}
 """Runs that differ from each other in the weight of J alone."""
@@ -81,12 +75,12 @@ Tables = dict[str, pd.DataFrame]
 
 
 class Result(NamedTuple):
-    """Something that pages show: how it is measured, of what it is made, and how each part of it is written."""
+    """A result says how it is measured, on what it depends, and how pages show each of its tables."""
 
     measure: Callable[[], Tables]
     """Return tables by name. It may also make a figure in the repository."""
-    blocks: dict[str, tuple[str, Callable[[Tables], str]]]
-    """{name of a marker: (page, what to write there)}."""
+    blocks: dict[str, tuple[str, Callable[[pd.DataFrame], str]]]
+    """{name of a table, and of its marker: (page, what to write there of the table)}."""
     data: tuple[str, ...]
     """Files below `data/` that it depends on, as patterns."""
     code: tuple[str, ...]
@@ -99,17 +93,15 @@ class Result(NamedTuple):
 
 
 def _measure_kodak() -> Tables:
-    known = checkpoint.bundled_codecs()
+    known = _codecs()
     table, gaps = standing([load(name) for name in known], datasets("kodak"))
     described = pd.DataFrame(
-        {"codec": name, "what": _in_words(exp), "lambda": exp.lmbda, "changes": len(exp.ablations)}
-        for name, exp in known.items()
+        {"codec": name, "what": _in_words(exp), "lambda": exp.lmbda} for name, exp in known.items()
     )
-    table = described.merge(table.drop(columns="dataset")).sort_values(["changes", "lambda", "codec"])
     ours = evaluate(load(_middle_baseline()), datasets("kodak"))
     alike = means(pd.concat([ours, evaluate_matched(ours, datasets("kodak"))]))
     return {
-        "kodak": table.drop(columns="changes"),
+        "kodak": described.merge(table.drop(columns="dataset")),
         "kodak-bd": gaps.drop(columns="dataset"),
         "kodak-alike": alike[["codec", "bpp", "psnr", "ms_ssim", "mini_distance"]],
     }
@@ -117,25 +109,22 @@ def _measure_kodak() -> Tables:
 
 def _measure_codecs() -> Tables:
     rows = []
-    for name, exp in checkpoint.bundled_codecs().items():
+    for name, exp in _codecs().items():
         path = BUNDLED / "checkpoints" / f"{name}.safetensors"
         card, about = checkpoint.card_of(path), checkpoint.read_weights(path)[1]
         with torch.device("meta"):  # shapes alone
             parameters = sum(weight.numel() for weight in TACO(ModelConfig(**about["config"])).parameters())
         row = {"file": path.name, "what": _in_words(exp), "lambda": exp.lmbda, "steps": card["steps"]}
-        row |= {"hours": card["hours"], "parameters": parameters, "bytes": path.stat().st_size}
-        rows.append({**row, "changes": len(exp.ablations)})
-    table = pd.DataFrame(rows).sort_values(["changes", "lambda", "file"])
-    return {"codecs": table.drop(columns="changes")}
+        rows.append(row | {"hours": card["hours"], "parameters": parameters, "bytes": path.stat().st_size})
+    return {"codecs": pd.DataFrame(rows)}
 
 
 def _measure_control() -> Tables:
-    tables = []
-    for name, exp in checkpoint.bundled_codecs().items():
-        sets = datasets("kodak-256", captions=exp.dataset_captions)
-        tables.append(effects(control(load(name), sets)).assign(changes=len(exp.ablations), lmbda=exp.lmbda))
-    table = pd.concat(tables).sort_values(["changes", "lmbda"], kind="stable")
-    return {"control": table.drop(columns=["changes", "lmbda"])}
+    tables = [
+        effects(control(load(name), datasets("kodak-256", captions=exp.dataset_captions)))
+        for name, exp in _codecs().items()
+    ]
+    return {"control": pd.concat(tables)}
 
 
 def _measure_siblings() -> Tables:
@@ -145,12 +134,9 @@ def _measure_siblings() -> Tables:
     found = against(table, [*((name, "demo") for name in names), ("demo", "demo-constant")])
     found["seeds"] = found["seeds"].map(lambda seeds: " ".join(f"{seed:.4g}" for seed in seeds))
     of_j = table[table["codec"].isin(_WEIGHTS_OF_J) & (table["seed"] == 1)].assign(dataset="kodak-256")
-    joint = (
-        effects(of_j)
-        .assign(k_J=lambda rows: rows["codec"].map(_WEIGHTS_OF_J))
-        .sort_values("k_J", kind="stable")
-    )
-    return {"siblings": found, "joint": joint}
+    joint = effects(of_j)
+    joint["k_J"] = joint["codec"].map(_WEIGHTS_OF_J)
+    return {"siblings": found, "joint": joint.sort_values("k_J", kind="stable")}
 
 
 def _measure_shapes() -> Tables:
@@ -168,7 +154,12 @@ def _measure_speed() -> Tables:
 
 def _measure_reconstruction() -> Tables:
     """Make notebooks/pictures/reconstruction.png: the cat's face by a bundled codec, JPEG and WebP, at no more bytes."""
-    cat, files = _cat("JPEG", "WebP")
+    pictures, codec = datasets("sample")[0], load(_middle_baseline())
+    cat = pictures[pictures.names.index("chelsea.png")]
+    data = codec.encode(cat.image, cat.captions[0])
+    files = {codec.name: (codec.decode(data), data)}
+    for match in (match_bpp(cat.image, peer, len(data)) for peer in ("JPEG", "WebP")):
+        files[f"{match.format}, quality {match.quality}"] = match.image, match.data
     shown, rows = {f'original\n"{cat.captions[0]}"': cat.image}, []
     for name, (picture, data) in files.items():
         decibels = psnr(to_tensor(cat.image), to_tensor(picture))
@@ -183,21 +174,16 @@ def _write_picture(name: str, picture: Image.Image) -> None:
         picture.save(file, "PNG", optimize=True)
 
 
-def _cat(*peers: str) -> tuple[Sample, dict[str, tuple[Image.Image, bytes]]]:
-    """Return the bundled cat, and what a bundled codec and others make of it at no more bytes: {name: (picture, file)}."""
-    pictures = datasets("sample")[0]
-    cat = pictures[pictures.names.index("chelsea.png")]
-    codec = load(_middle_baseline())
-    data = codec.encode(cat.image, cat.captions[0])
-    matches = [match_bpp(cat.image, peer, len(data)) for peer in peers]
-    others = {f"{match.format}, quality {match.quality}": (match.image, match.data) for match in matches}
-    return cat, {codec.name: (codec.decode(data), data), **others}
+def _codecs() -> dict[str, Experiment]:
+    """Return the bundled codecs in the order of the tables: the baselines first, each kind by lambda, then by name."""
+    known = checkpoint.bundled_codecs().items()
+    return dict(sorted(known, key=lambda item: (len(item[1].ablations), item[1].lmbda, item[0])))
 
 
 def _middle_baseline() -> str:
     """Return the name of the bundled baseline whose lambda is in the middle."""
-    baselines = {name: exp.lmbda for name, exp in checkpoint.bundled_codecs().items() if not exp.ablations}
-    return sorted(baselines, key=baselines.get)[(len(baselines) - 1) // 2]
+    baselines = [name for name, exp in _codecs().items() if not exp.ablations]
+    return baselines[(len(baselines) - 1) // 2]
 
 
 def _in_words(exp: Experiment) -> str:
@@ -214,31 +200,25 @@ def _in_words(exp: Experiment) -> str:
 # Writing --------------------------------------------------------------------------------------------------------------
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line)).lstrip()} |" for line in lines)
+def _markdown(columns: Mapping[str, Iterable[str]]) -> str:
+    """Return a table in Markdown, given by its columns."""
+    rows = [columns, ["---"] * len(columns), *zip(*columns.values())]
+    return "\n".join(f"| {' | '.join(row).lstrip()} |" for row in rows)
 
 
-def _kodak_table(tables: Tables) -> str:
-    table = tables["kodak"]
-    peers = [column.removesuffix(", %") for column in table.columns if column.endswith(", %")]
-    head = [
-        "codec",
-        "what",
-        "lambda",
-        "bits per pixel",
-        "PSNR in dB",
-        "MS-SSIM",
-        *(f"than {peer}" for peer in peers),
-    ]
-    rows = [
-        [
-            f"`{row['codec']}`", row["what"], f"{row['lambda']:g}", f"{row['bpp']:.3f}", f"{row['psnr']:.2f}",
-            f"{row['ms_ssim']:.4f}", *(_than(row[f"{peer}, %"]) for peer in peers),
-        ]
-        for row in table.to_dict("records")
-    ]  # fmt: skip
-    return _markdown(head, rows)
+def _kodak_table(table: pd.DataFrame) -> str:
+    peers = [column for column in table if column.endswith(", %")]
+    return _markdown(
+        {
+            "codec": table["codec"].map("`{}`".format),
+            "what": table["what"],
+            "lambda": table["lambda"].map("{:g}".format),
+            "bits per pixel": table["bpp"].map("{:.3f}".format),
+            "PSNR in dB": table["psnr"].map("{:.2f}".format),
+            "MS-SSIM": table["ms_ssim"].map("{:.4f}".format),
+            **{f"than {peer.removesuffix(', %')}": table[peer].map(_than) for peer in peers},
+        }
+    )
 
 
 def _than(percent: float) -> str:
@@ -247,8 +227,8 @@ def _than(percent: float) -> str:
     return f"{abs(percent):.0f} % {'less' if percent < 0 else 'more'}"
 
 
-def _bd_sentence(tables: Tables) -> str:
-    gaps = tables["kodak-bd"].to_dict("records")
+def _bd_sentence(table: pd.DataFrame) -> str:
+    gaps = table.to_dict("records")
     points = gaps[0]["points"]
     count = _NUMBERS[points] if points < len(_NUMBERS) else points
     if math.isnan(gaps[0]["BD-rate (PSNR), %"]):
@@ -264,8 +244,8 @@ def _bd_sentence(tables: Tables) -> str:
     return f"The BD-rate (PSNR) of the {count} baselines is {listed}.{few if points < BD_POINTS else ''}"
 
 
-def _alike_sentence(tables: Tables) -> str:
-    ours, *others = tables["kodak-alike"].to_dict("records")
+def _alike_sentence(table: pd.DataFrame) -> str:
+    ours, *others = table.to_dict("records")
     listed = ", ".join(f"{row['mini_distance']:.2f} of {row['codec']}" for row in others)
     return (
         f"At equal bytes, picture by picture, the `mini_distance` of `{ours['codec']}` is {ours['mini_distance']:.2f}, "
@@ -273,80 +253,74 @@ def _alike_sentence(tables: Tables) -> str:
     )
 
 
-def _control_table(tables: Tables) -> str:
-    shown = [(name, metric) for name in ("another's", "NA", "empty") for metric in ("bytes", "psnr")]
-    units = {"bytes": "bits, %", "psnr": "PSNR, dB"}
-    rows = []
-    for codec, of in tables["control"].groupby("codec", sort=False):
-        cells = of.set_index(["condition", "metric"])
-        rows.append([f"`{codec}`"])
-        for key in shown:
-            low, effect, high = (cells.loc[key, name] for name in ("low", "effect", "high"))
-            rows[-1].append(f"{effect:+.3f} ({low:+.3f} to {high:+.3f})")
-    return _markdown(["codec", *(f"{name}: {units[metric]}" for name, metric in shown)], rows)
+def _effects_columns(table: pd.DataFrame, metrics: Sequence[str], form: str) -> dict[str, list[str]]:
+    """Return a column for each metric, under its unit: the effects on it, their intervals and the range of the seeds."""
+    columns: dict[str, list[str]] = {}
+    for metric in metrics:
+        for row in table[table["metric"] == metric].to_dict("records"):
+            seeds = [float(seed) for seed in str(row.get("seeds", "")).split()]
+            spread = f"; seeds {min(seeds):{form}} to {max(seeds):{form}}" if len(seeds) > 1 else ""
+            cell = f"{row['effect']:{form}} ({row['low']:{form}} to {row['high']:{form}}{spread})"
+            columns.setdefault(row["unit"], []).append(cell)
+    return columns
 
 
-def _siblings_table(tables: Tables) -> str:
-    shown = {
-        "bytes": "bits, %",
-        "psnr": "PSNR, dB",
-        "mini_distance": "mini_distance",
-        "mini_score": "mini_score",
+def _control_table(table: pd.DataFrame) -> str:
+    columns = {"codec": table["codec"].drop_duplicates().map("`{}`".format)}
+    for condition in ("another's", "NA", "empty"):
+        under_it = _effects_columns(table[table["condition"] == condition], ["bytes", "psnr"], "+.3f")
+        columns |= {f"{condition}: {unit}": cells for unit, cells in under_it.items()}
+    return _markdown(columns)
+
+
+def _siblings_table(table: pd.DataFrame) -> str:
+    pairs = table.drop_duplicates(["codec", "sibling"])
+    columns = {
+        "codec": pairs["codec"].map("`{}`".format),
+        "minus its sibling": pairs["sibling"].map("`{}`".format),
+        "seeds": [str(len(str(seeds).split())) for seeds in pairs["seeds"]],
     }
-    rows = []
-    for (codec, sibling), of in tables["siblings"].groupby(["codec", "sibling"], sort=False):
-        cells = of.set_index("metric").loc[[*shown]]
-        count = len(str(cells["seeds"].iloc[0]).split())
-        rows.append([f"`{codec}`", f"`{sibling}`", count])
-        for row in cells.itertuples():
-            seeds = [float(seed) for seed in str(row.seeds).split()]
-            spread = f"; seeds {min(seeds):+.3f} to {max(seeds):+.3f}" if count > 1 else ""
-            rows[-1].append(f"{row.effect:+.3f} ({row.low:+.3f} to {row.high:+.3f}{spread})")
-    return _markdown(["codec", "minus its sibling", "seeds", *shown.values()], rows)
+    metrics = ["bytes", "psnr", "mini_distance", "mini_score"]
+    return _markdown(columns | _effects_columns(table, metrics, "+.3f"))
 
 
-def _joint_table(tables: Tables) -> str:
-    shown = {"bytes": "bits, %", "psnr": "PSNR, dB", "ms_ssim": "MS-SSIM", "mini_score": "mini_score"}
-    rows = []
-    for k_J, of in tables["joint"].groupby("k_J"):
-        cells = of[of["condition"] == "another's"].set_index("metric").loc[[*shown]]
-        rows.append([f"{k_J:g}"])
-        rows[-1] += [f"{row.effect:+.3g} ({row.low:+.3g} to {row.high:+.3g})" for row in cells.itertuples()]
-    return _markdown(["k_J", *shown.values()], rows)
+def _joint_table(table: pd.DataFrame) -> str:
+    table = table[table["condition"] == "another's"]
+    columns = {"k_J": table["k_J"].drop_duplicates().map("{:g}".format)}
+    metrics = ["bytes", "psnr", "ms_ssim", "mini_score"]
+    return _markdown(columns | _effects_columns(table, metrics, "+.3g"))
 
 
-def _codecs_table(tables: Tables) -> str:
-    head = ["file", "what", "lambda", "steps", "hours", "parameters", "size"]
-    rows = [
-        [
-            f"`{row['file']}`", row["what"], f"{row['lambda']:g}", f"{row['steps']:,}", f"{row['hours']:.1f}",
-            f"{row['parameters'] / 1e6:.2f} M", human_size(row["bytes"]),
+def _codecs_table(table: pd.DataFrame) -> str:
+    return _markdown(
+        {
+            "file": table["file"].map("`{}`".format),
+            "what": table["what"],
+            "lambda": table["lambda"].map("{:g}".format),
+            "steps": table["steps"].map("{:,}".format),
+            "hours": table["hours"].map("{:.1f}".format),
+            "parameters": (table["parameters"] / 1e6).map("{:.2f} M".format),
+            "size": table["bytes"].map(human_size),
+        }
+    )
+
+
+def _speed_table(table: pd.DataFrame) -> str:
+    codecs = table["codec"].drop_duplicates()
+    columns = {"": ["`{}`".format(codec if codec == REFERENCE else f'mode="{codec}"') for codec in codecs]}
+    for task, rows in table.groupby("task", sort=False):
+        title = task.replace("step", "step, one 256x256 crop")  # on a GPU `speed` takes eight crops
+        columns[title] = [
+            f"{row.median_ms / 1e3:.2f} s"
+            + ("" if row.codec == REFERENCE else f", {row.speedup:.1f} times as fast")
+            for row in rows.itertuples()
         ]
-        for row in tables["codecs"].to_dict("records")
-    ]  # fmt: skip
-    return _markdown(head, rows)
+    return _markdown(columns)
 
 
-def _speed_table(tables: Tables) -> str:
-    table = tables["speed"].set_index(["task", "codec"])
-    tasks = list(dict.fromkeys(tables["speed"]["task"]))
-    rows = []
-    for codec in dict.fromkeys(tables["speed"]["codec"]):
-        named = codec if codec == REFERENCE else f'mode="{codec}"'
-        cells = []
-        for task in tasks:
-            time = f"{table.loc[(task, codec), 'median_ms'] / 1e3:.2f} s"
-            faster = table.loc[(task, codec), "speedup"]
-            cells.append(time if codec == REFERENCE else f"{time}, {faster:.1f} times as fast")
-        rows.append([f"`{named}`", *cells])
-    # on a GPU `speed` takes eight crops
-    return _markdown(["", *(task.replace("step", "step, one 256x256 crop") for task in tasks)], rows)
-
-
-def _shapes_figure(tables: Tables) -> str:
+def _shapes_figure(table: pd.DataFrame) -> str:
     free, crossed = (
-        f"{of['listening']:.1f} dB ({of['low']:.1f} to {of['high']:.1f})"
-        for of in tables["shapes"].to_dict("records")
+        f"{of['listening']:.1f} dB ({of['low']:.1f} to {of['high']:.1f})" for of in table.to_dict("records")
     )
     return (
         "![One scene of four shapes, decoded from two files: each keeps the texture of the shape that its caption names]"
@@ -358,8 +332,8 @@ def _shapes_figure(tables: Tables) -> str:
     )
 
 
-def _reconstruction_figure(tables: Tables) -> str:
-    size = tables["reconstruction"]["bytes"].max()
+def _reconstruction_figure(table: pd.DataFrame) -> str:
+    size = table["bytes"].max()
     return (
         "![A cat's face four times: the photograph, and what the demo codec, JPEG and WebP make of it in "
         f"{size / 1e3:.1f} kB](../../notebooks/pictures/reconstruction.png)"
@@ -499,7 +473,7 @@ def _pages() -> dict[Path, str]:
                     f"{path} must have the marker '<!-- results: {marker} -->' once, and '<!-- end of results -->' after it."
                 )
             last = number == len(result.blocks)  # what belongs together says once where it came from
-            content = write(tables) + (f"\n\n{whence}" if last else "")
+            content = write(tables[marker]) + (f"\n\n{whence}" if last else "")
             texts[path] = block.sub(lambda found, text=content: found[1] + text + found[2], texts[path])
     return texts
 

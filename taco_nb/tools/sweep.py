@@ -17,6 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nbformat
+import papermill
+from tqdm.auto import tqdm
+
 from taco_nb.errors import CheckpointError, SettingError, check_known
 from taco_nb.files import atomic_write
 
@@ -27,7 +31,7 @@ _HOW = ("max_hours", "device", "num_processes", "num_workers", "accumulation")
 
 @dataclass(frozen=True)
 class Member:
-    """One notebook at one lambda. `folder` is the lambda's: its runs and its executed notebooks are kept there."""
+    """A sweep runs each notebook at each lambda. `folder` keeps all runs and executed notebooks of the lambda."""
 
     notebook: Path
     lmbda: float
@@ -47,8 +51,6 @@ class Member:
     @property
     def identity(self) -> dict[str, Any]:
         """Everything that the result depends on: the parameters and the notebook's cells."""
-        import nbformat
-
         cells = [cell.source for cell in nbformat.read(self.notebook, as_version=4).cells]
         of_result = {name: value for name, value in self.parameters.items() if name not in _HOW}
         return {"parameters": of_result, "cells": hashlib.sha256(json.dumps(cells).encode()).hexdigest()}
@@ -64,8 +66,6 @@ class Member:
 
     def run(self, parameters: Mapping[str, Any]) -> str:
         """Execute the notebook. Return why it is not done, or "" if it is."""
-        import papermill
-
         self.folder.mkdir(parents=True, exist_ok=True)
         self.marker.unlink(missing_ok=True)
         given = {**parameters, "lmbda": self.lmbda, "out_dir": str(self.folder)}
@@ -73,10 +73,8 @@ class Member:
             papermill.execute_notebook(str(self.notebook), str(self.executed), given, progress_bar=False)
             with atomic_write(self.marker, "w") as file:
                 json.dump(self.identity, file)
-        except (
-            Exception
-        ) as error:  # a cell's own, a dead kernel's, a full disk's: whatever it is, the others go on
-            name, said = (getattr(error, part, "") for part in ("ename", "evalue"))  # of a cell's own
+        except Exception as error:  # of a cell, a dead kernel or a full disk; the other notebooks go on
+            name, said = (getattr(error, part, "") for part in ("ename", "evalue"))  # papermill's, for a cell
             return f"{name}: {said}" if name else f"{type(error).__name__}: {error}"
         left = ", ".join(unfinished_runs(self.folder))
         return f"{left} not trained to the end; run the sweep again to go on" if left else ""
@@ -97,8 +95,6 @@ def members(
     Raises `SettingError` for a notebook that does not exist or has no such parameter, for a lambda or a notebook that is
     given twice, and for a task that does not exist.
     """
-    import papermill
-
     parameters, out = dict(parameters or {}), Path(out_dir).expanduser().resolve()
     paths = [Path(notebook).resolve() for notebook in notebooks]
     for path in paths:
@@ -112,9 +108,7 @@ def members(
         raise SettingError("A lambda or a notebook is given twice.")
     if task is not None:
         if not 0 <= task < len(lmbdas):
-            raise SettingError(
-                f"Tasks run from 0 to {len(lmbdas) - 1}, one per lambda; {task} is none of them."
-            )
+            raise SettingError(f"Tasks run from 0 to {len(lmbdas) - 1}, one per lambda: there is no {task}.")
         lmbdas = [lmbdas[task]]
     return [Member(path, lmbda, out / f"lmbda-{lmbda:g}", parameters) for lmbda in lmbdas for path in paths]
 
@@ -125,8 +119,6 @@ def sweep(todo: Sequence[Member]) -> dict[str, str]:
     If one fails, the others go on. The parameter `max_hours` is for the whole call: each notebook gets what the earlier ones
     have left of it, and what there is no time left for counts as failed.
     """
-    from tqdm.auto import tqdm
-
     failed, began = {}, None
     for member in (bar := tqdm(todo, desc="sweep", unit="notebook")):
         if member.done:

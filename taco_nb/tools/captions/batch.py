@@ -20,16 +20,18 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import pydantic.dataclasses
+from openai import OpenAI, OpenAIError
+from openai.types import Batch
 from tqdm.auto import tqdm
 
+from taco_nb.data import CaptionedImages
 from taco_nb.errors import SettingError
 from taco_nb.settings import STRICT, Count, plain_errors
 from taco_nb.text.answers import Answer
-from taco_nb.tools.captions.cache import CaptionCache
-from taco_nb.tools.captions.captioner import Picture, ServiceError, unanswered
+from taco_nb.tools.captions.captioner import CaptionCache, Picture, ServiceError, unanswered
 from taco_nb.tools.captions.openai_captioner import OpenAICaptioner
 from taco_nb.tools.captions.service import (
     REJECTED,
@@ -39,12 +41,6 @@ from taco_nb.tools.captions.service import (
     said_by,
     without_key,
 )
-
-if TYPE_CHECKING:
-    from openai import OpenAI
-    from openai.types import Batch
-
-    from taco_nb.data import CaptionedImages
 
 MAX_REQUESTS = 50_000
 MAX_BYTES = 200_000_000
@@ -63,7 +59,7 @@ class NoReply(ServiceError):
 @plain_errors
 @pydantic.dataclasses.dataclass(kw_only=True, config=STRICT)
 class OpenAIBatchCaptioner(OpenAICaptioner):
-    """Like `OpenAICaptioner`, but through the Batch API: half the price, and answers within 24 hours.
+    """Ask as `OpenAICaptioner` does, but through the Batch API: at half the price, for answers within 24 hours.
 
     `describe` submits, waits and collects until everything is answered, and may be stopped and called again at any
     time. Unfinished requests of batches that failed, expired or were cancelled are submitted again, as long as each turn
@@ -77,12 +73,8 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
 
     def known_price(self) -> Price | None:
         price = super().known_price()
-        return price and replace(
-            price,
-            input=price.input / 2,
-            output=price.output / 2,
-            source=f"{price.source}, halved for a batch",
-        )
+        halves = price and {"input": price.input / 2, "output": price.output / 2}
+        return price and replace(price, **halves, source=f"{price.source}, halved for a batch")
 
     def give_up(self, batch: str) -> None:
         """Forget a batch that the service has lost. What it would have answered is asked, and paid for, again."""
@@ -96,7 +88,12 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
         reasons: dict[str, str] = {}
         total = len(unanswered(pictures, cache)) + sum(len(cache.keys_of(job)) for job in cache.jobs())
         with self.client() as client, tqdm(total=total, desc=f"Captions of {dataset.name}") as bar:
-            self._recover(client, cache)
+            # A crash has left these jobs without a batch, or without knowing the one that has their name.
+            for job in [job for job, batch in cache.jobs().items() if batch is None]:
+                if found := self._find(client, job):
+                    cache.name_batch(job, found)
+                else:
+                    cache.close_job(job)
             submit, pause = True, 30.0
             while True:
                 if finished := self._finished(client, cache, bar):
@@ -108,18 +105,9 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
                     submit = False
                 if not self.wait or not cache.jobs():
                     return reasons
+                # Some batches take minutes and most take hours: look ever less often, at last every ten minutes.
                 time.sleep(pause)
                 pause = min(1.5 * pause, 600)
-
-    # --- Submitting ---------------------------------------------------------------------------------------------------
-
-    def _recover(self, client: OpenAI, cache: CaptionCache) -> None:
-        """Give the jobs that a crash left without a batch the one that has their name, or drop them."""
-        for job, batch in cache.jobs().items():
-            if batch is None and (found := self._find(client, job)):
-                cache.name_batch(job, found)
-            elif batch is None:
-                cache.close_job(job)
 
     def _submit(
         self, client: OpenAI, dataset: CaptionedImages, pictures: list[Picture], cache: CaptionCache
@@ -210,23 +198,6 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
         `reasons` gets why the others were not. A request that must have been paid for, but whose answer cannot be read or
         is gone, counts as answered with a failure, so that it is not paid for again unasked.
         """
-        outcomes, readable = self._outcomes(client, batch)
-        problems = [error.message for error in (batch.errors and batch.errors.data) or [] if error.message]
-        why = f"{batch.id} {batch.status}" + "".join(f": {said_by({'message': m})}" for m in problems[:1])
-        answered = []
-        for key in cache.keys_of(job):
-            lost = Answer("", f"malformed: {batch.id} holds no readable answer")
-            outcome = outcomes.get(key, why if readable and batch.status != "completed" else lost)
-            if isinstance(outcome, Answer):
-                answered.append((key, outcome))
-            else:
-                reasons[key] = outcome
-        cache.add(answered)
-        cache.close_job(job)
-        return len(answered)
-
-    def _outcomes(self, client: OpenAI, batch: Batch) -> tuple[dict[str, Answer | str], bool]:
-        """Return what a batch's files say of its requests, as `read_line` does, and whether all of it could be read."""
         outcomes: dict[str, Answer | str] = {}
         readable = True
         for file in filter(None, (batch.output_file_id, batch.error_file_id)):
@@ -242,12 +213,23 @@ class OpenAIBatchCaptioner(OpenAICaptioner):
                     outcomes[key] = outcome
                 except (ValueError, KeyError, TypeError, AttributeError):
                     readable = False
-        return outcomes, readable
+        problems = [error.message for error in (batch.errors and batch.errors.data) or [] if error.message]
+        unread = f"{batch.id} {batch.status}" + "".join(f": {said_by({'message': m})}" for m in problems[:1])
+        if batch.status == "completed" or not readable:
+            unread = Answer("", f"malformed: {batch.id} holds no readable answer")
+        answered = []
+        for key in cache.keys_of(job):
+            outcome = outcomes.get(key, unread)
+            if isinstance(outcome, Answer):
+                answered.append((key, outcome))
+            else:
+                reasons[key] = outcome
+        cache.add(answered)
+        cache.close_job(job)
+        return len(answered)
 
     def _call(self, function: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
         """Call the service; its errors become `ServiceError`, after the client's own retries."""
-        from openai import OpenAIError
-
         try:
             return function(*arguments, **settings)
         except OpenAIError as error:

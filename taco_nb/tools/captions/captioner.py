@@ -1,4 +1,7 @@
-"""Every captioner finds which captions are missing, says what they cost, asks for them, keeps them and writes the JSON."""
+"""Every captioner finds which captions are missing, says what they cost, asks for them, keeps them and writes the JSON.
+
+What it keeps are the answers and, of a service that answers within a day, the requests that are under way.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,15 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Literal, NamedTuple
 
 import pydantic.dataclasses
+from filelock import AcquireReturnProxy, FileLock, Timeout
+from PIL import Image
 from tqdm.auto import tqdm
 
 from taco_nb.data import CaptionedFolder, CaptionedImages, datasets, training_pairs
@@ -22,11 +27,7 @@ from taco_nb.data.captioned import Entry, few, image_files
 from taco_nb.errors import DataError, SettingError, TacoError
 from taco_nb.files import atomic_write
 from taco_nb.settings import STRICT, check_count
-from taco_nb.text.answers import OPEN, Answer, Question, answer_key
-from taco_nb.tools.captions.cache import CaptionCache
-
-if TYPE_CHECKING:
-    from PIL import Image
+from taco_nb.text.answers import OPEN, Answer, Answers, Question, answer_key
 
 _OFF_THE_PICTURE = re.compile(
     r"""\b(
@@ -45,8 +46,65 @@ class ServiceError(TacoError, RuntimeError):
     """The service refuses to work or cannot be reached; what it has answered so far is in the cache."""
 
 
+class CaptionCache(Answers):
+    """The file of answers also holds the keys of requests that are in batches under way.
+
+    A batch is in the file from just before it is submitted until its answers are. It goes by a name of our own, a job,
+    since the service names it only once it has accepted it.
+    """
+
+    TABLES = (
+        Answers.TABLES + "CREATE TABLE IF NOT EXISTS submitted (key TEXT PRIMARY KEY, job TEXT, batch TEXT);"
+    )
+
+    def asking(self) -> AcquireReturnProxy:
+        """Let one process ask at a time, so that no two pay for the same answer: `with cache.asking(): ...`.
+
+        Reading never waits for this.
+        """
+        lock = FileLock(f"{self.path}.lock")
+        try:
+            return lock.acquire(blocking=False)
+        except Timeout:
+            print(f"Another process is asking for answers that go to {self.path}: waiting for it to end.")
+            return lock.acquire()
+
+    def jobs(self) -> dict[str, str | None]:
+        """Return the jobs under way, the oldest first, each with the service's name of its batch, if that is known."""
+        return dict(self._read("SELECT job, batch FROM submitted GROUP BY job ORDER BY min(rowid)"))
+
+    def keys_of(self, job: str) -> list[str]:
+        """Return the keys of the answers that a job will bring."""
+        return [key for (key,) in self._read("SELECT key FROM submitted WHERE job = ?", job)]
+
+    def submitted(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return, for those of the keys that are in a batch, the service's name of the batch."""
+        rows = self._read(
+            "SELECT key, batch FROM submitted WHERE key IN (SELECT value FROM json_each(?))",
+            json.dumps(list(keys)),
+        )
+        return {key: batch or "a batch that may not exist" for key, batch in rows}
+
+    def open_job(self, job: str, keys: Iterable[str]) -> None:
+        """Write down that a job is going to be submitted, before it is."""
+        with self._writing() as connection:
+            connection.executemany(
+                "INSERT OR REPLACE INTO submitted VALUES (?, ?, NULL)", [(key, job) for key in keys]
+            )
+
+    def name_batch(self, job: str, batch: str) -> None:
+        """Write down the service's name for a job that was submitted."""
+        with self._writing() as connection:
+            connection.execute("UPDATE submitted SET batch = ? WHERE job = ?", (batch, job))
+
+    def close_job(self, job: str) -> None:
+        """Forget a job: its answers are in the file, or it never came to be."""
+        with self._writing() as connection:
+            connection.execute("DELETE FROM submitted WHERE job = ?", (job,))
+
+
 class Picture(NamedTuple):
-    """An image of a data set, with the keys of the captions that it is to have."""
+    """This is an image of a data set, with the keys of the captions that it is to have."""
 
     row: int
     name: str
@@ -55,9 +113,23 @@ class Picture(NamedTuple):
     keys: tuple[str, ...]
 
 
+class Wanted(NamedTuple):
+    """This is a caption that an image is to have, and how far it is."""
+
+    picture: Picture
+    key: str
+    answer: Answer | None
+    state: Literal["captioned", "submitted", "failed", "unanswered"]
+    why: str = ""
+    """Why there is no caption, where there is none."""
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """What the missing answers will take. Tokens and dollars are rough; `dollars` is None where no price is known."""
+    """An estimate says what the missing answers will take.
+
+    Tokens and dollars are rough; `dollars` is None where no price is known.
+    """
 
     requests: int
     input_tokens: int
@@ -76,7 +148,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Report:
-    """The outcome of a call to a captioner; `text` says it in sentences, with the way to go on."""
+    """A report says how a call to a captioner went; its `text` does so in sentences, with the way to go on."""
 
     text: str
     missing: dict[str, list[str]]
@@ -103,11 +175,13 @@ _ADVICE = {
     "submitted": "What is in a batch comes once that is finished, when a batch captioner is called again.",
     "failed": "retry_failed=True (--retry-failed) asks again for what was answered with something else than a caption.",
 }
+"""How to go on, by the state of what is missing."""
+_NOT_AGREED = "Nothing was sent: confirm=True (--confirm) sends it, and pays for it."
 
 
 @pydantic.dataclasses.dataclass(kw_only=True, config=STRICT)
 class Captioner(ABC):
-    """Anything that writes captions for images: one interface for paid services and local models."""
+    """A captioner writes captions for images; paid services and local models have this one interface."""
 
     cache: Path = field(kw_only=False)
     """The SQLite file that keeps every answer. One file may serve many data sets, models and prompts."""
@@ -142,28 +216,66 @@ class Captioner(ABC):
         check_count(count, "count, the number of captions per image,")
         with CaptionCache(self.cache) as cache:
             pictures = look_at(dataset, self.question, count)
-            found = Counter(
-                "submitted" if batch else "cached" if answer and not answer.failure else ""
-                for _, _, answer, batch in look_up(pictures, cache)
-            )
+            states = Counter(wanted.state for wanted in look_up(pictures, cache))
             left = unanswered(pictures, cache, retry_failed, retry_flagged)
             estimate = self._estimate(left) if left else None
-            text = f"{dataset.name}: {len(pictures):,} images, {len(pictures) * count:,} captions wanted"
-            text += f", {found['cached']:,} cached"
-            if found["submitted"]:
-                text += f", {found['submitted']:,} submitted before"
+            counts = [f"{len(pictures):,} images", f"{states.total():,} captions wanted"]
+            counts.append(f"{states['captioned']:,} cached")
+            if states["submitted"]:
+                counts.append(f"{states['submitted']:,} submitted before")
             if left:
-                text += f", {estimate or f'{len(left):,} to be written here'}"
-            print(f"{text}. Model: {self.question.model}.")
+                counts.append(str(estimate or f"{len(left):,} to be written here"))
+            print(f"{dataset.name}: {', '.join(counts)}. Model: {self.question.model}.")
 
-            agreed = confirm or not (estimate or found["submitted"])
+            agreed = confirm or not (estimate or states["submitted"])
             reasons: dict[str, str] = {}
-            if agreed and (left or found["submitted"]):
+            if agreed and (left or states["submitted"]):
                 cache.note(self.question)
-                cache.reopen(cache.get(left))
+                cache.reopen(cache.get(left))  # so that what is asked again counts as unanswered from here on
                 with cache.asking():
                     reasons = self._ask(dataset, pictures, cache)
-            return self._report(dataset.name, pictures, cache, reasons, estimate, agreed, path)
+
+            captions: dict[str, list[str]] = {}
+            missing: dict[str, list[str]] = {}
+            flagged: dict[str, list[str]] = {}
+            states = Counter()
+            for picture, key, answer, state, why in look_up(pictures, cache):
+                states[state] += 1
+                if state == "captioned":
+                    captions.setdefault(picture.name, []).append(answer.text)
+                    if is_flagged(answer):
+                        flagged.setdefault(picture.name, []).append(answer.text)
+                else:
+                    why = reasons.get(key, why) if state == "unanswered" else why
+                    missing.setdefault(picture.name, []).append(why)
+
+        new, tokens = f"{len(cache.added):,} new answers", [sum(of) for of in zip(*cache.added)] or [0, 0]
+        dollars = self._dollars(*tokens)
+        if cache.added and dollars is not None:
+            new += (
+                f", about ${dollars:,.2f} by the service's own count of {tokens[0]:,} + {tokens[1]:,} tokens"
+            )
+        there, total = states["captioned"], states.total()
+        if missing:
+            whys = Counter(why.partition(":")[0] for whys in missing.values() for why in whys)
+            counts = ", ".join(f"{count:,} {why}" for why, count in whys.most_common())
+            names = few(f"{image} ({'; '.join(sorted(set(whys)))})" for image, whys in missing.items())
+            advice = " ".join(sentence for state, sentence in _ADVICE.items() if states[state])
+            text = (
+                f"{there:,} of {total:,} captions of {dataset.name} are there ({new}), so no captions file was written. "
+                f"Missing: {total - there:,} ({counts}), of {names}. {advice if agreed else _NOT_AGREED}"
+            )
+        else:
+            with atomic_write(path, "w") as file:
+                json.dump(captions, file, indent=1)
+            text = f"All {there:,} captions of {dataset.name} are in {path} ({new})."
+        if flagged:
+            names = few(f'{image} ("{texts[0][:80]}")' for image, texts in flagged.items())
+            text += (
+                f" To look at, since they may be words about the asker or the task: {sum(map(len, flagged.values())):,}, of "
+                f"{names}. retry_flagged=True (--retry-flagged) asks for all of these again."
+            )
+        return Report(text, missing, flagged, len(cache.added), dollars, estimate)
 
     @abstractmethod
     def _ask(self, dataset: CaptionedImages, pictures: list[Picture], cache: CaptionCache) -> dict[str, str]:
@@ -176,65 +288,6 @@ class Captioner(ABC):
     def _dollars(self, input_tokens: int, output_tokens: int) -> float | None:
         """Return the price of so many tokens, None where it is unknown or nothing is paid."""
         return None
-
-    def _report(
-        self,
-        name: str,
-        pictures: list[Picture],
-        cache: CaptionCache,
-        reasons: dict[str, str],
-        estimate: Estimate | None,
-        agreed: bool,
-        path: str | os.PathLike,
-    ) -> Report:
-        """Look through the cache once more, write the captions file if nothing is missing, and report."""
-        captions: dict[str, list[str]] = {}
-        missing: dict[str, list[str]] = {}
-        flagged: dict[str, list[str]] = {}
-        kinds = set()
-        for picture, key, answer, batch in look_up(pictures, cache):
-            if answer and answer.failure is None:
-                captions.setdefault(picture.name, []).append(answer.text)
-                if is_flagged(answer):
-                    flagged.setdefault(picture.name, []).append(answer.text)
-                continue
-            if batch:
-                kind, why = "submitted", f"in {batch}"
-            elif answer and answer.failure != OPEN:
-                kind, why = "failed", answer.failure
-            else:
-                kind, why = "unanswered", reasons.get(key, "not asked yet")
-            kinds.add(kind)
-            missing.setdefault(picture.name, []).append(why)
-        tokens = [sum(counts) for counts in zip(*cache.added)] or [0, 0]
-        dollars = self._dollars(*tokens)
-        new = f"{len(cache.added):,} new answers"
-        if cache.added and dollars is not None:
-            counted = f"{tokens[0]:,} + {tokens[1]:,}"
-            new += f", about ${dollars:,.2f} by the service's own count of {counted} tokens"
-        there, lacking = (sum(map(len, texts.values())) for texts in (captions, missing))
-        if missing:
-            advice = " ".join(sentence for kind, sentence in _ADVICE.items() if kind in kinds)
-            if not agreed:
-                advice = "Nothing was sent: confirm=True (--confirm) sends it, and pays for it."
-            whys = Counter(why.partition(":")[0] for reasons in missing.values() for why in reasons)
-            counts = ", ".join(f"{count:,} {why}" for why, count in whys.most_common())
-            names = few(f"{image} ({'; '.join(sorted(set(why)))})" for image, why in missing.items())
-            text = (
-                f"{there:,} of {there + lacking:,} captions of {name} are there ({new}), so no captions file was written. "
-                f"Missing: {lacking:,} ({counts}), of {names}. {advice}"
-            )
-        else:
-            with atomic_write(path, "w") as file:
-                json.dump(captions, file, indent=1)
-            text = f"All {there:,} captions of {name} are in {path} ({new})."
-        if flagged:
-            names = few(f'{image} ("{texts[0][:80]}")' for image, texts in flagged.items())
-            text += (
-                f" To look at, since they may be words about the asker or the task: {sum(map(len, flagged.values())):,}, of "
-                f"{names}. retry_flagged=True (--retry-flagged) asks for all of these again."
-            )
-        return Report(text, missing, flagged, len(cache.added), dollars, estimate)
 
 
 def open_pictures(
@@ -277,6 +330,7 @@ def look_at(dataset: CaptionedImages, question: Question, count: int) -> list[Pi
         return Picture(row, name, image.size, keys)
 
     rows = range(len(dataset))
+    # Pillow and hashlib work without Python's lock, so that threads read on all cores.
     with ThreadPoolExecutor() as pool:
         seen = tqdm(pool.map(look, rows), f"Reading {dataset.name}", len(rows), unit="image", leave=False)
         return list(seen)
@@ -289,14 +343,20 @@ def image_id(image: Image.Image) -> str:
     return digest.hexdigest()[:40]
 
 
-def look_up(
-    pictures: list[Picture], cache: CaptionCache
-) -> Iterator[tuple[Picture, str, Answer | None, str | None]]:
-    """Yield every key with its picture, and with its answer and the batch that it is in, if there are any."""
+def look_up(pictures: list[Picture], cache: CaptionCache) -> Iterator[Wanted]:
+    """Yield every caption that the pictures are to have, with what the cache knows of it."""
     for picture in pictures:
         answers, batches = cache.get(picture.keys), cache.submitted(picture.keys)
         for key in picture.keys:
-            yield picture, key, answers.get(key), batches.get(key)
+            answer = answers.get(key)
+            if answer and answer.failure is None:
+                yield Wanted(picture, key, answer, "captioned")
+            elif key in batches:
+                yield Wanted(picture, key, answer, "submitted", f"in {batches[key]}")
+            elif answer and answer.failure != OPEN:
+                yield Wanted(picture, key, answer, "failed", answer.failure)
+            else:
+                yield Wanted(picture, key, answer, "unanswered", "not asked yet")
 
 
 def unanswered(
@@ -306,12 +366,13 @@ def unanswered(
 
     A picture that occurs twice in a data set has the same keys both times, and is asked about once.
     """
-    left: dict[str, Picture] = {}
-    for picture, key, answer, batch in look_up(pictures, cache):
-        retry = answer and ((retry_failed and answer.failure) or (retry_flagged and is_flagged(answer)))
-        if batch is None and (answer is None or answer.failure == OPEN or retry):
-            left.setdefault(key, picture)
-    return left
+    return {
+        key: picture
+        for picture, key, answer, state, _ in look_up(pictures, cache)
+        if state == "unanswered"
+        or (retry_failed and state == "failed")
+        or (retry_flagged and state == "captioned" and is_flagged(answer))
+    }
 
 
 def is_flagged(answer: Answer) -> bool:

@@ -5,26 +5,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import open_clip
 import pydantic.dataclasses
+import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
+from taco_nb.data import CaptionedImages
 from taco_nb.errors import CheckpointError, SettingError
+from taco_nb.pretrained import OpenClip
 from taco_nb.processes import check_device
 from taco_nb.settings import STRICT, Count, Device, plain_errors
 from taco_nb.text.answers import Answer, Question
-from taco_nb.tools.captions.cache import CaptionCache
-from taco_nb.tools.captions.captioner import Captioner, Picture, unanswered
+from taco_nb.text.tokens import clip_tokenizer
+from taco_nb.tools.captions.captioner import CaptionCache, Captioner, Picture, unanswered
 from taco_nb.tools.captions.service import Temperature
-
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-
-    from taco_nb.data import CaptionedImages
 
 TOP_K = 50
 """Words are drawn from so many of the likeliest (Fan et al. 2018, arXiv:1805.04833): the rest is mostly noise."""
@@ -33,7 +31,7 @@ TOP_K = 50
 @plain_errors
 @pydantic.dataclasses.dataclass(kw_only=True, config=STRICT)
 class CoCaCaptioner(Captioner):
-    """Captions by a CoCa model of open_clip, fine-tuned on MS-COCO; nothing is paid, and nothing leaves the machine.
+    """A CoCa model of open_clip, fine-tuned on MS-COCO, writes captions; nothing is paid, or leaves the machine.
 
     It sees the image's centre square at 224x224 and takes no prompt. Chance is seeded by the image, the settings and the
     caption's index: up to rounding, a caption does not depend on the other images of its batch.
@@ -55,8 +53,6 @@ class CoCaCaptioner(Captioner):
         return Question(self.model, "", self.temperature)
 
     def _ask(self, dataset: CaptionedImages, pictures: list[Picture], cache: CaptionCache) -> dict[str, str]:
-        import torch
-
         if self.temperature == 0 and len(pictures[0].keys) > 1:
             raise SettingError("At temperature 0 all captions of an image would be the same: raise it.")
         check_device(self.device)
@@ -67,13 +63,14 @@ class CoCaCaptioner(Captioner):
             torch.inference_mode(),
             tqdm(total=len(left), desc=f"Captions of {dataset.name}", unit="caption") as bar,
         ):
-            grouped = [(picture, list(keys)) for picture, keys in groupby(left, left.get)]
-            for start in range(0, len(grouped), self.batch_size):
-                batch = grouped[start : start + self.batch_size]
-                images = torch.stack([preprocess(dataset[picture.row].image) for picture, _ in batch])
-                embedded = model(images.to(device))["image_embs"]
-                rows = [row for row, (_, keys) in enumerate(batch) for _ in keys]
-                keys = [key for _, keys in batch for key in keys]
+            of_pictures = [list(keys) for _, keys in groupby(left, left.get)]
+            for start in range(0, len(of_pictures), self.batch_size):
+                batch = of_pictures[start : start + self.batch_size]
+                images = [preprocess(dataset[left[keys[0]].row].image) for keys in batch]
+                embedded = model(torch.stack(images).to(device))["image_embs"]
+                # Each image is looked at once, and its embedding is repeated for each of its captions.
+                rows = [row for row, keys in enumerate(batch) for _ in keys]
+                keys = list(chain.from_iterable(batch))
                 cache.add(zip(keys, write_captions(model, embedded[rows], keys, self.temperature)))
                 bar.update(len(keys))
         return {}
@@ -86,10 +83,6 @@ def write_captions(
 
     open_clip's own `generate` is no help: it needs a beam search that transformers 4.57 no longer has.
     """
-    import torch
-
-    from taco_nb.text.tokens import clip_tokenizer
-
     tokenizer, pad = clip_tokenizer(), model.pad_id
     # Seven bytes, since a seed must fit 64 bits with a sign.
     digests = [hashlib.sha256(key.encode()).digest()[:7] for key in keys]
@@ -99,6 +92,7 @@ def write_captions(
     while not done.all() and ids.shape[1] < model.context_length:
         output = model(None, ids, image_latent=image_embs, image_embs=image_embs, output_labels=False)
         chance = torch.stack([torch.rand((), generator=generator) for generator in generators])
+        # A caption that is done goes on as padding, beside those that are not.
         following = draw(output["logits"][:, -1].float().cpu(), temperature, chance).masked_fill(done, pad)
         ids = torch.cat([ids, following[:, None].to(ids.device)], dim=1)
         done |= following == tokenizer.eot_token_id
@@ -116,6 +110,7 @@ def draw(logits: torch.Tensor, temperature: float, chance: torch.Tensor) -> torc
     if temperature == 0:
         return logits.argmax(-1)
     likeliest, tokens = logits.topk(min(TOP_K, logits.shape[-1]))
+    # The drawn token is the first at which the summed probabilities exceed the chance.
     reached = (likeliest / temperature).softmax(-1).cumsum(-1)
     place = (reached <= chance[:, None] * reached[:, -1:]).sum(-1, keepdim=True)
     return tokens.gather(-1, place)[:, 0]
@@ -124,11 +119,6 @@ def draw(logits: torch.Tensor, temperature: float, chance: torch.Tensor) -> torc
 @lru_cache(maxsize=1)
 def load_coca(name: str, device: str) -> tuple[torch.nn.Module, Callable[[Image.Image], torch.Tensor]]:
     """Return a frozen CoCa and what makes its input of an image; it is loaded once per process."""
-    import open_clip
-    import torch
-
-    from taco_nb.pretrained import OpenClip
-
     model, _, pretrained = name.partition("/")
     config = open_clip.get_model_config(model) if model in open_clip.list_models() else {}
     if "multimodal_cfg" not in config:

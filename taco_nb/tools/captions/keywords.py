@@ -8,7 +8,7 @@ from typing import Any
 
 from taco_nb.text.chat_keywords import ChatKeywords
 from taco_nb.text.tokens import caption_list
-from taco_nb.tools.captions.cache import CaptionCache
+from taco_nb.tools.captions.captioner import CaptionCache
 from taco_nb.tools.captions.service import ChatService
 
 
@@ -52,10 +52,9 @@ def ask_keywords(
                 answered = cache.get(by_key)  # also by another process in the meantime
                 new = [key for key in by_key if key not in answered]
                 cache.note(chat.question)
-                requests = (
-                    (key, service.request([_message("system", prompt), _message("user", by_key[key])]))
-                    for key in new
-                )
+                system = {"role": "system", "content": prompt}
+                asked = ([system, {"role": "user", "content": by_key[key]}] for key in new)
+                requests = zip(new, map(service.request, asked))
                 reasons = service.send(requests, len(new), "Keywords", cache)
         answers = cache.get(by_key)
     failed = sum(answer.failure is not None for answer in answers.values())
@@ -65,10 +64,5 @@ def ask_keywords(
         "their caption."
     )
     if reasons:
-        print(
-            f"{len(reasons):,} captions got no answer; ask again. The last reason: {[*reasons.values()][-1]}."
-        )
-
-
-def _message(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
+        last = list(reasons.values())[-1]
+        print(f"{len(reasons):,} captions got no answer; ask again. The last reason: {last}.")

@@ -7,20 +7,15 @@ import io
 import math
 from collections.abc import Iterator
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pydantic.dataclasses
 
+from taco_nb.data import CaptionedImages
 from taco_nb.settings import STRICT, Count, plain_errors
 from taco_nb.text.answers import Question
-from taco_nb.tools.captions.cache import CaptionCache
-from taco_nb.tools.captions.captioner import Captioner, Estimate, Picture, unanswered
+from taco_nb.tools.captions.captioner import CaptionCache, Captioner, Estimate, Picture, unanswered
 from taco_nb.tools.captions.service import PRICES, ChatService, Price
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from taco_nb.data import CaptionedImages
 
 MODEL = "gpt-4o-2024-11-20"
 PROMPT = "Describe the image in detail. Reason about the image. Return the response in paragraph form."
@@ -39,7 +34,7 @@ STRUCTURE = {"type": "json_schema", "json_schema": {"name": "caption", "strict":
 @plain_errors
 @pydantic.dataclasses.dataclass(kw_only=True, config=STRICT)
 class OpenAICaptioner(ChatService, Captioner):
-    """Captions by GPT-4o or any model behind a server that speaks OpenAI's chat API; every answer is paid for once.
+    """GPT-4o, or any model behind a server that speaks OpenAI's chat API, writes captions; each is paid for once.
 
     The defaults are the report's. For the other settings, the key and the errors see `ChatService`.
     """
@@ -75,9 +70,12 @@ class OpenAICaptioner(ChatService, Captioner):
         """Yield the key and the request of each caption that is lacking; an image is read when its turn comes."""
         for picture, keys in groupby(left, left.get):
             image = dataset[picture.row].image.resize(scaled(picture.size, self.longest_side))
+            file = io.BytesIO()
+            image.save(file, "JPEG", quality=QUALITY)
+            url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
             content = [
                 {"type": "text", "text": self.prompt},
-                {"type": "image_url", "image_url": {"url": image_url(image), "detail": self.detail}},
+                {"type": "image_url", "image_url": {"url": url, "detail": self.detail}},
             ]
             body = self.request([{"role": "user", "content": content}])
             if self.structured:
@@ -107,10 +105,3 @@ def scaled(size: tuple[int, int], longest: int) -> tuple[int, int]:
     """Return a size of the same shape whose longer side has at most so many pixels."""
     shrink = min(1, longest / max(size))
     return tuple(max(1, round(side * shrink)) for side in size)
-
-
-def image_url(image: Image.Image) -> str:
-    """Return the image as a JPEG in a URL, as the API takes it."""
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=QUALITY)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

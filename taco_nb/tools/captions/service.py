@@ -7,11 +7,13 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import pydantic.dataclasses
+from openai import BadRequestError, OpenAI, OpenAIError
 from pydantic import Field, StrictFloat, StrictInt
 from tqdm.auto import tqdm
 
@@ -19,9 +21,6 @@ from taco_nb.errors import SettingError
 from taco_nb.settings import STRICT, Count, Positive, plain_errors
 from taco_nb.text.answers import Answer, Answers
 from taco_nb.tools.captions.captioner import Estimate, ServiceError
-
-if TYPE_CHECKING:
-    from openai import OpenAI
 
 STOP_AFTER = 10
 """So many requests in a row without an answer mean that the rest would fare no better."""
@@ -40,7 +39,7 @@ class UnknownToService(ServiceError):
 
 @dataclass(frozen=True)
 class Price:
-    """What a model costs, in dollars per million tokens, and how many tokens an image is to it."""
+    """A model costs so many dollars per million tokens, and an image is so many tokens to it."""
 
     input: float
     output: float
@@ -62,7 +61,7 @@ PRICES = {
 @plain_errors
 @pydantic.dataclasses.dataclass(kw_only=True, config=STRICT)
 class ChatService:
-    """A chat model that is asked several things at a time; each answer is saved at once and paid for once.
+    """A chat model is asked several things at a time; each answer is saved at once and paid for once.
 
     The key is read from the environment variable OPENAI_API_KEY when the first request is sent, and kept nowhere. The
     openai client repeats requests that meet a rate limit, an error of the service, a time-out or a broken connection, and
@@ -94,6 +93,10 @@ class ChatService:
         """Return what the model costs here, None where nobody has said it."""
         return self.price or PRICES.get(self.model)
 
+    def _dollars(self, input_tokens: int, output_tokens: int) -> float | None:
+        price = self.known_price()
+        return price and (input_tokens * price.input + output_tokens * price.output) / 1e6
+
     def estimate(self, requests: int, input_tokens: int) -> Estimate:
         """Return what so many requests will take."""
         price, output_tokens = self.known_price(), requests * self.expected_tokens
@@ -101,14 +104,8 @@ class ChatService:
         dollars = self._dollars(input_tokens, output_tokens)
         return Estimate(requests, input_tokens, output_tokens, dollars, source)
 
-    def _dollars(self, input_tokens: int, output_tokens: int) -> float | None:
-        price = self.known_price()
-        return price and (input_tokens * price.input + output_tokens * price.output) / 1e6
-
     def client(self) -> OpenAI:
         """Return a client of the server. Raises `SettingError` where there is no key."""
-        from openai import OpenAI
-
         return OpenAI(
             api_key=api_key(), base_url=self.base_url, timeout=self.timeout, max_retries=self.max_retries
         )
@@ -149,6 +146,7 @@ class ChatService:
         ):
             try:
                 while True:
+                    # No more requests than workers are made ahead: each holds a picture.
                     for key, body in islice(requests, self.workers - len(running)):
                         running[pool.submit(_ask_once, client, body)] = key
                     if not running:
@@ -182,8 +180,6 @@ class ChatService:
 
         Raises `ServiceError` where every other request would fare the same, and `error` itself if it is not the client's.
         """
-        from openai import OpenAIError
-
         if not isinstance(error, OpenAIError):
             raise error
         status = getattr(error, "status_code", None)
@@ -206,17 +202,14 @@ class ChatService:
 
 def _ask_once(client: OpenAI, body: dict[str, Any]) -> Answer | Exception:
     """Send one request. A server that rejects a structured answer is asked for a plain one; rejections cost nothing."""
-    from openai import BadRequestError
-
     create = client.chat.completions.with_raw_response.create
     try:
         try:
             response = create(**body)
         except BadRequestError:
-            plain = {name: value for name, value in body.items() if name != "response_format"}
-            if plain == body:
+            if "response_format" not in body:
                 raise
-            response = create(**plain)
+            response = create(**{name: value for name, value in body.items() if name != "response_format"})
         return read_answer(without_key(response.http_response.text))
     except Exception as error:  # for `verdict`, once the answers that came with it are saved
         return error
@@ -260,25 +253,20 @@ def read_answer(body: Any) -> Answer:
         completion = json.loads(body) if isinstance(body, str) else body
         choice, usage = completion["choices"][0], completion.get("usage") or {}
         message, finish = choice["message"], choice.get("finish_reason")
-        text, refusal = _unstructured(_THOUGHTS.sub("", message.get("content") or "")), message.get("refusal")
+        text, refusal = _THOUGHTS.sub("", message.get("content") or "").strip(), message.get("refusal")
+        with suppress(ValueError, KeyError, TypeError, AttributeError):  # of most texts, which are no JSON
+            text = json.loads(text)["caption"].strip()  # in the form that a structured answer has
         f"{text}{refusal}".encode()  # half a surrogate pair is valid JSON, but no text
         tokens = int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         return Answer("", f"malformed: no chat completion ({type(error).__name__})")
+    failure = None
     if refusal:
-        return Answer(text, "refused: " + " ".join(str(refusal).split())[:100], *tokens)
-    if finish == "content_filter":
-        return Answer(text, "stopped by the content filter", *tokens)
-    if finish == "length":
-        return Answer(text, "cut off at max_tokens", *tokens)
-    if not text:
-        return Answer(text, "empty", *tokens)
-    return Answer(text, None, *tokens)
-
-
-def _unstructured(text: str) -> str:
-    """Return the caption in an answer of the form that `STRUCTURE` asks for, and any other text as it is."""
-    try:
-        return json.loads(text)["caption"].strip()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return text.strip()
+        failure = "refused: " + " ".join(str(refusal).split())[:100]
+    elif finish == "content_filter":
+        failure = "stopped by the content filter"
+    elif finish == "length":
+        failure = "cut off at max_tokens"
+    elif not text:
+        failure = "empty"
+    return Answer(text, failure, *tokens)
