@@ -41,6 +41,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _OF_PEERS = {"JPEG": COLOURS[4], "WebP": COLOURS[2], "AVIF": COLOURS[3]}
 """Other codecs have the same colours in every figure; ours take the rest in order."""
 _OF_OURS = [colour for colour in COLOURS if colour not in _OF_PEERS.values()]
+_TICKS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)  # plotly's own would write 0.2 as a small 2
 LAYOUT = {"template": "plotly_white", "height": 460, "margin": {"l": 60, "r": 20, "t": 50, "b": 50}}
 
 Curves = Mapping[str, Mapping[str, Sequence[float]]]
@@ -131,8 +132,10 @@ def rate_distortion(*results: pd.DataFrame, published: Curves | None = None, tit
     menus = [by_metric, by_set] if len(sets) > 1 else [by_metric]
     figure.update_layout(
         LAYOUT,
-        title={"text": title, "x": 0.5},
-        xaxis={"title": "bits per pixel, from file sizes", "type": "log", "dtick": "D2"},
+        # the title stands above the menus, which on a narrow page would cover it
+        title={"text": title, "x": 0, "xref": "paper", "y": 0.98, "yanchor": "top"},
+        margin_t=90 if title else 60,
+        xaxis={"title": "bits per pixel, from file sizes", "type": "log", "tickvals": _TICKS},
         yaxis_title=METRICS[metrics[0]],
         updatemenus=[
             {
