@@ -89,8 +89,7 @@ class Answers:
     def get(self, keys: Iterable[str]) -> dict[str, Answer]:
         """Return the answers to those of the keys that have one. Each is looked up by the index of the table."""
         query = "SELECT * FROM answers WHERE key IN (SELECT value FROM json_each(?))"
-        with self._named_errors():
-            rows = self._connection.execute(query, [json.dumps(list(keys))]).fetchall()
+        rows = self._read(query, json.dumps(list(keys)))
         return {key: Answer(*answer) for key, *answer in rows}
 
     def note(self, question: Question) -> None:
@@ -119,6 +118,10 @@ class Answers:
                 "UPDATE answers SET failure = ? WHERE key = ? AND text = ? AND failure IS ?",
                 [(OPEN, key, answer.text, answer.failure) for key, answer in answers.items()],
             )
+
+    def _read(self, query: str, *values: object) -> list[tuple]:
+        with self._named_errors():
+            return self._connection.execute(query, values).fetchall()
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
