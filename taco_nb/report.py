@@ -232,9 +232,9 @@ def _read_run(folder: Path) -> pd.DataFrame:
     try:
         return _table_of_run(folder, about)
     except KeyError as error:
-        raise DataError(f"{folder}: {ABOUT} does not say {error.args[0]}. Evaluate again.") from None
+        raise DataError(f"{folder}: {ABOUT} does not say {error.args[0]}. Evaluate again.") from error
     except (AttributeError, TypeError) as error:
-        raise DataError(f"{folder}: {ABOUT} is damaged ({error}). Evaluate again.") from None
+        raise DataError(f"{folder}: {ABOUT} is damaged ({error}). Evaluate again.") from error
 
 
 def _table_of_run(folder: Path, about: Mapping[str, Any]) -> pd.DataFrame:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import open_clip
+import psutil
 import pytest
 import torch
 from compressai.models import Elic2022Official
@@ -390,3 +392,18 @@ def test_a_check_that_fails_is_named_and_stops_no_other(tmp_path, monkeypatch, c
     table = (tmp_path / "gpu_check.md").read_text()
     assert "| broken | FAILED | error RuntimeError: CUDA error: an illegal memory access |" in table
     assert "| sound | ok |" in table
+
+
+def test_a_program_of_the_check_that_hangs_ends_with_all_that_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "PROGRAM_SECONDS", 2)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    start = "import subprocess, sys, time; subprocess.Popen(['sleep', '1234.5']); "
+    (tmp_path / "hangs.py").write_text(
+        start + "print('half way', file=sys.stderr, flush=True); time.sleep(99)"
+    )
+    began = time.monotonic()
+    row = gpu_check._run("hangs")
+    assert row == {"ok": False, "error": "not over after 2 seconds"} and time.monotonic() - began < 20
+    programs = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
+    assert not any("1234.5" in words for words in programs)

@@ -121,7 +121,9 @@ def _annotations(root: Path, split: str) -> list[Entry]:
         listed.append((key, Entry(name, folder / name, tuple(captions.pop(key, ())), _short_side(image))))
     entries = _entries(listed, root, source)
     if captions:
-        raise DataError(f"{source} captions image ids that it does not list: {few(map(str, captions))}.")
+        raise DataError(
+            f"{source} has captions of image ids that it does not list: {few(map(str, captions))}."
+        )
     return entries
 
 

@@ -1,7 +1,7 @@
 """ELIC (He et al., CVPR 2022, arXiv:2203.10886) is built of these bricks, which have the reference's parameter names.
 
 CompressAI's `conv`, `deconv` and `AttentionBlock` (Cheng et al., CVPR 2020, arXiv:2001.01568) are used as they are. The first
-two divide and multiply height and width by their stride, 2 unless told otherwise, exactly; their kernels are 5x5.
+two divide and multiply height and width by their stride exactly. Unless told otherwise, it is 2 and kernels are 5x5.
 """
 
 from collections import OrderedDict

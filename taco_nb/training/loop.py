@@ -493,21 +493,21 @@ class Trainer:
         return sums
 
     def _tensorboard(self) -> SummaryWriter:
-        """Open the run's event files, for `tensorboard --logdir runs`."""
+        """Open the run's event files, for `tensorboard --logdir runs`, and the picture that they are to show."""
         from torch.utils.tensorboard import SummaryWriter
 
+        # This bundled picture is there whatever data sets are, and no run is trained on it.
+        (dataset,) = datasets("sample", data_dir=self.resources.data_dir, limit=1)
+        self.sample = dataset.centre_crop(min(PICTURE_SIDE, self.exp.crop))[0]
         # What a run that was killed had logged beyond the state it resumes from is not shown twice.
         return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
 
     @torch.no_grad()
     def _picture(self) -> Tensor:
         """Return a picture for TensorBoard and, beside it, what the network makes of it, (3, H, 2W)."""
-        # This bundled picture is there whatever data sets are, and no run is trained on it.
-        (dataset,) = datasets("sample", data_dir=self.resources.data_dir, limit=1)
-        sample = dataset.centre_crop(min(PICTURE_SIDE, self.exp.crop))[0]
-        x = to_tensor(sample.image)[None].to(self.device)
+        x = to_tensor(self.sample.image)[None].to(self.device)
         self.bare_net.eval()
-        x_hat = self.bare_net(x, *self.conditioning([sample.captions[0]]))["x_hat"].clamp(0, 1)
+        x_hat = self.bare_net(x, *self.conditioning([self.sample.captions[0]]))["x_hat"].clamp(0, 1)
         self.bare_net.train()
         return torch.cat([x, x_hat], -1)[0]
 

@@ -41,7 +41,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _OF_PEERS = {"JPEG": COLOURS[4], "WebP": COLOURS[2], "AVIF": COLOURS[3]}
 """Other codecs have the same colours in every figure; ours take the rest in order."""
 _OF_OURS = [colour for colour in COLOURS if colour not in _OF_PEERS.values()]
-_TICKS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5)  # plotly's own would write 0.2 as a small 2
+# Plotly's own marks would write 0.2 as a small 2.
+_TICKS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10)
 LAYOUT = {"template": "plotly_white", "height": 460, "margin": {"l": 60, "r": 20, "t": 50, "b": 50}}
 
 Curves = Mapping[str, Mapping[str, Sequence[float]]]
