@@ -186,14 +186,18 @@ def training_curves(log: pd.DataFrame, title: str = "") -> Figure:
     # A long run's log has more rows than a panel has pixels.
     log = log.iloc[:: max(1, -(-len(log) // 1000))]
     terms = [name for name in ("loss", "bpp", "mse", "lpips", "mini_distance", "joint", "lr") if name in log]
-    figure = make_subplots(rows=1, cols=len(terms), subplot_titles=terms)
-    for column, name in enumerate(terms, start=1):
+    lines = math.ceil(
+        len(terms) / 3
+    )  # more panels beside each other have no room for their scales on a narrow page
+    figure = make_subplots(lines, 3, subplot_titles=terms, vertical_spacing=0.22)
+    for i, name in enumerate(terms):
+        row, column = divmod(i, 3)
         figure.add_scatter(
-            x=log["step"], y=log[name], name=name, mode="lines+markers", showlegend=False, row=1, col=column,
+            x=log["step"], y=log[name], name=name, mode="lines+markers", showlegend=False, row=row + 1, col=column + 1,
             line={"color": COLOURS[0]},
         )  # fmt: skip
-    figure.update_xaxes(title_text="step")
-    figure.update_layout(LAYOUT, height=320, margin_t=80, title=title)
+    figure.update_xaxes(title_text="step", row=lines)
+    figure.update_layout(LAYOUT, height=130 + 170 * lines, margin_t=80, title=title)
     return figure
 
 
@@ -349,7 +353,7 @@ def _interval_panels(rows: pd.DataFrame, titles: Mapping[str, str], title: str) 
         margin={"l": 130, "t": 80},
         title={"text": title, "x": 0.5},
     )
-    figure.update_xaxes(nticks=4, tickangle=0, exponentformat="none")
+    figure.update_xaxes(nticks=3, tickfont_size=11, tickangle=0, exponentformat="none")
     return figure
 
 

@@ -196,6 +196,8 @@ def fewer_keys(attention: Attention, counts: Sequence[int] = (38, 8, 4, 2, 1)) -
         figure.add_bar(
             x=[*range(len(kept))], y=kept, marker_color=COLOURS[0], showlegend=False, row=1, col=column
         )
+        if count <= 8:  # so that a single bar has one mark, and not three
+            figure.update_xaxes(tickvals=[*range(count)], row=1, col=column)
     figure.update_yaxes(range=[0, 1.02])
     figure.update_yaxes(title_text="weight", col=1)
     figure.update_layout(LAYOUT, height=340, margin_t=80, title={"text": "One position's softmax", "x": 0.5})
