@@ -90,7 +90,10 @@ def attention_width_is_fixed(material: Material) -> Finding:
 
 def one_key_lets_attention_choose(material: Material) -> Finding:
     """Give the first Injector's attention one key, as the sum over tokens does, and as many as there are tokens."""
-    attention, tokens = make_attentions(material.paper_config)[0].eval(), material.paper_config.text_tokens
+    tokens = material.paper_config.text_tokens
+    with torch.random.fork_rng(devices=[]):  # the same weights in each run
+        torch.manual_seed(material.seed)
+        attention = make_attentions(material.paper_config)[0].eval()
     generator = torch.Generator().manual_seed(material.seed)
     queries = torch.randn(1, 1024, material.paper_config.N, generator=generator)
     spread, weights = {}, {}

@@ -256,17 +256,21 @@ class Trainer:
             )
         self.conditioning = Conditioning(tower, *exp.text_settings.values(), self.keywords)
         self.loss = make_loss(exp, self.device)
-        self.compiled = compile_mode(resources.compile, self.device, self.group.size, self.total)
+        self._compile()
+        self.data_digest = training_digest(exp, self.pairs, resources.data_dir)
+        self.step, self.rows, self.sums, self.seconds = 0, [], Counter(), 0.0
+
+    def _compile(self) -> None:
+        """Name the parts of a step that are worth compiling, and compile them where that is wanted."""
+        self.compiled = compile_mode(self.resources.compile, self.device, self.group.size, self.total)
         self.forward, self.means = self.net, self.loss.means
-        self.embed = self.loss.joint.embed if exp.k_J else None
+        self.embed = self.loss.joint.embed if self.exp.k_J else None
         if self.compiled != "off":
             # Shapes are those of a whole batch, or of an epoch's last; only windows of text have more lengths.
-            how = {"mode": self.compiled, "dynamic": None if exp.text_length == "windows" else False}
+            how = {"mode": self.compiled, "dynamic": None if self.exp.text_length == "windows" else False}
             self.forward, self.means = (torch.compile(part, **how) for part in (self.forward, self.means))
             self.embed = self.embed and torch.compile(self.embed, **how)
             self.arithmetic += f", compiled ({self.compiled})"
-        self.data_digest = training_digest(exp, self.pairs, resources.data_dir)
-        self.step, self.rows, self.sums, self.seconds = 0, [], Counter(), 0.0
 
     def run(self, started: float, requests: Sequence[int], on_log: OnLog | None = None) -> Run:
         """Train from where the folder's state stands to the end, or until the time is over or a stop is requested.
