@@ -128,7 +128,7 @@ def test_what_it_started_from_is_counted_in_and_told(run, first, tmp_path):
     exp = run.experiment.replace(init=str(shelf / "first.safetensors"), attention="linformer", seed=1)
     second = fit(exp, tmp_path / "second", device="cpu")
     third = fit(exp.replace(init=str(second.dir), lmbda=0.02), tmp_path / "third", device="cpu")
-    made = bundle({"next": second.dir, "last": third.dir}, "pictures", tmp_path)
+    made = bundle({"next": second.dir, "last": third.dir}, "pictures", tmp_path, data_dir=shelf.parent)
     assert [made[name]["steps"] / card["steps"] for name in ("next", "last")] == [2, 3]
     assert [link["run"] for link in made["last"]["history"]] == ["tiny", "second", "third"]
     assert [link["settings"]["lmbda"] for link in made["last"]["history"]] == [exp.lmbda, exp.lmbda, 0.02]
