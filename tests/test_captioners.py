@@ -39,7 +39,14 @@ from taco_nb.tools.captions import (
     batch,
 )
 from taco_nb.tools.captions import coca as write
-from taco_nb.tools.captions.captioner import CaptionCache, image_id, is_flagged
+from taco_nb.tools.captions.captioner import (
+    CaptionCache,
+    image_id,
+    is_flagged,
+    look_at,
+    look_up,
+    unanswered,
+)
 from taco_nb.tools.captions.openai_captioner import image_tokens
 from taco_nb.tools.captions.service import PRICES, read_answer
 
@@ -208,6 +215,18 @@ def test_a_picture_under_two_names_is_asked_once(server, pictures, captioner, ou
     report = captioner().describe(read_folder(root), out, count=2, confirm=True)
     assert server.paid.total() == 4 and report.complete
     assert captions_of(out)["again.bmp"] == captions_of(out)["00.png"] != captions_of(out)["01.png"]
+
+
+def test_what_a_batch_that_is_still_open_has_answered_is_not_asked_again(pictures, captioner, tmp_path):
+    """A crash can come between the answers of a batch and its end."""
+    asked = captioner().question
+    (picture,) = look_at(pictures(1), asked, 1)
+    with CaptionCache(tmp_path / "answers.sqlite") as cache:
+        cache.add([(picture.keys[0], Answer("As an AI language model, I see nothing."))])
+        assert unanswered([picture], cache, retry_flagged=True).keys() == set(picture.keys)
+        cache.open_job("job", picture.keys)
+        assert not unanswered([picture], cache, retry_flagged=True)
+        assert [wanted.state for wanted in look_up([picture], cache)] == ["submitted"]
 
 
 def test_the_bound_on_requests_at_a_time_is_used_and_kept(server, pictures, captioner, out):

@@ -28,7 +28,7 @@ __all__ = ["Finding", "Material", "audit", "counts", "read_claims", "summary", "
 KINDS = ("structure", "arithmetic", "count", "time", "quality")
 VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_MEASURED)
 _OF_CLAIM = ("id", "section", "kind", "says", "test", "cell")
-"""What every entry of claims.toml has."""
+"""Every entry of claims.toml has these."""
 
 
 def read_claims(data_dir: str | os.PathLike | None = None) -> list[dict[str, Any]]:

@@ -116,7 +116,7 @@ class Step:
 
 
 Visit = Callable[[Step, Tensor, Tensor], Tensor]
-"""What is done at a step, given its scales and means; see `LatentCoder.walk`."""
+"""A visit does what a step asks for, given its scales and means; see `LatentCoder.walk`."""
 
 
 class SpaceChannelModel(nn.Module):

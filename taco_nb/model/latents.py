@@ -59,7 +59,7 @@ class LatentCoder(ABC):
     """
 
     groups: Sequence[int]
-    """How many channels of y are coded at a time; they add up to M."""
+    """So many channels of y are coded at a time; they add up to M."""
     h_s: Network
     """z_hat (B, N, h/4, w/4) -> hyper parameters (B, 2M, h, w)."""
     local_context: Sequence[Network]

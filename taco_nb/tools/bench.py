@@ -36,7 +36,7 @@ CAPTION = "a cup of coffee on a wooden table"
 SIZE = (768, 512)
 """Width and height of a Kodak image."""
 CROPS = 8
-"""How many crops of 256x256 a GPU codes at once."""
+"""A GPU codes so many crops of 256x256 at once."""
 
 
 def photograph(width: int, height: int) -> Image.Image:

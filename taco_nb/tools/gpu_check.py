@@ -17,9 +17,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from taco_nb.codec import load
@@ -165,11 +167,15 @@ def beside_elic(device: str, folder: Path) -> Iterator[Row]:
 def _run(*words: str) -> Row:
     """Run a program of Python's, and return whether it went well, with the last line that it wrote if it did not."""
     words, pipe = (sys.executable, "-m", *words), subprocess.PIPE
-    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True) as process:
         try:
             error = process.communicate(timeout=PROGRAM_SECONDS)[1]
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with what it has started, such as a notebook's kernel
+            # With it goes what it has started, such as a notebook's kernel, which is in a group of its own.
+            for started in psutil.Process(process.pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    started.kill()
+            process.kill()
             error = process.communicate()[1] + f"\nnot over after {PROGRAM_SECONDS} seconds"
     if process.returncode == 0:
         return {"ok": True}

@@ -590,7 +590,7 @@ class _Piece:
     slope: Tensor | None = None
     """The slope of J in how CLIP sees the reconstructions, (n, d), from `_joint`."""
     out: dict[str, Any] | None = None
-    """What the network makes of it, with its graph, where `_joint` has found that already."""
+    """This is what the network makes of it, with its graph, where `_joint` has found that already."""
 
 
 # Batches, noise and weights -------------------------------------------------------------------------------------------

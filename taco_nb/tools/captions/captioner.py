@@ -175,7 +175,7 @@ _ADVICE = {
     "submitted": "What is in a batch comes once that is finished, when a batch captioner is called again.",
     "failed": "retry_failed=True (--retry-failed) asks again for what was answered with something else than a caption.",
 }
-"""How to go on, by the state of what is missing."""
+"""These sentences say how to go on, by the state of what is missing."""
 _NOT_AGREED = "Nothing was sent: confirm=True (--confirm) sends it, and pays for it."
 
 
@@ -238,14 +238,14 @@ class Captioner(ABC):
             captions: dict[str, list[str]] = {}
             missing: dict[str, list[str]] = {}
             flagged: dict[str, list[str]] = {}
-            states = Counter()
+            lacking = Counter()
             for picture, key, answer, state, why in look_up(pictures, cache):
-                states[state] += 1
-                if state == "captioned":
+                if answer and answer.failure is None:
                     captions.setdefault(picture.name, []).append(answer.text)
                     if is_flagged(answer):
                         flagged.setdefault(picture.name, []).append(answer.text)
                 else:
+                    lacking[state] += 1
                     why = reasons.get(key, why) if state == "unanswered" else why
                     missing.setdefault(picture.name, []).append(why)
 
@@ -255,15 +255,15 @@ class Captioner(ABC):
             new += (
                 f", about ${dollars:,.2f} by the service's own count of {tokens[0]:,} + {tokens[1]:,} tokens"
             )
-        there, total = states["captioned"], states.total()
+        there, left_out, name = sum(map(len, captions.values())), lacking.total(), dataset.name
         if missing:
-            whys = Counter(why.partition(":")[0] for whys in missing.values() for why in whys)
-            counts = ", ".join(f"{count:,} {why}" for why, count in whys.most_common())
+            kinds = Counter(why.partition(":")[0] for whys in missing.values() for why in whys)
+            counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
             names = few(f"{image} ({'; '.join(sorted(set(whys)))})" for image, whys in missing.items())
-            advice = " ".join(sentence for state, sentence in _ADVICE.items() if states[state])
+            advice = " ".join(sentence for state, sentence in _ADVICE.items() if lacking[state])
             text = (
-                f"{there:,} of {total:,} captions of {dataset.name} are there ({new}), so no captions file was written. "
-                f"Missing: {total - there:,} ({counts}), of {names}. {advice if agreed else _NOT_AGREED}"
+                f"{there:,} of {there + left_out:,} captions of {name} are there ({new}), so no captions file was written. "
+                f"Missing: {left_out:,} ({counts}), of {names}. {advice if agreed else _NOT_AGREED}"
             )
         else:
             with atomic_write(path, "w") as file:
@@ -349,10 +349,10 @@ def look_up(pictures: list[Picture], cache: CaptionCache) -> Iterator[Wanted]:
         answers, batches = cache.get(picture.keys), cache.submitted(picture.keys)
         for key in picture.keys:
             answer = answers.get(key)
-            if answer and answer.failure is None:
-                yield Wanted(picture, key, answer, "captioned")
-            elif key in batches:
+            if key in batches:  # with its answer, where a crash came before the batch was closed
                 yield Wanted(picture, key, answer, "submitted", f"in {batches[key]}")
+            elif answer and answer.failure is None:
+                yield Wanted(picture, key, answer, "captioned")
             elif answer and answer.failure != OPEN:
                 yield Wanted(picture, key, answer, "failed", answer.failure)
             else:
