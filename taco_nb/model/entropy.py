@@ -28,22 +28,22 @@ SCALE_TABLE = torch.linspace(*_ENDS, 64, dtype=torch.float32).exp().tolist()
 
 
 def squeeze(x: Tensor, anchor: bool) -> Tensor:
-    """Return the anchors, or the others, of (B, C, H, W) side by side: (B, C, H, W/2), H and W even."""
+    """Return the anchors, or the others, of (B, C, H, W) side by side: (B, C, H, W/2), H and W even, channels last."""
     B, C, H, W = x.shape
-    cells = x.reshape(B, C, H // 2, 2, W // 2, 2)
+    cells = x.permute(0, 2, 3, 1).reshape(B, H // 2, 2, W // 2, 2, C)
     first = 1 if anchor else 0  # the column of a cell of 2x2 that the even row contributes
-    halves = cells[:, :, :, 0, :, first], cells[:, :, :, 1, :, 1 - first]
-    return torch.stack(halves, dim=3).reshape(B, C, H, W // 2)
+    halves = cells[:, :, 0, :, first], cells[:, :, 1, :, 1 - first]
+    return torch.stack(halves, dim=2).reshape(B, H, W // 2, C).permute(0, 3, 1, 2)
 
 
 def unsqueeze(anchors: Tensor, others: Tensor) -> Tensor:
-    """Undo `squeeze`: put two halves (B, C, H, W/2) back on their checkerboard (B, C, H, W)."""
+    """Undo `squeeze`: put two halves (B, C, H, W/2) back on their checkerboard (B, C, H, W), channels last."""
     B, C, H, W = anchors.shape
-    a, o = (t.reshape(B, C, H // 2, 2, W) for t in (anchors, others))
+    a, o = (t.permute(0, 2, 3, 1).reshape(B, H // 2, 2, W, C) for t in (anchors, others))
     # even rows begin with one of the others, odd rows with an anchor
-    even = torch.stack((o[:, :, :, 0], a[:, :, :, 0]), dim=-1)
-    odd = torch.stack((a[:, :, :, 1], o[:, :, :, 1]), dim=-1)
-    return torch.stack((even, odd), dim=3).reshape(B, C, H, 2 * W)
+    even = torch.stack((o[:, :, 0], a[:, :, 0]), dim=3)
+    odd = torch.stack((a[:, :, 1], o[:, :, 1]), dim=3)
+    return torch.stack((even, odd), dim=2).reshape(B, H, 2 * W, C).permute(0, 3, 1, 2)
 
 
 class LocalContext(nn.Conv2d):
@@ -90,7 +90,8 @@ def rows_around(anchors: Tensor) -> tuple[Tensor, Tensor]:
 
 def interleave_rows(even: Tensor, odd: Tensor) -> Tensor:
     """Put even and odd rows, (B, C, h/2, w) each, back in order: (B, C, h, w)."""
-    return torch.stack((even, odd), dim=3).flatten(2, 3)
+    rows = [t.permute(0, 2, 3, 1) for t in (even, odd)]
+    return torch.stack(rows, dim=2).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 def channel_context(before: int, c: int, widths: tuple[int, int]) -> nn.Module:
