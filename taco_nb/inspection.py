@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from taco_nb.codec import Codec, pad
+from taco_nb.codec import Codec, pad, read_header
 from taco_nb.data.images import to_image, to_rgb, to_tensor
 from taco_nb.experiment import Experiment
 from taco_nb.model import TACO
@@ -161,6 +161,19 @@ def decoding_steps(codec: Codec, image: Any, caption: str) -> list[DecodingStep]
         parts = (part[0].float().cpu() for part in (symbols, means, scales))
         steps.append(DecodingStep(name, bits[0].cpu(), picture, *parts, step.anchor))
     return steps
+
+
+@torch.inference_mode()
+def integer_cost(codec: Codec, image: Any, caption: str) -> dict[str, float]:
+    """Return the bytes of an image's latents as the network in floating point codes them and as a `.taco` file has them.
+
+    Keys: "bytes, floating point", "bytes, integers" and "difference, %". Neither counts a header.
+    """
+    strings = codec.net.compress(*_encoder_inputs(codec, image, caption))["strings"]
+    plain = sum(len(string) for of_kind in strings for string in of_kind)
+    _, z_string, y_string = read_header(codec.encode(image, caption))
+    exact = len(z_string) + len(y_string)
+    return {"bytes, floating point": plain, "bytes, integers": exact, "difference, %": 100 * (exact / plain - 1)}
 
 
 def without_text(codec: Codec) -> Codec:

@@ -216,37 +216,26 @@ def test_another_model_is_no_start(tmp_path):
 # --- The notebooks ---------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The folder of the runs, in which the three notebooks find the same baseline."""
+    return tmp_path_factory.mktemp("runs")
+
+
 @pytest.fixture(scope="module", params=["02_context", "03_linformer", "04_keywords"])
-def executed(request, tmp_path_factory) -> tuple[str, Path]:
+def executed(request, runs, tmp_path_factory) -> tuple[str, Path]:
     """Name and folder of a notebook run headless, from an unrelated folder, on the bundled pictures."""
     folder = tmp_path_factory.mktemp(request.param)
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        str(with_answers(request.param, tmp_path_factory.mktemp("answers"))),
-        "out.ipynb",
-    ]
-    command += [
-        "-p",
-        "profile",
-        "sample",
-        "-p",
-        "epochs",
-        "1",
-        "-p",
-        "eval_limit",
-        "1",
-        "-p",
-        "out_dir",
-        "here",
-    ]
+    notebook = with_answers(request.param, tmp_path_factory.mktemp("answers"))
+    given = {"profile": "sample", "epochs": 1, "eval_limit": 1, "out_dir": runs}
+    command = [sys.executable, "-m", "papermill", str(notebook), "out.ipynb"]
+    command += [word for name, value in given.items() for word in ("-p", name, str(value))]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return request.param, folder
 
 
-def test_the_notebook_runs(executed):
+def test_the_notebook_runs(executed, runs):
     name, folder = executed
     notebook = nbformat.read(folder / "out.ipynb", 4)
     shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
@@ -254,7 +243,8 @@ def test_the_notebook_runs(executed):
     printed = "".join(output.get("text", "") for output in shown)
     assert "demo against demo-constant, " in printed
     label = name.partition("_")[2]
-    (run,) = (folder / "here").glob(f"{label}-*")
+    (run,) = runs.glob(f"{label}-*")
+    assert len(list(runs.glob("baseline-*"))) == 1
     about = json.loads((run / "evaluation.json").read_text())
     assert about["codec"] == label and about["weights"]["experiment"]["profile"] == "sample"
     assert list(run.glob("files/kodak-256/*.taco"))

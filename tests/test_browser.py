@@ -1,4 +1,4 @@
-"""The notebooks in a real JupyterLab, read by a browser: every cell runs, and the widgets do what a reader asks of them."""
+"""The notebooks in a real JupyterLab, read by a browser, where the widgets do what a reader asks of them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,17 @@ from taco_nb.files import REPOSITORY
 
 NOTEBOOKS = ("01_baseline", "03_linformer")
 PATIENCE = 500  # seconds, less than pytest's own limit: a busy machine is no fault
+KEPT = (
+    "profile: str", "# Parameters", "check_parameters(", "codec.encode(sample", "made = {", "compare(sample.image", "caption_lab(",
+    "upload_box(", "explorer(", "look_at_attention(", "low_rank_sheet(", "where_the_text_looks(",
+)  # fmt: skip
+"""In the cells that widgets need. The others measure and train for minutes, and papermill runs them elsewhere."""
+MEASURED = """from taco_nb import evaluate
+from taco_nb.evaluation import evaluate_peers
+results = evaluate(codec, sets, p.runs / "evaluation")
+runs, after, curves, context, title = {}, results[:0], evaluate_peers(sets, folder=p.peers), {}, "kodak"
+"""
+"""What the explorer asks of the cells that are left out."""
 QUIET = {  # Lab asks whether it may fetch news, which a test has no answer to
     "@jupyterlab/apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "@jupyterlab/apputils-extension/themes": {"theme": "JupyterLab Light"},
@@ -48,19 +59,18 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[tuple[Path, str]]:
-    """JupyterLab on a port of its own, over a copy of the notebooks set to the least work: (folder, address).
-
-    Training takes a single step. What the notebooks show of finished runs is read where papermill runs them.
-    """
+    """JupyterLab on a port of its own, over the cells of the notebooks that their widgets need: (folder, address)."""
     if CHROMIUM is None:
         pytest.skip("no Chromium on PATH: apt-get install chromium")
     home = tmp_path_factory.mktemp("lab")
     for name in NOTEBOOKS:
-        given = {"profile": "sample", "batch_size": 1, "max_hours": 0.0, "eval_limit": 1}
-        given["out_dir"] = str(home / "runs" / name)
+        given = {"profile": "sample", "eval_limit": 1, "out_dir": str(home / "runs" / name)}
         notebook = parameterize_notebook(
             load_notebook_node(str(REPOSITORY / "notebooks" / f"{name}.ipynb")), given
         )
+        notebook.cells = [cell for cell in notebook.cells if any(words in cell.source for words in KEPT)]
+        for cell in notebook.cells:
+            cell.source = MEASURED * ("explorer(" in cell.source) + cell.source
         nbformat.write(notebook, home / f"{name}.ipynb")
     for name, settings in QUIET.items():
         path = home / "settings" / f"{name}.jupyterlab-settings"

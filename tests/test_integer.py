@@ -21,8 +21,9 @@ from make_golden import TINY, all_digests, expected, latents_digest
 from PIL import Image
 from torch import nn
 
-from taco_nb import Codec, checkpoint, load
+from taco_nb import Codec, checkpoint, datasets, load
 from taco_nb.errors import CheckpointError, SettingError, WrongWeightsError
+from taco_nb.inspection import integer_cost
 from taco_nb.model import TACO, integer, kernels
 from taco_nb.model.entropy import look_at_anchors, squeeze, unsqueeze
 from taco_nb.model.integer import ExactLayer, IntegerModel, Kernel
@@ -309,6 +310,14 @@ def test_no_rounding_of_erfc_or_exp_reaches_the_tables():
     for scale in integer.scale_steps():
         assert abs(scale * 2**integer.SCALE_BITS % 1 - 0.5) > 1e-6
         assert abs(scale * 6.109410204869 - round(scale * 6.109410204869)) > 1e-6
+
+
+def test_integers_cost_hardly_a_byte():
+    codec, sample = load("demo"), datasets("sample")[0][0]
+    cost = integer_cost(codec, sample.image, sample.captions[0])
+    file = codec.encode(sample.image, sample.captions[0])
+    assert 20 <= len(file) - cost["bytes, integers"] <= 24, "the header and the checksums"
+    assert abs(cost["difference, %"]) < 1 and cost["bytes, floating point"] > 1000
 
 
 def test_tables_are_compressais_but_for_rounding():

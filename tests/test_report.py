@@ -495,13 +495,8 @@ def page(request, home, tmp_path_factory):
     """Notebook 06, run by papermill somewhere else, its exported page, and the folder of the runs."""
     folder = tmp_path_factory.mktemp("report")
     runs = home if request.param == "with runs" else folder / "nothing"
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        str(with_answers("06_report", tmp_path_factory.mktemp("answers"))),
-        "06.ipynb",
-    ]
+    notebook = with_answers("06_report", tmp_path_factory.mktemp("answers"))
+    command = [sys.executable, "-m", "papermill", str(notebook), "06.ipynb"]
     command += ["-p", "profile", "sample", "-p", "out_dir", str(runs)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

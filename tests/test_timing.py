@@ -237,9 +237,10 @@ def test_results_are_kept_with_where_they_came_from(sweeps, tmp_path):
 def test_the_notebook_runs_and_ends_in_its_conclusion(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     small = {"profile": "sample", "out_dir": str(tmp_path / "runs"), "n_pairs": 1}
-    papermill.execute_notebook(
-        str(with_answers("05_timing", tmp_path)), str(tmp_path / "out.ipynb"), small, progress_bar=False
-    )
+    path = with_answers("05_timing", tmp_path)
+    source = path.read_text(encoding="utf-8")
+    path.write_text(source.replace("factors=(1, 2, 4, 8)", "factors=(1, 2)"), encoding="utf-8")  # a third of the time
+    papermill.execute_notebook(str(path), str(tmp_path / "out.ipynb"), small, progress_bar=False)
     cells = code_cells(nbformat.read(tmp_path / "out.ipynb", 4))
     assert all(output.output_type != "error" for cell in cells for output in cell.outputs)
     (folder,) = (tmp_path / "runs").iterdir()
