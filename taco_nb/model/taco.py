@@ -225,7 +225,9 @@ class TACO(SpaceChannelModel, LatentCoder):
         """
         kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
         weights = self.decoder_weights().values()
-        sums = [weight.detach().view(kinds[weight.element_size()]).sum() for weight in weights]
+        bits = [weight.detach().view(kinds[weight.element_size()]) for weight in weights]
+        # modulo 2^32 for float32, since sums in 64 bits take five times as long
+        sums = [of.sum(dtype=torch.int64 if of.element_size() == 8 else torch.int32).long() for of in bits]
         return [weight.element_size() for weight in weights] + torch.stack(sums).tolist()
 
     # Weights and tables
