@@ -239,7 +239,7 @@ class Codec:
 
         Raises what `decode` raises.
         """
-        return self._latents(*read_header(data))
+        return self._latents(*read_header(data)).contiguous()
 
     def _latents(self, header: Header, z_string: bytes, y_string: bytes) -> Tensor:
         model, fingerprint = self._integers()

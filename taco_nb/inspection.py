@@ -173,7 +173,11 @@ def integer_cost(codec: Codec, image: Any, caption: str) -> dict[str, float]:
     plain = sum(len(string) for of_kind in strings for string in of_kind)
     _, z_string, y_string = read_header(codec.encode(image, caption))
     exact = len(z_string) + len(y_string)
-    return {"bytes, floating point": plain, "bytes, integers": exact, "difference, %": 100 * (exact / plain - 1)}
+    return {
+        "bytes, floating point": plain,
+        "bytes, integers": exact,
+        "difference, %": 100 * (exact / plain - 1),
+    }
 
 
 def without_text(codec: Codec) -> Codec:

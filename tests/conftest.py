@@ -33,6 +33,13 @@ SLOWEST = (
 """The files that run notebooks or train begin first, so that no worker is left alone with them in the end."""
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Return three workers for two cores: many tests wait for processes that they have started."""
+    from taco_nb.processes import cpu_count
+
+    return max(1, cpu_count() * 3 // 2)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the slowest files first; `make test` gives a worker one file after the other, in this order."""
     rank = {name: place for place, name in enumerate(SLOWEST)}

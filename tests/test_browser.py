@@ -26,8 +26,8 @@ from taco_nb.files import REPOSITORY
 NOTEBOOKS = ("01_baseline", "03_linformer")
 PATIENCE = 500  # seconds, less than pytest's own limit: a busy machine is no fault
 KEPT = (
-    "profile: str", "# Parameters", "check_parameters(", "codec.encode(sample", "made = {", "compare(sample.image", "caption_lab(",
-    "upload_box(", "explorer(", "look_at_attention(", "low_rank_sheet(", "where_the_text_looks(",
+    "profile: str", "# Parameters", "check_parameters(", "codec.encode(sample", "made = {", "compare(sample.image",
+    "caption_lab(", "upload_box(", "explorer(", "look_at_attention(", "low_rank_sheet(", "where_the_text_looks(",
 )  # fmt: skip
 """In the cells that widgets need. The others measure and train for minutes, and papermill runs them elsewhere."""
 MEASURED = """from taco_nb import evaluate

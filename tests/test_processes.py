@@ -18,12 +18,10 @@ from taco_nb.errors import DataError, ProcessError, SettingError
 from taco_nb.files import REPOSITORY
 from taco_nb.model.precision import arithmetic
 from taco_nb.processes import (
-    Group,
     alone_in,
     check_device,
     cpu_count,
     launched_processes,
-    progress_bar,
     run_in_processes,
     stop_requests,
 )
@@ -331,52 +329,12 @@ def test_nothing_heavy_is_loaded_before_signals_are_listened_for():
     assert in_a_new_process(code) == "[]\n"
 
 
-# --- New processes. The functions below run in them -------------------------------------------------------------------
-
-
-def agree(folder):
-    """What two processes agree on, a file of each; the folder "held" is held by the test."""
-    from accelerate import PartialState
-
-    group = Group(PartialState(cpu=True))
-    with progress_bar(total=3, unit="word", disable=not group.is_main) as bar:
-        refusal = ""
-        try:
-            with group.alone_in(folder / "held", "working"):
-                refusal = "none"
-        except SettingError as error:
-            refusal = str(error)
-        bar.update()
-        with group.alone_in(folder / "free", "working"):
-            told = (
-                group.from_main({"rank": group.rank}),
-                group.largest(group.rank),
-                group.largest(-group.rank),
-            )
-        bar.update()
-        equal = group.all_equal(7), group.all_equal(group.rank)
-        group.wait()
-        bar.set_postfix_str("loss=1")
-        bar.update()
-    (folder / f"{group.rank}").write_text(repr((group.size, told, equal, "is knitting" in refusal)))
-    print(f"Said by {group.rank}: é")
-
-
-def fail(how, folder=None):
-    """One of two processes fails, while the other waits for it."""
-    from accelerate import PartialState
-
-    group = Group(PartialState(cpu=True))
-    if group.rank == 1:
-        if how == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise {"ours": DataError("a.png is no image."), "other": ZeroDivisionError("by nothing\nat all")}[how]
-    group.wait()
+# --- New processes ----------------------------------------------------------------------------------------------------
 
 
 def test_two_processes_agree_and_are_heard_here(tmp_path, holder, capsys):
     (tmp_path / "held").symlink_to(tmp_path, target_is_directory=True)
-    run_in_processes("test_processes:agree", {"folder": tmp_path}, 2, "agreeing", "word")
+    run_in_processes("workers:agree", {"folder": tmp_path}, 2, "agreeing", "word")
     expected = (2, ({"rank": 0}, 1, 0), (True, False), True)
     assert [(tmp_path / rank).read_text() for rank in "01"] == [repr(expected)] * 2
     said = capsys.readouterr()
@@ -399,7 +357,7 @@ def test_two_processes_agree_and_are_heard_here(tmp_path, holder, capsys):
 )
 def test_the_error_of_one_of_two_processes_is_raised_here(how, kind, words):
     with pytest.raises(kind, match=f"^{words}"):
-        run_in_processes("test_processes:fail", {"how": how}, 2, "failing", "step")
+        run_in_processes("workers:fail", {"how": how}, 2, "failing", "step")
 
 
 @posix
@@ -410,7 +368,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from taco_nb.processes import run_in_processes
-try: run_in_processes("waiting:wait_for_a_request", {{"folder": Path({str(tmp_path)!r})}}, 2, "waiting", "step")
+try: run_in_processes("workers:wait_for_a_request", {{"folder": Path({str(tmp_path)!r})}}, 2, "waiting", "step")
 except KeyboardInterrupt: print("interrupted")
 """
     process = subprocess.Popen(

@@ -239,7 +239,13 @@ def test_the_notebook_runs_and_ends_in_its_conclusion(tmp_path, monkeypatch):
     small = {"profile": "sample", "out_dir": str(tmp_path / "runs"), "n_pairs": 1}
     path = with_answers("05_timing", tmp_path)
     source = path.read_text(encoding="utf-8")
-    path.write_text(source.replace("factors=(1, 2, 4, 8)", "factors=(1, 2)"), encoding="utf-8")  # a third of the time
+    for all_of_them, few in (
+        ("factors=(1, 2, 4, 8)", "factors=(1, 2)"),
+        ("(38, 154, 616, 2464)", "(38, 616)"),
+    ):
+        assert source.count(all_of_them) == 1
+        source = source.replace(all_of_them, few)
+    path.write_text(source, encoding="utf-8")
     papermill.execute_notebook(str(path), str(tmp_path / "out.ipynb"), small, progress_bar=False)
     cells = code_cells(nbformat.read(tmp_path / "out.ipynb", 4))
     assert all(output.output_type != "error" for cell in cells for output in cell.outputs)
