@@ -227,7 +227,7 @@ def executed(request, runs, tmp_path_factory) -> tuple[str, Path]:
     """Name and folder of a notebook run headless, from an unrelated folder, on the bundled pictures."""
     folder = tmp_path_factory.mktemp(request.param)
     notebook = with_answers(request.param, tmp_path_factory.mktemp("answers"))
-    given = {"profile": "sample", "epochs": 1, "eval_limit": 1, "out_dir": runs}
+    given = {"profile": "sample", "epochs": 1, "batch_size": 9, "eval_limit": 1, "out_dir": runs}
     command = [sys.executable, "-m", "papermill", str(notebook), "out.ipynb"]
     command += [word for name, value in given.items() for word in ("-p", name, str(value))]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)

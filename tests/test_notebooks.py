@@ -431,7 +431,7 @@ def executed(tmp_path_factory):
         "epochs",
         "1",
     ]
-    command += ["-p", "batch_size", "2", "-p", "eval_limit", "1", "-p", "out_dir", out_dir]
+    command += ["-p", "batch_size", "9", "-p", "eval_limit", "1", "-p", "out_dir", out_dir]
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     assert {path.name for path in home.iterdir()} == {"out.ipynb", "results"}
@@ -466,7 +466,7 @@ def test_it_writes_real_files(executed):
         assert said["fingerprint"] == codec.fingerprint.hex()
         assert said["means"][0]["bytes"] == kept.stat().st_size
         assert (folder / "evaluation.csv").is_file()
-    assert said["weights"]["experiment"] == json.loads(baseline("sample", epochs=1, batch_size=2).to_json())
+    assert said["weights"]["experiment"] == json.loads(baseline("sample", epochs=1, batch_size=9).to_json())
     assert said["weights"]["steps"] == said["weights"]["total_steps"] > 0
     assert (out_dir / kept.name).read_bytes() == (
         out_dir / "evaluation-demo/files/kodak" / kept.name
