@@ -10,7 +10,7 @@ TESTED := $(shell $(PYTHON) -c 'import platform as p, sys; print(int(p.machine()
 CONSTRAINTS := $(if $(filter 1,$(TESTED)),--constraint constraints.txt)
 
 # Threads that wait for each other by spinning make a busy machine crawl. On a quiet one they are quicker, as speed is measured.
-demo test: export OMP_WAIT_POLICY := PASSIVE
+demo test lab: export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test bench results lab clean
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from taco_nb.codec import Codec, pad, read_header
+from taco_nb.codec import Codec, pad
 from taco_nb.data.images import to_image, to_rgb, to_tensor
 from taco_nb.experiment import Experiment
 from taco_nb.model import TACO
@@ -169,10 +169,11 @@ def integer_cost(codec: Codec, image: Any, caption: str) -> dict[str, float]:
 
     Keys: "bytes, floating point", "bytes, integers" and "difference, %". Neither counts a header.
     """
-    strings = codec.net.compress(*_encoder_inputs(codec, image, caption))["strings"]
-    plain = sum(len(string) for of_kind in strings for string in of_kind)
-    _, z_string, y_string = read_header(codec.encode(image, caption))
-    exact = len(z_string) + len(y_string)
+    coders = codec.net, codec.net.integer_model()
+    with full_float32(codec.device.type):
+        y = _latents(codec, image, caption)
+        z = codec.net.h_a(y)
+    plain, exact = (sum(map(len, coder.encode_latents(y, z)[:2])) for coder in coders)
     return {
         "bytes, floating point": plain,
         "bytes, integers": exact,

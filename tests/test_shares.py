@@ -15,6 +15,7 @@ from test_unfinished import SETTINGS, kept, two_sets, without_times
 
 from taco_nb import evaluate
 from taco_nb.checkpoint import save_weights
+from taco_nb.errors import DataError
 from taco_nb.evaluation import read_evaluation
 from taco_nb.experiment import baseline
 from taco_nb.files import REPOSITORY
@@ -36,6 +37,15 @@ def test_two_processes_leave_the_table_that_one_leaves(tmp_path, tiny_codec):
         assert kept(two, name)["settings"] == kept(one, name)["settings"]
         assert kept(two, name)["label"] == kept(one, name)["label"]
     assert {path.name for path in two.iterdir()} >= {"evaluation.csv", "evaluation.json", "files"}
+
+
+def test_what_stops_one_of_two_processes_is_raised(tmp_path, tiny_codec):
+    sets = two_sets(tmp_path / "data")
+    path = tmp_path / "data" / "crops" / "5.png"
+    path.write_bytes(path.read_bytes()[:100])  # the header, by which it is large enough, and no more
+    with pytest.raises(DataError, match=r"5\.png cannot be read"):
+        evaluate(tiny_codec, sets, tmp_path / "out", networks={}, num_processes=2, **SETTINGS)
+    assert not list((tmp_path / "out").glob("evaluation.*"))
 
 
 @pytest.fixture(scope="module")

@@ -186,9 +186,8 @@ def training_curves(log: pd.DataFrame, title: str = "") -> Figure:
     # A long run's log has more rows than a panel has pixels.
     log = log.iloc[:: max(1, -(-len(log) // 1000))]
     terms = [name for name in ("loss", "bpp", "mse", "lpips", "mini_distance", "joint", "lr") if name in log]
-    lines = math.ceil(
-        len(terms) / 3
-    )  # more panels beside each other have no room for their scales on a narrow page
+    # More than three panels beside each other have no room for their scales on a narrow page.
+    lines = math.ceil(len(terms) / 3)
     figure = make_subplots(lines, 3, subplot_titles=terms, vertical_spacing=0.22)
     for i, name in enumerate(terms):
         row, column = divmod(i, 3)
