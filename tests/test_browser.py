@@ -11,8 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nbformat
 import pytest
@@ -42,15 +41,6 @@ QUIET = {  # Lab asks whether it may fetch news, which a test has no answer to
 }
 
 
-class Lab(NamedTuple):
-    """A running server: its folder, its address, and a page per notebook in which all cells have run."""
-
-    folder: Path
-    address: str
-    pages: dict[str, Any]
-    errors: dict[str, list[str]]
-
-
 def free_port() -> int:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -58,20 +48,23 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[tuple[Path, str]]:
-    """JupyterLab on a port of its own, over the cells of the notebooks that their widgets need: (folder, address)."""
+def server(tmp_path_factory) -> Iterator[str]:
+    """JupyterLab on a port of its own, with a notebook of the cells that widgets need: the notebook's address."""
     if CHROMIUM is None:
         pytest.skip("no Chromium on PATH: apt-get install chromium")
     home = tmp_path_factory.mktemp("lab")
+    notebook = nbformat.v4.new_notebook()
     for name in NOTEBOOKS:
-        given = {"profile": "sample", "eval_limit": 1, "out_dir": str(home / "runs" / name)}
-        notebook = parameterize_notebook(
+        given = {"profile": "sample", "eval_limit": 1, "out_dir": str(home / "runs")}
+        whole = parameterize_notebook(
             load_notebook_node(str(REPOSITORY / "notebooks" / f"{name}.ipynb")), given
         )
-        notebook.cells = [cell for cell in notebook.cells if any(words in cell.source for words in KEPT)]
-        for cell in notebook.cells:
-            cell.source = MEASURED * ("explorer(" in cell.source) + cell.source
-        nbformat.write(notebook, home / f"{name}.ipynb")
+        notebook.metadata = whole.metadata
+        notebook.cells += [cell for cell in whole.cells if any(words in cell.source for words in KEPT)]
+    for number, cell in enumerate(notebook.cells):
+        cell.id = str(number)
+        cell.source = MEASURED * ("explorer(" in cell.source) + cell.source
+    nbformat.write(notebook, home / "widgets.ipynb")
     for name, settings in QUIET.items():
         path = home / "settings" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,41 +89,40 @@ def server(tmp_path_factory) -> Iterator[tuple[Path, str]]:
             except OSError:
                 assert process.poll() is None, (home / "server.log").read_text()
                 time.sleep(0.5)
-        yield home, f"http://127.0.0.1:{port}/lab/tree/NAME.ipynb?token={token}&reset"
+        yield f"http://127.0.0.1:{port}/lab/tree/widgets.ipynb?token={token}&reset"
     finally:
         process.terminate()  # Lab shuts its kernels down
         process.wait()
 
 
 @pytest.fixture(scope="module")
-def lab(server) -> Iterator[Lab]:
-    """Both notebooks opened and run side by side; the errors are what the browsers' consoles said."""
-    folder, address = server
-    pages, errors = {}, {name: [] for name in NOTEBOOKS}
+def errors() -> list[str]:
+    """What the browser's console has said of errors so far."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def lab(server, errors) -> Iterator[Any]:
+    """The page of the notebook, in which all cells have run."""
     with chromium() as browser:
-        for name in NOTEBOOKS:
-            page = browser.new_context(
-                viewport={"width": 1280, "height": 900}, accept_downloads=True
-            ).new_page()
-            page.set_default_timeout(PATIENCE * 1000)
-            heard = errors[name]
-            page.on("pageerror", lambda error, heard=heard: heard.append(str(error)))
-            page.on(
-                "console",
-                lambda message, heard=heard: (
-                    heard.append(f"{message.text} ({message.location['url']})")
-                    if message.type == "error"
-                    else None
-                ),
-            )
-            page.goto(address.replace("NAME", name))
-            page.wait_for_selector(".jp-Notebook .jp-Cell")
-            page.wait_for_function(
-                "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
-            )
-            page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
-            pages[name] = page
-        yield Lab(folder, address, pages, errors)
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE * 1000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on(
+            "console",
+            lambda said: (
+                errors.append(f"{said.text} ({said.location['url']})") if said.type == "error" else None
+            ),
+        )
+        page.goto(server)
+        page.wait_for_selector(".jp-Notebook .jp-Cell")
+        page.wait_for_function(
+            "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
+        )
+        page.evaluate("void jupyterapp.commands.execute('notebook:run-all-cells')")
+        wait_until_run(page)
+        yield page
 
 
 def expect_soon(page: Any, condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
@@ -173,32 +165,20 @@ def output_of(page: Any, source: str) -> Any:
     return cell
 
 
-@pytest.fixture(scope="module")
-def baseline(lab) -> Any:
-    wait_until_run(lab.pages["01_baseline"])
-    return lab.pages["01_baseline"]
-
-
-@pytest.fixture(scope="module")
-def linformer(lab) -> Any:
-    wait_until_run(lab.pages["03_linformer"])
-    return lab.pages["03_linformer"]
-
-
-def test_the_handle_is_dragged_and_moved_by_keys(baseline):
-    compare = output_of(baseline, "compare(sample.image").locator(".taco-compare")
-    swipe(baseline, compare, 0.3)
+def test_the_handle_is_dragged_and_moved_by_keys(lab):
+    compare = output_of(lab, "compare(sample.image").locator(".taco-compare")
+    swipe(lab, compare, 0.3)
     handle = compare.locator(".tc-handle")
     handle.focus()
     for key, moved in (("ArrowRight", 2), ("ArrowLeft", -2), ("Shift+ArrowRight", 10)):
         before = float(handle.get_attribute("aria-valuenow"))
-        baseline.keyboard.press(key)
+        lab.keyboard.press(key)
         assert float(handle.get_attribute("aria-valuenow")) == pytest.approx(before + moved, abs=1)
     assert handle.evaluate("node => node === document.activeElement"), "Lab left the keys to the handle"
 
 
-def test_pictures_zoom_together_and_subtract(baseline):
-    compare = output_of(baseline, "compare(sample.image").locator(".taco-compare")
+def test_pictures_zoom_together_and_subtract(lab):
+    compare = output_of(lab, "compare(sample.image").locator(".taco-compare")
     compare.get_by_role("button", name="Zoom in").click()
     scenes = compare.locator(".tc-left .tc-scene, .tc-right .tc-scene")
     transforms = scenes.evaluate_all("nodes => nodes.map(node => getComputedStyle(node).transform)")
@@ -207,7 +187,7 @@ def test_pictures_zoom_together_and_subtract(baseline):
     largest = """canvas => canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data
                  .filter((_, i) => i % 4 < 3).reduce((most, value) => Math.max(most, value))"""
     canvas = compare.locator(".tc-difference canvas")
-    expect_soon(baseline, lambda: canvas.evaluate(largest) > 40)
+    expect_soon(lab, lambda: canvas.evaluate(largest) > 40)
     compare.get_by_label("where the bits went").check()
     assert compare.locator(".tc-difference .tc-bits").is_visible()
     compare.get_by_label("where the bits went").uncheck()
@@ -215,8 +195,8 @@ def test_pictures_zoom_together_and_subtract(baseline):
     compare.get_by_role("button", name="Swipe").click()
 
 
-def test_an_edited_caption_changes_the_bits(baseline):
-    cell = output_of(baseline, "caption_lab(")
+def test_an_edited_caption_changes_the_bits(lab):
+    cell = output_of(lab, "caption_lab(")
     cell.locator(".taco-compare .tc-stage").wait_for()
     row = cell.locator("tr", has_text="OFA").first
     before = row.locator("td").nth(2).inner_text()
@@ -234,11 +214,11 @@ def test_an_edited_caption_changes_the_bits(baseline):
     cell.locator(".tc-foot", has_text="this caption: empty").wait_for()
 
 
-def test_a_picture_of_ones_own_becomes_a_file(baseline, tmp_path):
-    cell = output_of(baseline, "upload_box(")
+def test_a_picture_of_ones_own_becomes_a_file(lab, tmp_path):
+    cell = output_of(lab, "upload_box(")
     image = datasets("sample")[0][2].image.crop((0, 0, 200, 150))
     image.save(tmp_path / "mine.png")
-    with baseline.expect_file_chooser() as chooser:
+    with lab.expect_file_chooser() as chooser:
         cell.get_by_role("button", name="Picture").click()
     chooser.value.set_files(tmp_path / "mine.png")
     cell.locator("input[type=text]").fill("a cup")
@@ -246,7 +226,7 @@ def test_a_picture_of_ones_own_becomes_a_file(baseline, tmp_path):
     cell.get_by_role("button", name="Encode").click()
     link = cell.get_by_role("link", name="Download mine.taco")
     link.wait_for()
-    with baseline.expect_download() as download:
+    with lab.expect_download() as download:
         link.click()
     download.value.save_as(tmp_path / "mine.taco")
     codec = load("demo")
@@ -254,22 +234,22 @@ def test_a_picture_of_ones_own_becomes_a_file(baseline, tmp_path):
     cell.locator(".taco-compare .tc-stage").wait_for()
 
 
-def test_a_click_on_a_point_opens_its_image(baseline):
-    cell = output_of(baseline, "explorer(")
+def test_a_click_on_a_point_opens_its_image(lab):
+    cell = output_of(lab, "explorer(")
     point = cell.locator(".js-plotly-plot .scatterlayer .trace .points path").first
     point.wait_for()
     point.scroll_into_view_if_needed()
-    baseline.wait_for_timeout(1000)  # the listener looks for the figure twice a second
+    lab.wait_for_timeout(1000)  # the listener looks for the figure twice a second
     box = point.bounding_box()
-    baseline.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    baseline.locator(".hoverlayer .hovertext", has_text="kodim01.png").first.wait_for()
-    baseline.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    lab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    lab.locator(".hoverlayer .hovertext", has_text="kodim01.png").first.wait_for()
+    lab.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     cell.locator(".taco-compare .tc-stage").wait_for()
     assert "kodim01.png" in cell.inner_text()
 
 
-def test_a_token_is_picked(linformer):
-    look = output_of(linformer, "where_the_text_looks(").locator(".taco-attention")
+def test_a_token_is_picked(lab):
+    look = output_of(lab, "where_the_text_looks(").locator(".taco-attention")
     canvas = look.locator("canvas").first
     tokens = look.locator(".ta-tokens button")
     drawn = set()
@@ -282,5 +262,5 @@ def test_a_token_is_picked(linformer):
     assert look.locator(".ta-pane").count() == 2, "softmax beside Linformer"
 
 
-def test_the_console_has_no_errors(lab, baseline, linformer):
-    assert lab.errors == {name: [] for name in NOTEBOOKS}
+def test_the_console_has_no_errors(lab, errors):
+    assert errors == []
