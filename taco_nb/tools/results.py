@@ -41,11 +41,12 @@ from taco_nb.evaluation.peers import match_bpp
 from taco_nb.experiment import Experiment
 from taco_nb.files import BUNDLED, REPOSITORY, atomic_write, human_size, sha256
 from taco_nb.metrics.distortion import psnr
-from taco_nb.metrics.rate import BD_POINTS
+from taco_nb.metrics.rate import BD_POINTS, bd_rate
 from taco_nb.model import TACO, ModelConfig
 from taco_nb.provenance import code_digest, provenance
 from taco_nb.tools.bench import REFERENCE, speed
 from taco_nb.tools.bundle import SCENES, standing
+from taco_nb.tools.recipe import read_recipe
 from taco_nb.widgets.pictures import side_by_side
 from taco_nb.widgets.shapes import under_captions
 
@@ -63,12 +64,9 @@ _IN_WORDS = {
     "text_pooling=keywords": "keyword-weighted captions",
     "text_pooling=keywords-tokens": "keyword-weighted tokens",
 }
-_NOT_ALIKE = (
-    "demo-trunk", "demo-low", "demo-high", "demo-highest", "demo-no-joint", "demo-joint-10", "demo-joint-100",
-)  # fmt: skip
-"""Runs of the recipe that differ from `demo` in steps or in the loss."""
-_WEIGHTS_OF_J = {"demo-no-joint": 0.0, "demo": 0.0025, "demo-joint-10": 0.025, "demo-joint-100": 0.25}
-"""Runs that differ from each other in the weight of J alone."""
+_START = ("init", "lmbda", "k_P")
+"""Runs of the recipe with `demo`'s settings here, and with its weight of J, differ from it by what an ablation changes."""
+_LOSSES = {"rate and squared error alone": "mse", "the whole loss": "demo"}
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 Tables = dict[str, pd.DataFrame]
@@ -128,15 +126,35 @@ def _measure_control() -> Tables:
 
 
 def _measure_siblings() -> Tables:
-    """Compare the bundled codecs' recipe's runs from what is kept of them; nothing is encoded."""
-    table = siblings()
-    names = [name for name in table["codec"].unique() if name not in (*_NOT_ALIKE, "demo", "demo-constant")]
+    """Compare the runs of the bundled codecs' recipe from what is kept of them; nothing is encoded."""
+    table, runs = siblings(), _runs()
+    demo = runs["demo"]
+    alike = {name: exp for name, exp in runs.items() if all(getattr(exp, of) == getattr(demo, of) for of in _START)}
+    names = [name for name, exp in alike.items() if exp.k_J == demo.k_J and name not in ("demo", "demo-constant")]
     found = against(table, [*((name, "demo") for name in names), ("demo", "demo-constant")])
     found["seeds"] = found["seeds"].map(lambda seeds: " ".join(f"{seed:.4g}" for seed in seeds))
-    of_j = table[table["codec"].isin(_WEIGHTS_OF_J) & (table["seed"] == 1)].assign(dataset="kodak-256")
-    joint = effects(of_j)
-    joint["k_J"] = joint["codec"].map(_WEIGHTS_OF_J)
-    return {"siblings": found, "joint": joint.sort_values("k_J", kind="stable")}
+
+    weights = {name: exp.k_J for name, exp in alike.items() if not exp.ablations}
+    joint = effects(table[table["codec"].isin(weights) & (table["seed"] == 1)].assign(dataset="kodak-256"))
+    joint["k_J"] = joint["codec"].map(weights)
+
+    # Every baseline, and its sibling that was trained without the other terms of the loss.
+    own = table[(table["condition"] == "own") & (table["seed"] == 1)]
+    figures = own.groupby("codec")[["bytes", "psnr", "ms_ssim", "mini_distance"]].mean()
+    rows = [
+        {"loss": loss, "codec": name, "lambda": runs[name].lmbda, **figures.loc[name]}
+        for loss, middle in _LOSSES.items()
+        for name in (f"{middle}-lowest", f"{middle}-low", middle, f"{middle}-high")
+    ]
+    losses = pd.DataFrame(rows)
+    losses.insert(3, "bpp", 8 * losses.pop("bytes") / 256**2)
+    return {"siblings": found, "joint": joint.sort_values("k_J", kind="stable"), "losses": losses}
+
+
+def _runs() -> dict[str, Experiment]:
+    """Return the runs of the bundled codecs' recipe, those of other seeds aside."""
+    runs = read_recipe(BUNDLED / "checkpoints/recipe.toml")["runs"]
+    return {name: Experiment().replace(**of) for name, of in runs.items() if not re.search(r"-seed\d+$", name)}
 
 
 def _measure_shapes() -> Tables:
@@ -189,7 +207,7 @@ def _middle_baseline() -> str:
 def _in_words(exp: Experiment) -> str:
     """Return what a bundled codec's training changed, as a reader of a table wants to know it."""
     if exp.schedule == "constant":
-        return "the trunk that the others start from"
+        return "the trunk that most others start from"
     changes = [f"{name}={value}" for name, value in exp.ablations.items()]
     if len(changes) == 3:
         return "all three changes"
@@ -291,6 +309,21 @@ def _joint_table(table: pd.DataFrame) -> str:
     return _markdown(columns | _effects_columns(table, metrics, "+.3g"))
 
 
+def _losses_table(table: pd.DataFrame) -> str:
+    plain, whole = (table[table["loss"] == loss] for loss in _LOSSES)
+    gap = bd_rate(plain["bpp"], plain["psnr"], whole["bpp"], whole["psnr"])
+    columns = {
+        "trained for": table["loss"],
+        "run": table["codec"].map("`{}`".format),
+        "lambda": table["lambda"].map("{:g}".format),
+        "bits per pixel": table["bpp"].map("{:.3f}".format),
+        "PSNR in dB": table["psnr"].map("{:.2f}".format),
+        "MS-SSIM": table["ms_ssim"].map("{:.4f}".format),
+        "mini_distance": table["mini_distance"].map("{:.3f}".format),
+    }
+    return f"{_markdown(columns)}\n\nBy BD-rate (PSNR), the other terms of the loss cost {gap:+.1f} % of the bits."
+
+
 def _codecs_table(table: pd.DataFrame) -> str:
     return _markdown(
         {
@@ -368,9 +401,10 @@ RESULTS = {
         {
             "siblings": ("data/checkpoints/README.md", _siblings_table),
             "joint": ("data/checkpoints/README.md", _joint_table),
+            "losses": ("data/checkpoints/README.md", _losses_table),
         },
-        ("checkpoints/results.csv",),
-        ("control.py", "metrics/interval.py"),
+        ("checkpoints/results.csv", "checkpoints/recipe.toml"),
+        ("control.py", "metrics/interval.py", "metrics/rate.py"),
         quick=True,
     ),
     "reconstruction": Result(
