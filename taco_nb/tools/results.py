@@ -96,7 +96,7 @@ def _measure_kodak() -> Tables:
     described = pd.DataFrame(
         {"codec": name, "what": _in_words(exp), "lambda": exp.lmbda} for name, exp in known.items()
     )
-    ours = evaluate(load(_middle_baseline()), datasets("kodak"))
+    ours = evaluate(load("demo"), datasets("kodak"))
     alike = means(pd.concat([ours, evaluate_matched(ours, datasets("kodak"))]))
     return {
         "kodak": described.merge(table.drop(columns="dataset")),
@@ -129,8 +129,12 @@ def _measure_siblings() -> Tables:
     """Compare the runs of the bundled codecs' recipe from what is kept of them; nothing is encoded."""
     table, runs = siblings(), _runs()
     demo = runs["demo"]
-    alike = {name: exp for name, exp in runs.items() if all(getattr(exp, of) == getattr(demo, of) for of in _START)}
-    names = [name for name, exp in alike.items() if exp.k_J == demo.k_J and name not in ("demo", "demo-constant")]
+    alike = {
+        name: exp for name, exp in runs.items() if all(getattr(exp, of) == getattr(demo, of) for of in _START)
+    }
+    names = [
+        name for name, exp in alike.items() if exp.k_J == demo.k_J and name not in ("demo", "demo-constant")
+    ]
     found = against(table, [*((name, "demo") for name in names), ("demo", "demo-constant")])
     found["seeds"] = found["seeds"].map(lambda seeds: " ".join(f"{seed:.4g}" for seed in seeds))
 
@@ -154,7 +158,9 @@ def _measure_siblings() -> Tables:
 def _runs() -> dict[str, Experiment]:
     """Return the runs of the bundled codecs' recipe, those of other seeds aside."""
     runs = read_recipe(BUNDLED / "checkpoints/recipe.toml")["runs"]
-    return {name: Experiment().replace(**of) for name, of in runs.items() if not re.search(r"-seed\d+$", name)}
+    return {
+        name: Experiment().replace(**of) for name, of in runs.items() if not re.search(r"-seed\d+$", name)
+    }
 
 
 def _measure_shapes() -> Tables:
@@ -172,7 +178,7 @@ def _measure_speed() -> Tables:
 
 def _measure_reconstruction() -> Tables:
     """Make notebooks/pictures/reconstruction.png: the cat's face by a bundled codec, JPEG and WebP, at no more bytes."""
-    pictures, codec = datasets("sample")[0], load(_middle_baseline())
+    pictures, codec = datasets("sample")[0], load("demo")
     cat = pictures[pictures.names.index("chelsea.png")]
     data = codec.encode(cat.image, cat.captions[0])
     files = {codec.name: (codec.decode(data), data)}
@@ -196,12 +202,6 @@ def _codecs() -> dict[str, Experiment]:
     """Return the bundled codecs in the order of the tables: the baselines first, each kind by lambda, then by name."""
     known = checkpoint.bundled_codecs().items()
     return dict(sorted(known, key=lambda item: (len(item[1].ablations), item[1].lmbda, item[0])))
-
-
-def _middle_baseline() -> str:
-    """Return the name of the bundled baseline whose lambda is in the middle."""
-    baselines = [name for name, exp in _codecs().items() if not exp.ablations]
-    return baselines[(len(baselines) - 1) // 2]
 
 
 def _in_words(exp: Experiment) -> str:
@@ -321,7 +321,8 @@ def _losses_table(table: pd.DataFrame) -> str:
         "MS-SSIM": table["ms_ssim"].map("{:.4f}".format),
         "mini_distance": table["mini_distance"].map("{:.3f}".format),
     }
-    return f"{_markdown(columns)}\n\nBy BD-rate (PSNR), the other terms of the loss cost {gap:+.1f} % of the bits."
+    more = f"{abs(gap):.1f} % {'more' if gap > 0 else 'fewer'} bits"
+    return f"{_markdown(columns)}\n\nAt the same PSNR the whole loss takes {more} (BD-rate)."
 
 
 def _codecs_table(table: pd.DataFrame) -> str:
@@ -399,9 +400,9 @@ RESULTS = {
     "siblings": Result(
         _measure_siblings,
         {
+            "losses": ("data/checkpoints/README.md", _losses_table),
             "siblings": ("data/checkpoints/README.md", _siblings_table),
             "joint": ("data/checkpoints/README.md", _joint_table),
-            "losses": ("data/checkpoints/README.md", _losses_table),
         },
         ("checkpoints/results.csv", "checkpoints/recipe.toml"),
         ("control.py", "metrics/interval.py", "metrics/rate.py"),
@@ -501,13 +502,13 @@ def _pages() -> dict[Path, str]:
                         f"{path} is missing. Results are filled in in a checkout of the repository."
                     )
                 texts[path] = path.read_text(encoding="utf-8")
-            block = re.compile(rf"(<!-- results: {marker} -->\n).*?(\n<!-- end of results -->)", re.DOTALL)
+            block = re.compile(rf"(<!-- results: {marker} -->\n).*?(<!-- end of results -->)", re.DOTALL)
             if len(block.findall(texts[path])) != 1:
                 raise DataError(
                     f"{path} must have the marker '<!-- results: {marker} -->' once, and '<!-- end of results -->' after it."
                 )
             last = number == len(result.blocks)  # what belongs together says once where it came from
-            content = write(tables[marker]) + (f"\n\n{whence}" if last else "")
+            content = write(tables[marker]) + (f"\n\n{whence}\n" if last else "\n")
             texts[path] = block.sub(lambda found, text=content: found[1] + text + found[2], texts[path])
     return texts
 
