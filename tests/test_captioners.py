@@ -12,6 +12,7 @@ import os
 import signal
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from PIL import Image
 
 from taco_nb.data import CaptionedFolder, datasets
 from taco_nb.errors import CheckpointError, DataError, MissingWeightsError, SettingError
-from taco_nb.text.answers import OPEN, Answer, Question, answer_key
+from taco_nb.text.answers import OPEN, Answer, Answers, Question, answer_key
 from taco_nb.text.chat_keywords import chat_keywords
 from taco_nb.tools.captions import (
     CoCaCaptioner,
@@ -547,7 +548,7 @@ def write_answers(path, done):
 
 
 def test_an_answer_is_never_lost_whenever_the_process_is_killed(tmp_path):
-    path, done = tmp_path / "cache.sqlite", FORK.Value("q", 0)
+    path, done = tmp_path / "cache.sqlite", FORK.Value("q", 0, lock=False)
     for pause in np.random.default_rng(0).uniform(0, 0.2, 15):
         process, before = FORK.Process(target=write_answers, args=(path, done)), done.value
         process.start()
@@ -876,6 +877,37 @@ def test_interrupt_waits_for_what_is_paid_for(server, pictures, captioner, out):
     run_until(server, describe, lambda event, server: server.paid.total() == 5, signal.SIGINT)
     paid = server.paid.total()
     assert 5 <= paid < 12
+    report = captioner().describe(dataset, out, confirm=True)
+    assert report.complete and report.new == 12 - paid and set(server.paid.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    "where, name, at, done_before",
+    [
+        (ThreadPoolExecutor, "submit", 12 + 5, True),  # 12 read pictures; the fifth request is on its way
+        (Answers, "add", 3, False),  # an answer has come, but is not saved
+        (Answers, "add", 3, True),
+    ],
+)
+def test_no_moment_is_bad_for_an_interrupt(
+    server, pictures, captioner, out, monkeypatch, where, name, at, done_before
+):
+    real, calls = getattr(where, name), itertools.count(1)
+
+    def interrupted(*arguments):
+        """Ctrl-C reaches the main thread just before or just after this call."""
+        now = next(calls) == at
+        result = real(*arguments) if done_before or not now else None
+        if now:
+            raise KeyboardInterrupt
+        return result
+
+    dataset = pictures(12)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(where, name, interrupted)
+        captioner(workers=3).describe(dataset, out, confirm=True)
+    paid = server.paid.total()
+    assert 0 < paid < 12
     report = captioner().describe(dataset, out, confirm=True)
     assert report.complete and report.new == 12 - paid and set(server.paid.values()) == {1}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Any
@@ -130,29 +130,39 @@ class ChatService:
         reasons: dict[str, str] = {}
         rejected: list[tuple[str, Answer]] = []
         in_a_row = 0  # requests without an answer
-        running: dict[Future, str] = {}
+        came: list[tuple[str, Answer | Exception]] = []  # by the workers, whom Ctrl-C does not interrupt
+        saved = 0
 
-        def settle(done: Iterable[Future]) -> list[tuple[str, Answer | Exception]]:
-            """Save the answers first of all; the errors are left to the caller."""
-            settled = [(running.pop(future), future.result()) for future in done]
-            answers.add((key, result) for key, result in settled if isinstance(result, Answer))
-            bar.update(len(settled))
-            return settled
+        def ask(key: str, body: dict[str, Any]) -> None:
+            came.append((key, _ask_once(client, body)))
+
+        def settle() -> list[tuple[str, Answer | Exception]]:
+            """Save the answers that have come since, first of all; the errors are left to the caller."""
+            nonlocal saved
+            new = came[saved:]
+            answers.add((key, result) for key, result in new if isinstance(result, Answer))
+            saved += len(new)
+            bar.update(len(new))
+            return new
 
         with (
-            ThreadPoolExecutor(self.workers) as pool,
             self.client() as client,
             tqdm(total=total, desc=what, unit="answer") as bar,
+            ExitStack() as at_the_end,
+            ThreadPoolExecutor(self.workers) as pool,
         ):
+            at_the_end.callback(settle)  # after the pool has waited for what is in flight, and so paid for
+            running: set[Future] = set()
             try:
                 while True:
                     # No more requests than workers are made ahead: each holds a picture.
                     for key, body in islice(requests, self.workers - len(running)):
-                        running[pool.submit(_ask_once, client, body)] = key
+                        running.add(pool.submit(ask, key, body))
                     if not running:
                         answers.add(rejected)
                         return reasons
-                    for key, result in settle(wait(running, return_when=FIRST_COMPLETED).done):
+                    running = wait(running, return_when=FIRST_COMPLETED).not_done
+                    for key, result in settle():
                         if isinstance(result, Answer):
                             # The service does answer, so what it rejected before was about those requests.
                             answers.add(rejected)
@@ -170,10 +180,8 @@ class ChatService:
                             "answered before is in the cache. Put right what this says, or wait, and call again."
                         )
             except KeyboardInterrupt:
-                print(f"Interrupted; waiting for the {len(running)} answers that are being paid for.")
+                print("Interrupted; waiting for the answers that are being paid for.")
                 raise
-            finally:
-                settle(wait(running).done)  # whatever ends the loop, what is in flight is being paid for
 
     def verdict(self, error: Exception) -> Answer | str:
         """Return what became of a request without an answer: a failure to record, or why it may be sent again.
