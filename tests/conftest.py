@@ -29,6 +29,7 @@ TINY = {"N": 8, "M": 16, "groups": (4, 12), "text_dim": 16, "heads": 2, "context
 
 SLOWEST = (
     "test_browser", "test_ablation", "test_notebooks", "test_report", "test_training", "test_training_processes",
+    "test_training_stops", "test_demo", "test_timing", "test_processes",
 )  # fmt: skip
 """The files that run notebooks or train begin first, so that no worker is left alone with them in the end."""
 
