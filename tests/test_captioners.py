@@ -943,7 +943,9 @@ def coca(tmp_path_factory):
     }  # fmt: skip
     (folder / "coca_tiny.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder / "coca_tiny.json")
-    model = open_clip.create_model("coca_tiny", pretrained=None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.create_model("coca_tiny", pretrained=None)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
