@@ -100,7 +100,7 @@ def graded_figure(table: pd.DataFrame) -> Figure:
                 x=share, y=of[metric], text=of["grade"], name=kind, mode="lines+markers", line_color=colour,
                 hovertemplate="%{text}: %{y:.3f}", legendgroup=kind, showlegend=column == 1, row=1, col=column,
             )  # fmt: skip
-    figure.update_xaxes(showticklabels=False, title_text="from hardly visible to gross")
+    figure.update_xaxes(showticklabels=False, title_text="from hardly visible<br>to gross")
     figure.update_layout(LAYOUT, height=340)
     return figure
 
