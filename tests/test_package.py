@@ -58,8 +58,10 @@ print(evaluate.__module__, fit.__name__, *sys.modules)
 """
     *functions, loaded = python(program).split(maxsplit=2)
     assert functions == ["taco_nb.evaluation.run", "fit"], "not the modules that are called so"
-    of_tools = {name for name in loaded.split() if name.startswith("taco_nb.tools")}
-    of_tools |= {"openai", "pooch", "nbformat", "papermill", "bs4"}.intersection(loaded.split())
+    loaded = loaded.split()
+    assert "taco_nb.training" in loaded and "taco_nb.codec" in loaded
+    of_tools = {name for name in loaded if name.startswith("taco_nb.tools")}
+    of_tools |= {"openai", "pooch", "nbformat", "papermill", "bs4"}.intersection(loaded)
     assert sorted(of_tools) == []
 
 

@@ -244,6 +244,11 @@ def test_one_of_two_processes_writes(both):
 def test_two_processes_from_a_notebook(pictures, both, home, capsys):
     """`num_processes` starts them, and what they say is told here."""
     one, _ = both["plain"]
+    begun = fit(one.experiment, home / "notebook", device="cpu", num_processes=2, max_hours=0)
+    assert (begun.steps, begun.total_steps) == (1, 6)
+    said = capsys.readouterr().out
+    assert "Training notebook in 2 processes on the CPU in float32.\n" in said
+    assert said.count("Stopped by max_hours after step 1 of 6") == 1
     told = []
     two = fit(
         one.experiment, home / "notebook", device="cpu", num_processes=2, on_log=lambda *now: told.append(now)
@@ -251,8 +256,7 @@ def test_two_processes_from_a_notebook(pictures, both, home, capsys):
     assert two.dir == home / "notebook" and two.finished
     assert_close(two, one)
     assert [(run, len(rows)) for run, rows, _ in told] == [(two, len(two.log))]
-    said, bar = capsys.readouterr()
-    assert said.count("Training notebook in 2 processes on the CPU in float32.\n") == 1, "one speaks for both"
+    bar = capsys.readouterr().err
     assert "training notebook on 2 processes: 100%" in bar and "6/6" in bar and "loss=" in bar
     assert fit(one.experiment, home / "notebook", device="cpu", num_processes=2) == two
 

@@ -127,7 +127,8 @@ def _measure_control() -> Tables:
 
 def _measure_siblings() -> Tables:
     """Compare the runs of the bundled codecs' recipe from what is kept of them; nothing is encoded."""
-    table, runs = siblings(), _runs()
+    table, recipe = siblings(), read_recipe(BUNDLED / "checkpoints/recipe.toml")
+    runs = {name: Experiment().replace(**recipe["runs"][name]) for name in table["codec"].unique()}
     demo = runs["demo"]
     alike = {
         name: exp for name, exp in runs.items() if all(getattr(exp, of) == getattr(demo, of) for of in _START)
@@ -153,14 +154,6 @@ def _measure_siblings() -> Tables:
     losses = pd.DataFrame(rows)
     losses.insert(3, "bpp", 8 * losses.pop("bytes") / 256**2)
     return {"siblings": found, "joint": joint.sort_values("k_J", kind="stable"), "losses": losses}
-
-
-def _runs() -> dict[str, Experiment]:
-    """Return the runs of the bundled codecs' recipe, those of other seeds aside."""
-    runs = read_recipe(BUNDLED / "checkpoints/recipe.toml")["runs"]
-    return {
-        name: Experiment().replace(**of) for name, of in runs.items() if not re.search(r"-seed\d+$", name)
-    }
 
 
 def _measure_shapes() -> Tables:
